@@ -1,0 +1,133 @@
+"""State space duality (SSD): the Mamba-2 recurrence with grouped keys and values.
+
+Shapes: B batch, T time, H query heads, G key/value heads (head h reads group h // R, R = H // G), P head width, N state width.
+Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060).
+"""
+
+import torch
+from torch import Tensor
+
+from ..common import accumulator, check_impl, check_positive, check_rank, check_shape, documents, no_autocast
+from .chunked import chunked
+from .matrix import matrix
+from .reference import sequential
+
+__all__ = ["ssd", "ssd_matrix", "ssd_step"]
+
+
+def ssd(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    dt: Tensor | None = None,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk: int = 64,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run S_t = exp(a_t) S_{t-1} + dt_t x_t b_t^T and y_t = S_t c_t + D x_t over a whole sequence.
+
+    x [B, T, G, P]; a [B, T, H] log decay, at most 0; b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H] write strength (None: 1);
+    D [H] skip (None: no skip); state [B, H, P, N] before the first token (None: 0).
+    seq_idx [B, T] non-decreasing document numbers: a document sees itself alone, and `state` belongs to document 0.
+    mask [B, T] bool, True for real tokens: the others neither decay nor write the state, and their output is 0.
+    Returns y [B, T, H, P] in the dtype of x and the state after the last token [B, H, P, N], fp32 (fp64 for fp64 inputs).
+    Raises `ValueError` for shapes that do not fit together and for an unknown `impl`.
+    """
+    check_impl(impl)
+    check_positive("chunk", chunk)
+    _check(x, a, b, c, dt, D, state, seq_idx, mask)
+    docs = documents(seq_idx, mask)
+    if mask is not None:
+        a = a.masked_fill(~mask[..., None], 0)
+        dt = (torch.ones_like(a) if dt is None else dt).masked_fill(~mask[..., None], 0)
+    with no_autocast(x):
+        if impl == "sequential":
+            y, last = sequential(x, a, b, c, dt, D, state, docs)
+        else:
+            y, last = chunked(x, a, b, c, dt, D, state, docs, chunk)
+    return (y if mask is None else y.masked_fill(~mask[..., None, None], 0)), last
+
+
+def ssd_step(
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: Tensor, dt: Tensor | None = None, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advance the recurrence of `ssd` by one token.
+
+    x [B, G, P]; a [B, H]; b [B, G, N]; c [B, H, N]; state [B, H, P, N]; dt [B, H]; D [H].
+    Returns y [B, H, P] in the dtype of x and the new state; the given one is left as it is.
+    Raises `ValueError` if x and c do not fit the state.
+    """
+    B, H, P, N = state.shape
+    G = x.shape[1]
+    check_shape("x", x, B, G, P)
+    check_shape("c", c, B, H, N)
+    _check_groups(H, G)
+    acc = accumulator(x.dtype)
+    value = x.to(acc)[:, :, None]  # [B, G, 1, P]
+    write = value.expand(B, G, H // G, P) if dt is None else value * dt.view(B, G, H // G, 1)  # [B, G, R, P]
+    kept = (state * a.to(acc).exp()[..., None, None]).view(B * G, -1, N)  # [B * G, R * P, N]
+    new = kept.addcmul_(write.reshape(B * G, -1, 1), b.to(acc).reshape(B * G, 1, N)).view(B, H, P, N)
+    with no_autocast(x):
+        y = torch.matmul(new, c.to(acc)[..., None]).view(B, G, H // G, P)
+    if D is not None:
+        y = torch.addcmul(y, value, D.to(acc).view(G, H // G, 1))
+    return y.view(B, H, P).to(x.dtype), new
+
+
+def ssd_matrix(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    dt: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
+    rows: slice | None = None,
+) -> Tensor:
+    """The mixing matrix of `ssd`: y = M x for each head, without the skip and the initial state.
+
+    M[i, j] = (c_i . b_j) exp(a_{j+1} + ... + a_i) dt_j for j <= i in one document, both real; 0 elsewhere.
+    a [B, T, H]; b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H]; seq_idx and mask [B, T] as in `ssd`.
+    Returns [B, H, T, T], or [B, H, rows, T] for the given `rows`, which then bound the memory; fp32 (fp64 for fp64 inputs).
+    Raises `ValueError` for shapes that do not fit together.
+    """
+    check_rank("b", b, "BTGN")
+    _check(b, a, b, c, dt, None, None, seq_idx, mask)
+    with no_autocast(a):
+        return matrix(a, b, c, dt, documents(seq_idx, mask), mask, slice(None) if rows is None else rows)
+
+
+def _check_groups(H: int, G: int) -> None:
+    if H % G:
+        raise ValueError(f"H must be a multiple of G: got H = {H} query heads and G = {G} key/value heads")
+
+
+def _check(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dt: Tensor | None,
+    D: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    check_rank("x", x, "BTGP")
+    check_rank("c", c, "BTHN")
+    (B, T, G, P), (H, N) = x.shape, c.shape[2:]
+    check_positive("T", T)
+    check_shape("c", c, B, T, H, N)
+    _check_groups(H, G)
+    check_shape("a", a, B, T, H)
+    check_shape("b", b, B, T, G, N)
+    check_shape("dt", dt, B, T, H)
+    check_shape("D", D, H)
+    check_shape("state", state, B, H, P, N)
+    check_shape("seq_idx", seq_idx, B, T)
+    check_shape("mask", mask, B, T)

@@ -1,0 +1,3 @@
+"""llamba: pretrained transformers into Mamba hybrids. Importing it teaches transformers' Auto classes to load them."""
+
+from llamba import families as families

@@ -1,0 +1,74 @@
+"""Training checkpoints that are either complete or recognisably not.
+
+A checkpoint is a Trainer folder `checkpoint-<step>`; the empty file COMPLETE is put into it after everything else.
+"""
+
+import errno
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+COMPLETE = "COMPLETE"
+_GIB = 2**30
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")), key=_step)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Declare a checkpoint complete, then remove the others: they are older or broken."""
+    (checkpoint / COMPLETE).touch()
+    for other in checkpoint.parent.glob("checkpoint-*"):
+        if other != checkpoint:
+            remove(other)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, its marker first: a half-removed one is incomplete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).exists():
+            remove(checkpoint)
+
+
+def last_good(folder: Path) -> str:
+    """The newest complete checkpoint in words, for messages."""
+    found = complete(folder)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Size of a checkpoint: the weights, and two Adam moments for each trained one."""
+    return sum(weight.numel() * weight.element_size() * (3 if weight.requires_grad else 1) for weight in model.parameters())
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises ValueError if the disk under `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"disk full: saving to {folder} needs {needed / _GIB:.3f} GiB, {free / _GIB:.3f} GiB are free; {last_good(folder)}; "
+            "free some space and run the same command again"
+        )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a failed write failed for want of space. (PyTorch and safetensors wrap the operating system's error.)"""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, SafetensorError):
+        return "No space left" in str(error)
+    return isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error)

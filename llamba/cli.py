@@ -1,0 +1,138 @@
+"""The `llamba` command."""
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from llamba import run as runs
+from llamba.recipe import Recipe
+
+
+def _recipe(path: str, overrides: list[str]) -> Recipe:
+    from llamba.overrides import override
+
+    if not Path(path).is_file():
+        raise ValueError(f"a recipe file is needed; got {path}, which is no file")
+    found = runpy.run_path(path, run_name="recipe").get("recipe")
+    if not isinstance(found, Recipe):
+        raise ValueError(f"{path} must define `recipe = Recipe(...)`; it does not")
+    return override(found, overrides, path)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from llamba.plan import plan
+
+    print(plan(_recipe(args.recipe, args.overrides)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    print(f"done: {runs.run(_recipe(args.recipe, args.overrides))}")
+
+
+def _attention(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--attention must be a fraction or a list like [1,3]; got {text}") from error
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from llamba.convert import convert
+
+    teacher = runs.resolve_model(args.teacher)
+    if Path(args.out).exists() and any(Path(args.out).iterdir()):
+        raise ValueError(f"the output must be a new or empty folder; {args.out} has files")
+    student = convert(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed)
+    print(student.conversion)
+    student.save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(args.out)
+    print(f"saved: {args.out}")
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from llamba.chat import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from llamba.chat import Chat, load, talk
+
+    talk(Chat(*load(args.model, args.dtype, args.device), _sampling(args), args.system))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from llamba.chat import Chat, load, stream
+
+    sampling = _sampling(args)
+    model, tokenizer = load(args.model, args.dtype, args.device)
+    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    torch.manual_seed(sampling.seed)
+    if args.chat:
+        Chat(model, tokenizer, sampling).answer(prompt, sys.stdout)
+    else:
+        stream(model, tokenizer, (tokenizer.bos_token or "") + prompt, sampling, sys.stdout)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from llamba.bench import BENCHES
+
+    BENCHES[args.what](args)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run folder, model folder or hub name")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llamba", description="Pretrained transformers into Mamba hybrids.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, action, text in (("plan", _plan, "what a recipe would do; trains nothing"), ("run", _run, "run a recipe, or go on with it")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("recipe", help="a recipe file")
+        command.add_argument("overrides", nargs="*", help="key=value")
+        command.set_defaults(action=action)
+    command = commands.add_parser("convert", help="convert a teacher and print where every tensor came from")
+    command.add_argument("teacher", help="run folder, model folder or hub name")
+    command.add_argument("out", help="new folder for the student")
+    command.add_argument("--mixer", default="mamba2", help="mamba1, mamba2 (default) or discrete_mamba2")
+    command.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
+    command.add_argument("--init", default="attention", help="attention (default), paper, random or linear_attention")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(action=_convert)
+    command = commands.add_parser("chat", help="talk to a model")
+    _model_options(command)
+    command.add_argument("--system", help="system message")
+    command.set_defaults(action=_chat)
+    command = commands.add_parser("generate", help="complete a text, or answer one message")
+    _model_options(command)
+    command.add_argument("prompt", nargs="?", help="default: standard input")
+    command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
+    command.set_defaults(action=_generate)
+    command = commands.add_parser("bench", help="benchmarks against peers, in one process")
+    command.add_argument("what", choices=("ops",))
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
+    command.add_argument("--out", help="append the rows to this .jsonl file")
+    command.set_defaults(action=_bench)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. A user's error ends as one line on stderr and exit status 2."""
+    args = _parser().parse_args(argv)
+    with runs.one_line_errors():
+        args.action(args)

@@ -1,0 +1,200 @@
+"""The hybrid model: a Hugging Face causal LM whose recurrent layers hold a mixer where `self_attn` stood.
+
+Shapes: B batch, T time of this call, D model width, V vocabulary. Everything but the mixers is the family's own code in transformers.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from llamba.cache import adopt
+from llamba.mixers import Mixer, Recurrence, build_mixer, initialise
+from llamba.mixers.base import FP32_PARAMETERS
+
+RECURRENT = "linear_attention"
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a family's model differs from Llama: name of the final norm, dropout after the embedding, a bias in the head."""
+
+    final_norm: str = "norm"
+    embed_dropout: str | None = None
+    head_bias: bool = False
+
+
+def document_numbers(seq_idx: Tensor | None, position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Document number of each token [B, T], counted from 0, or None where there is one document.
+
+    `seq_idx` [B, T] labels documents directly. Otherwise a document starts where `position_ids` [B, T] does not go on rising
+    over real tokens; padded positions (`mask` [B, T] False) say nothing.
+    """
+    if seq_idx is not None:
+        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
+    elif position_ids is not None:
+        real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.expand(position_ids.shape)
+        last = torch.where(real, position_ids, -1).cummax(1).values if mask is not None else position_ids
+        starts = real[:, 1:] & (position_ids[:, 1:] <= last[:, :-1])
+        if mask is not None and bool(starts.any()):
+            starts = _restarts(position_ids, real)
+    else:
+        return None
+    if not bool(starts.any()):
+        return None
+    return nn.functional.pad(starts, (1, 0)).cumsum(1)
+
+
+def _restarts(position_ids: Tensor, real: Tensor) -> Tensor:
+    """True [B, T - 1] at real tokens whose position does not exceed that of the real token before."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    previous = torch.where(real, index, -1).cummax(1).values[:, :-1]  # [B, T - 1] index of the last real token so far
+    before = position_ids.gather(1, previous.clamp_min(0))
+    return real[:, 1:] & (previous >= 0) & (position_ids[:, 1:] <= before)
+
+
+def padding_mask(attention_mask: Tensor | dict | None, length: int) -> Tensor | None:
+    """True = real [B, T] for the last `length` tokens, or None where nothing is padded (or the mask is 4-D and cannot say)."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get(RECURRENT)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -length:].bool()
+    return None if bool(mask.all()) else mask
+
+
+class HybridBackbone(PreTrainedModel):
+    """Mixed into a family's base model, before it. Builds the mixers and runs the layers, each with the mask of its kind."""
+
+    parts: ClassVar[Parts] = Parts()
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        for index, kind in enumerate(config.layer_types):
+            if kind == RECURRENT:
+                self.layers[index].self_attn = build_mixer(config.mixer, index)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super(), module)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the family's own forward, and `seq_idx` [B, T]: document numbers of a packed row.
+
+        Documents also come from `position_ids` that restart. Neither attention, state nor convolution reaches over a boundary.
+        Raises ValueError for packed documents together with a cache that already holds tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        mask = padding_mask(attention_mask, hidden.shape[1])
+        documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
+        past_key_values = self._cache_for(past_key_values, use_cache, documents)
+        if position_ids is None:
+            position_ids = self._positions(hidden, past_key_values, documents)
+        masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
+        if self.parts.embed_dropout is not None:
+            hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
+        rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden = layer(
+                hidden, attention_mask=masks[kind], position_ids=position_ids, past_key_values=past_key_values,
+                use_cache=use_cache, position_embeddings=rotary, **kwargs,
+            )  # fmt: skip
+        hidden = self.get_submodule(self.parts.final_norm)(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None) -> Cache | None:
+        if cache is not None:
+            if documents is not None:
+                raise ValueError(
+                    "packed documents (seq_idx, or position_ids that restart) cannot be combined with a cache; pass use_cache=False"
+                )
+            return adopt(cache, self.config)
+        if not use_cache or self.training or documents is not None:
+            return None
+        return adopt(DynamicCache(config=self.config), self.config)
+
+    def _positions(self, hidden: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
+        seen = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None] + seen
+        if documents is None:
+            return positions
+        first = (documents[:, :, None] > documents[:, None, :]).sum(-1)  # [B, T] tokens of earlier documents
+        return positions - first
+
+    def _masks(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | dict | None,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {RECURRENT: Recurrence(mask, documents)}
+        if isinstance(attention_mask, dict):
+            return {**attention_mask, **made}
+        together = None
+        if documents is not None:
+            attention_mask = attention_mask if mask is not None else None  # all ones would hide the documents from transformers
+            together = None if attention_mask is None else packed_sequence_mask_function(documents)
+        static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)  # its empty slots must be masked
+        for kind in set(self.config.layer_types) - {RECURRENT}:
+            made[kind] = MASKS[kind](
+                config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache,
+                position_ids=position_ids, and_mask_function=together, allow_is_causal_skip=not static,
+            )  # fmt: skip
+        return made
+
+
+class HybridCausalLM(PreTrainedModel):
+    """Mixed into a family's causal LM, before it: the same head over a `HybridBackbone`."""
+
+    backbone: ClassVar[type[HybridBackbone]]
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
+    _is_stateful = False
+    conversion: Any = None
+
+    def __init__(self, config: PreTrainedConfig):
+        PreTrainedModel.__init__(self, config)
+        self.model = self.backbone(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.backbone.parts.head_bias)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super(), module)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            adopt(cache, self.config)
+
+
+def _init_weights(family: Any, module: nn.Module) -> None:
+    family._init_weights(module)
+    if isinstance(module, Mixer):
+        initialise(module, None, "attention")

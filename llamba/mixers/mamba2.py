@@ -1,0 +1,82 @@
+"""Mamba-2 and discrete Mamba-2 mixers: one recurrence, two rules for decay and write strength.
+
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, N = P state width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llamba.kernels.ssd import ssd, ssd_step
+from llamba.mixers.base import Mixer, MixerConfig, Recurrence, at_least_fp32
+
+
+class Mamba2(Mixer):
+    """Mamba-2 (arXiv 2405.21060) with one state per query head: h <- e^(dt A) h + dt x B^T, y = h C + D x, dt = softplus(dt + bias)."""
+
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        if config.state != config.head_dim:
+            raise ValueError(f"{config.kind} needs state = head_dim (K and Q become B and C); got {config.state} and {config.head_dim}")
+        super().__init__(config, layer_idx)
+        self.dt_bias = nn.Parameter(torch.zeros(config.heads))
+        self.D = nn.Parameter(torch.zeros(config.heads))
+        if config.kind == "mamba2":
+            self.A_log = nn.Parameter(torch.zeros(config.heads))
+
+    def rows(self) -> dict[str, int]:
+        """z | x | B | C | dt, the order of Mamba-2 and Bamba."""
+        c = self.config
+        return {"z": c.inner, "x": c.shared, "B": c.shared, "C": c.inner, "dt": c.heads}
+
+    def conv_channels(self) -> int:
+        """x, B and C, before or (compatibility) behind the GQA repeat."""
+        c = self.config
+        return 3 * c.inner if c.conv_after_repeat else 2 * c.shared + c.inner
+
+    def conv_rows(self) -> tuple[str, ...]:
+        """x, B and C pass the convolution."""
+        return ("x", "B", "C")
+
+    def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
+        c, together = self.config, parts["conv"]
+        if not c.conv_after_repeat:
+            return together
+        x, b, q = together.split([c.shared, c.shared, c.inner], -1)
+        return torch.cat((self._repeat(x), self._repeat(b), q), -1)
+
+    def _repeat(self, shared: Tensor) -> Tensor:  # [..., G P] -> [..., H P]
+        c = self.config
+        return shared.unflatten(-1, (c.groups, c.head_dim)).repeat_interleave(c.heads // c.groups, -2).flatten(-2)
+
+    def heads_of(self, conv_out: Tensor, rest: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x, B [..., G, P] (H heads behind the repeat) and C [..., H, P]."""
+        c = self.config
+        heads = conv_out.unflatten(-1, (-1, c.head_dim))
+        shared = c.heads if c.conv_after_repeat else c.groups
+        x, b, q = heads.split([shared, shared, c.heads], -2)
+        return x, b, q
+
+    def decay(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log decay and write strength (both [..., H], at least fp32) from the raw step."""
+        step = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
+        return -at_least_fp32(self.A_log).exp() * step, step
+
+    def scan(self, x: Tensor, b: Tensor, c: Tensor | None, dt: Tensor, state: Tensor | None, rec: Recurrence) -> tuple[Tensor, Tensor]:
+        """Chunked SSD; see `llamba.kernels.ssd.ssd`."""
+        a, step = self.decay(dt)
+        if c is None:
+            c = b.new_zeros(*b.shape[:-2], self.config.heads, b.shape[-1])
+        return ssd(x, a, b, c, dt=step, D=self.D, state=state, seq_idx=rec.seq_idx, mask=rec.mask)
+
+    def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One token; see `llamba.kernels.ssd.ssd_step`."""
+        a, step = self.decay(dt)
+        return ssd_step(x, a, b, c, dt=step, D=self.D, state=state)
+
+
+class DiscreteMamba2(Mamba2):
+    """Discrete Mamba-2 of Phi-Mamba (arXiv 2408.10189): h <- e^(-softplus(a + bias)) h + x B^T; the input is not scaled by the step."""
+
+    def decay(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log decay -softplus(a + bias); write strength 1 (None)."""
+        return -F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias)), None

@@ -1,0 +1,180 @@
+"""What a recipe would do: layers, parameters, tokens, memory, hours. Counts on the meta device; needs neither weights nor network."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from llamba.convert import student_config
+from llamba.families import family_of
+from llamba.hybrid import RECURRENT
+from llamba.mixers import build_mixer
+from llamba.recipe import Distill, Recipe
+from llamba.run import attention_of, resolve_model
+from llamba.teachers import teacher_config
+
+GIB = 2**30
+PEAK_FLOPS = 989e12  # dense bf16 of one H100 or H200
+UTILISATION = 0.4
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: of the whole student, of its mixers, of the teacher, and of one converted layer, ours and published."""
+
+    student: int
+    mixers: int
+    teacher: int
+    attention: int
+    published: dict[str, int]
+    own: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's plan; `str` gives the text that `--plan` prints."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    counts: Counts
+
+    @property
+    def kept(self) -> list[int]:
+        """Layers that keep attention."""
+        return [i for i, kind in enumerate(self.config.layer_types) if kind != RECURRENT]
+
+    def __str__(self) -> str:
+        lines = [f"teacher   {self.recipe.teacher}", *self._layers(), *self._parameters()]
+        for number, stage in enumerate(self.recipe.stages, 1):
+            lines += self._stage(number, stage)
+        return "\n".join(lines)
+
+    def _layers(self) -> list[str]:
+        total = self.config.num_hidden_layers
+        share = len(self.kept) / total
+        asked = self.recipe.student.attention
+        note = f" (asked: {asked:g})" if isinstance(asked, float) and abs(share - asked) > 1e-9 else ""
+        return [
+            f"student   {self.recipe.student.mixer}, init {self.recipe.student.init}, {total} layers",
+            f"attention kept in {len(self.kept)} of {total} layers = {share:.4g}{note}: {', '.join(map(str, self.kept)) or 'none'}",
+        ]
+
+    def _parameters(self) -> list[str]:
+        c = self.counts
+        published, own = sum(c.published.values()), sum(c.own.values())
+        lines = [
+            f"each converted layer: {_millions(published)} in the published layout, {_signed(published - c.attention)} against attention"
+            f" ({_millions(c.attention)}); {own:,} more of our own"
+        ]
+        lines += [f"    {name:<18}{count:>14,}" for name, count in c.published.items()]
+        lines += [f"    {name:<18}{count:>14,}  ours" for name, count in c.own.items()]
+        lines.append(f"parameters: teacher {_millions(c.teacher)}, student {_millions(c.student)}, mixers {_millions(c.mixers)}")
+        return lines
+
+    def _stage(self, number: int, stage: Distill) -> list[str]:
+        trainable = self.counts.mixers if stage.train == "mixers" else self.counts.student
+        lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(self.recipe, stage)}"]
+        processes = int(os.environ.get("WORLD_SIZE", "0")) or 8
+        memory = _memory(self.config, self.counts, stage, trainable, self.recipe.data.length)
+        total = sum(memory.values())
+        lines.append("    memory per GPU, nothing sharded: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()))
+        lines.append(f"    = {total / GIB:.1f} GiB (DDP); with weights, gradients and moments sharded over {processes} GPUs (ZeRO-3, FSDP2): "
+                     f"{(memory['activations'] + (total - memory['activations']) / processes) / GIB:.1f} GiB")  # fmt: skip
+        budget = _budget(self.recipe, stage)
+        per_token = _flops_per_token(self.config, self.counts, trainable, self.recipe.data.length, stage.gradient_checkpointing)
+        hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
+        amount = "" if budget else " per 1,000,000,000 tokens"
+        lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
+        return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.3f} M"
+
+
+def _signed(count: int) -> str:
+    return f"{count / 1e6:+,.3f} M"
+
+
+def _budget(recipe: Recipe, stage: Distill) -> int | None:
+    if stage.tokens is not None:
+        return stage.tokens
+    return None if stage.steps is None else stage.steps * stage.batch * recipe.data.length
+
+
+def _tokens(recipe: Recipe, stage: Distill) -> str:
+    per_step = stage.batch * recipe.data.length
+    if stage.tokens is not None:
+        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {stage.batch} x {recipe.data.length:,}"
+    if stage.steps is not None:
+        return f"{stage.steps:,} steps of {stage.batch} x {recipe.data.length:,} = at most {stage.steps * per_step:,} tokens"
+    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {stage.batch} x {recipe.data.length:,}"
+
+
+def _memory(config: PreTrainedConfig, counts: Counts, stage: Distill, trainable: int, length: int) -> dict[str, float]:
+    """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher in bf16, activations."""
+    tokens = stage.micro_batch * length
+    kept_per_layer = config.hidden_size if stage.gradient_checkpointing else 14 * config.hidden_size + 3 * config.intermediate_size
+    logits = 4 * min(tokens * config.vocab_size, 2**26) * 4
+    return {
+        "student": 4 * counts.student,
+        "gradients": 4 * trainable,
+        "moments": 8 * trainable,
+        "teacher": (2 if stage.precision == "bf16" else 4) * counts.teacher,
+        "activations": 2 * tokens * kept_per_layer * config.num_hidden_layers + logits,
+    }
+
+
+def _flops_per_token(config: PreTrainedConfig, counts: Counts, trainable: int, length: int, checkpointing: bool) -> float:
+    """2 per weight and pass: teacher and student forward, activation gradients, weight gradients of what is trained; attention itself."""
+    embedding = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    attention = 2 * length * config.num_attention_heads * (config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads)
+    kept = sum(kind != RECURRENT for kind in config.layer_types)
+    teacher = 2 * (counts.teacher - embedding) + attention * config.num_hidden_layers
+    student = 2 * (counts.student - embedding) + attention * kept
+    return teacher + student * (3 if checkpointing else 2) + 2 * trainable
+
+
+def _published(config: PreTrainedConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of one mixer by name: those of the published layout, and those that we add."""
+    mixer = dict(config.mixer)
+    with torch.device("meta"):
+        rows = build_mixer(mixer, 0).rows()
+        ours = {name: value.numel() for name, value in build_mixer(mixer, 0).named_parameters()}
+    own: dict[str, int] = {}
+    published = {f"in_proj[{name}]": count * mixer["hidden_size"] for name, count in rows.items()}
+    published |= {name: count for name, count in ours.items() if not name.startswith("in_proj")}
+    if "in_proj.bias" in ours:
+        gate = mixer["heads"] * mixer["head_dim"] if mixer["kind"] == "discrete_mamba2" else 0
+        if gate:
+            published["gate bias"] = gate
+        own["in_proj.bias"] = ours["in_proj.bias"] - gate
+    if mixer["kind"] == "discrete_mamba2":
+        own["dt_bias"] = published.pop("dt_bias")
+    for name in [name for name in published if name.startswith(("q_norm", "k_norm")) or name == "out_proj.bias"]:
+        own[name] = published.pop(name)
+    return published, own
+
+
+def _numel(model: torch.nn.Module) -> int:
+    return sum(value.numel() for value in model.parameters())
+
+
+def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
+    """Parameter counts of a conversion, on the meta device."""
+    with torch.device("meta"):
+        every = student_config(teacher, config.mixer["kind"], 1.0)
+        whole, student = family_of(teacher).causal_lm(every), family_of(config).causal_lm(config)
+    attention = _numel(whole.model.layers[0].self_attn)
+    mixers = sum(_numel(layer.self_attn) for layer, kind in zip(student.model.layers, config.layer_types, strict=True) if kind == RECURRENT)
+    published, own = _published(config)
+    return Counts(_numel(student), mixers, _numel(whole), attention, published, own)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe. Raises ValueError for an unknown teacher or values out of range."""
+    teacher: Any = teacher_config(resolve_model(recipe.teacher))
+    config = student_config(teacher, recipe.student.mixer, attention_of(recipe))
+    return Plan(recipe, config, count(teacher, config))

@@ -1,0 +1,249 @@
+"""A recipe's run: a folder that fills stage by stage, and that the same command continues wherever it was stopped.
+
+    output/recipe.json     the recipe, resolved
+    output/data/           tokenised rows; output/data.json says where they came from and what became of them
+    output/0-convert/      a model folder per step: weights, config, tokenizer, stage.json, DONE
+    output/1-distill/      the same, with metrics.jsonl, and with checkpoints/ while it is being trained
+
+A step's folder counts from the moment it holds DONE, which is written last.
+"""
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from llamba import data, overrides
+from llamba.data import Prepared
+from llamba.recipe import Recipe
+
+DONE = "DONE"
+RECIPE = "recipe.json"
+STAGE = "stage.json"
+_PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+_WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def finished(folder: str | Path) -> list[Path]:
+    """The finished steps of a run folder, in order."""
+    done = (marker.parent for marker in Path(folder).glob(f"*-*/{DONE}"))
+    return sorted((step for step in done if step.name.partition("-")[0].isdigit()), key=lambda step: int(step.name.partition("-")[0]))
+
+
+def resolve_model(name: str | Path) -> str:
+    """What to load where a model is expected: a run folder means its last finished step, all else means itself.
+
+    Raises ValueError for a folder that is neither a model nor a run with a finished step, and for a path that does not exist.
+    """
+    path = Path(name)
+    if path.is_dir():
+        steps = finished(path)
+        if steps:
+            return str(steps[-1])
+        if not (path / "config.json").is_file():
+            found = sorted(entry.name for entry in path.iterdir())[:8] or "nothing"
+            raise ValueError(f"{name} must be a model folder (with config.json) or a run folder with a finished stage, found {found}")
+        return str(path)
+    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise ValueError(f"{name} must be a model folder, a run folder or a hub name (org/name), found no such folder")
+    return str(name)
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Make the folder this recipe's own. Raises ValueError if finished work in it belongs to another recipe."""
+    wanted = overrides.to_dict(recipe)
+    path = out / RECIPE
+    if path.exists():
+        present = json.loads(path.read_text())
+        settled = {"teacher", "student", "seed"} if finished(out) else set()
+        settled |= set(wanted) - {"output"} if (out / "data" / DONE).exists() else set()
+        old, new = ({key: values.get(key) for key in sorted(settled)} for values in (present, wanted))
+        if changed := overrides.differences(old, new):
+            raise ValueError(
+                f"{out} holds a run of another recipe ({'; '.join(changed)}); "
+                "give the old values, choose another output, or delete the folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"output must be a new folder or a run folder, got {out}, which has files but no {RECIPE}")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(path, wanted)
+
+
+def _describe(folder: Path, name: str, settings: dict[str, Any], started: float, results: dict[str, Any]) -> None:
+    """Write stage.json and, last, DONE."""
+    report = {
+        "stage": name,
+        "config": settings,
+        "results": results,
+        "command": sys.argv,
+        "seconds": round(time.time() - started, 1),
+        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
+    }
+    _write(folder / STAGE, report)
+    (folder / DONE).touch()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def attention_of(recipe: Recipe) -> float | list[int]:
+    """The fraction, or the list of layers, that `student.attention` gives or that stands in the JSON file it names.
+
+    Raises ValueError if there is no such file or no such list in it.
+    """
+    attention = recipe.student.attention
+    if not isinstance(attention, str):
+        return attention
+    if not Path(attention).is_file():
+        raise ValueError(f"student.attention must be a fraction, a list of layers or a JSON file with such a list, got {attention!r}")
+    layers = json.loads(Path(attention).read_text())
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"{attention} must hold a JSON list of layer indices, got {str(layers)[:80]}")
+    return layers
+
+
+def _convert(recipe: Recipe, teacher: str, folder: Path) -> None:
+    """Convert the teacher into `folder`, which appears whole or not at all."""
+    from llamba.convert import convert
+
+    started, partial = time.time(), folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    choice = recipe.student
+    student = convert(teacher, mixer=choice.mixer, attention=attention_of(recipe), init=choice.init, seed=recipe.seed)
+    student.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(partial)
+    conversion: Any = student.conversion
+    _write(partial / "conversion.json", conversion.to_json())
+    _describe(partial, "convert", overrides.to_dict(recipe)["student"], started, {})
+    os.replace(partial, folder)
+    del student
+    gc.collect()
+
+
+def _prepare_data(recipe: Recipe, teacher: str, out: Path) -> None:
+    """Tokenise for every choice of targets among the stages, or check that what was tokenised is still there."""
+    manifest = out / data.MANIFEST
+    if (out / "data" / DONE).exists():
+        for part in json.loads(manifest.read_text()).values():
+            data.check_unchanged(part)
+        return
+    shutil.rmtree(out / "data", ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    choices = sorted({stage.targets for stage in recipe.stages})
+    _write(manifest, {targets: data.prepare(recipe.data, tokenizer, targets, out / "data" / targets) for targets in choices})
+    (out / "data").mkdir(exist_ok=True)
+    (out / "data" / DONE).touch()
+
+
+def _once(marker: Path, work: Callable[[], None]) -> None:
+    """Do `work`, which leaves `marker`, in the first process; in the others wait for it."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    if _rank() == 0:
+        work()
+    while not marker.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(f"waited {_WAIT_SECONDS // 3600} hours for the first process to finish {marker.parent}, and it did not")
+        time.sleep(0.5)
+
+
+def run(recipe: Recipe) -> Path:
+    """Do what is left of a recipe, and return the last step's folder.
+
+    Under a launcher every process calls this; conversion and tokenising are done by the first before any process group
+    exists. Raises ValueError for anything wrong with the recipe, its teacher, its data or its folder.
+    """
+    from llamba.stages import STAGES  # here, so that chat and plan need not import the trainer
+
+    out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
+    if _rank() == 0:
+        _claim(recipe, out)
+    previous = out / "0-convert"
+    _once(previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, teacher, previous))
+    _once(out / "data" / DONE, lambda: _prepare_data(recipe, teacher, out))
+    for number, stage in enumerate(recipe.stages, 1):
+        folder = out / f"{number}-{stage.name}"
+        if not (folder / DONE).exists():
+            started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
+            results = STAGES[stage.name](stage, str(previous), teacher, Prepared(out / "data", recipe.seed), folder)
+            if _rank() == 0:
+                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+                _describe(folder, stage.name, settings, started, results)
+        if _rank() == 0:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        previous = folder
+    return previous
+
+
+def _help(recipe: Recipe, source: str) -> str:
+    listed = "\n".join(f"  {key}={json.dumps(value)}" for key, (value, _) in overrides.keys(recipe).items())
+    return (
+        f"python {source} [--plan] [key=value ...]\naccelerate launch [--config_file FILE] {source} [key=value ...]\n\n"
+        f"--plan prints what the run would do and does nothing. LLAMBA_TRACEBACK=1 shows where an error came from.\n\n{listed}"
+    )
+
+
+def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        return print(_help(recipe, source))
+    if set(flags) - {"--plan"}:
+        raise ValueError(f"needed --plan, --help or key=value, got {flags[0]}")
+    recipe = overrides.override(recipe, [argument for argument in arguments if argument not in flags], source)
+    if flags:
+        from llamba.plan import plan
+
+        return print(plan(recipe))
+    last = run(recipe)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if _rank() == 0:
+        print(f"done: {last}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a user's error (ValueError, OSError) into one line on stderr and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLAMBA_TRACEBACK") == "1":
+            raise
+        process = f" (process {_rank()})" if _rank() else ""
+        print(f"error{process}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def launch(recipe: Recipe) -> None:
+    """Run a recipe file's recipe with the command line's overrides; the last line of every recipe file.
+
+    A user's error ends as one line on stderr and exit status 2.
+    """
+    with one_line_errors():
+        _main(recipe, sys.argv[1:], sys.argv[0])

@@ -1,0 +1,10 @@
+"""Training stages. Each is `run(stage, student, teacher, data, out) -> metrics` in a file of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llamba.data import Prepared
+from llamba.stages import distill
+
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run}

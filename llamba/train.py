@@ -1,0 +1,257 @@
+"""The trainer of all distillation stages: Hugging Face's, with a teacher, a loss on hidden states, and safe checkpoints."""
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from llamba import checkpoints
+from llamba.data import Ordered, Rows, collate
+from llamba.log import Metrics
+from llamba.losses import IGNORE, Sums
+from llamba.recipe import Distill
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [B, T]
+Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
+_NO_DECAY = ("A_log", "D", "dt_bias", "bias")
+
+
+def processes() -> int:
+    """How many processes train together, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_cpu() -> bool:
+    """Whether to train on the CPU: no accelerator, or the launcher's configuration says so."""
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def accumulation(stage: Distill) -> int:
+    """Forward passes per process and optimizer step. Raises ValueError where `batch` does not divide."""
+    at_once = stage.micro_batch * processes()
+    if stage.batch % at_once:
+        raise ValueError(
+            f"{stage.name}.batch must be a multiple of micro_batch x processes = {stage.micro_batch} x {processes()}, got {stage.batch}"
+        )
+    return stage.batch // at_once
+
+
+def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArguments:
+    """The stage in the Trainer's words; checkpoints go to `folder`. Raises ValueError where `batch` does not divide."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        per_device_train_batch_size=stage.micro_batch,
+        gradient_accumulation_steps=accumulation(stage),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        learning_rate=stage.lr,
+        lr_scheduler_type=SCHEDULES[stage.schedule],
+        warmup_steps=stage.warmup,
+        adam_beta1=stage.betas[0],
+        adam_beta2=stage.betas[1],
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.clip,
+        bf16=stage.precision == "bf16",
+        activation_checkpointing=stage.gradient_checkpointing,
+        save_steps=stage.save_every,
+        logging_steps=stage.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu(),
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=on_cpu(),
+    )
+
+
+def freeze(student: PreTrainedModel, train: str) -> None:
+    """Leave trainable what `train` names: "mixers" (of the converted layers) or "all".
+
+    Raises ValueError if the student has no converted layer.
+    """
+    kinds = getattr(student.config, "layer_types", None) or []
+    converted = tuple(f"layers.{number}.self_attn." for number, kind in enumerate(kinds) if kind == "linear_attention")
+    if train == "mixers" and not converted:
+        raise ValueError("train='mixers' needs a student with converted layers, got one that is all attention; use train='all'")
+    for name, weight in student.named_parameters():
+        weight.requires_grad_(train == "all" or name.partition(".")[2].startswith(converted))
+
+
+def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` run as the forward pass of `module`, called through `wrapper` (DDP, DeepSpeed, FSDP or itself).
+
+    So the wrapper's hooks see one ordinary forward pass, whatever the function computes from the module's parts.
+    """
+    own = module.__dict__.pop("forward", None)  # accelerate may have put a wrapper of its own here
+
+    def restore() -> None:
+        module.__dict__.pop("forward", None)
+        if own is not None:
+            module.__dict__["forward"] = own
+
+    def once(*inputs: Any) -> Any:
+        restore()
+        return function(*inputs)
+
+    module.__dict__["forward"] = once
+    try:
+        return wrapper(*args)
+    finally:
+        restore()
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """The teacher in evaluation mode where the student trains: whole on each device, or its layers sharded with the student's."""
+    teacher.requires_grad_(False).eval()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        import deepspeed
+
+        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+        for training_only in ("optimizer", "scheduler"):
+            config.pop(training_only, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        engine, *_ = deepspeed.initialize(model=teacher, config=config)
+        return engine.module.eval()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.fsdp import fully_shard
+
+        teacher.to(accelerator.device)
+        layers: Any = teacher.base_model.layers
+        for layer in layers:  # each a root of its own; embeddings and head stay whole, tied or not
+            fully_shard(layer)
+        return teacher
+    return teacher.to(accelerator.device)
+
+
+class DistillTrainer(Trainer):
+    """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
+
+    The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        objective: Objective,
+        args: TrainingArguments,
+        rows: Ordered,
+        metrics: Path,
+    ) -> None:
+        pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
+        super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
+        self.pop_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
+        self.objective: Objective = objective
+        self.student = student
+        self.folder = Path(args.output_dir or "")
+        self.teacher = place_teacher(teacher, self.accelerator)
+        self._logged = torch.zeros(4, device=args.device)  # Sums since the last log
+        self._step = torch.zeros(4, device=args.device)  # Sums of this optimizer step
+
+    def _sums(self, model: nn.Module, batch: Batch) -> Sums:
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return inside(model, student, partial(self.objective, student, self.teacher), batch)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """This forward pass's part of the step's mean, times the processes over which gradients are averaged."""
+        sums = self._sums(model, inputs)
+        self._step += torch.stack([value.detach().float() for value in sums])
+        return sums.loss * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward. Raises ValueError, on all processes alike and before the optimizer steps, if the loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            total = self.accelerator.reduce(self._step, "sum")
+            self._logged += total
+            self._step.zero_()
+            self._require_finite(total)
+        return loss
+
+    def _require_finite(self, sums: Tensor) -> None:
+        loss, kl, ce = (sums[:3] / sums[3]).tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss must be finite, got {loss} (kl {kl}, ce {ce}) at step {self.state.global_step + 1}; "
+                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss and its parts as means over the target tokens since the last log, of all processes."""
+        if "loss" in logs:
+            loss, kl, ce, targets = self._logged.tolist()
+            logs |= {"loss": loss / targets, "kl": kl / targets, "ce": ce / targets}
+            self._logged.zero_()
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: no biases, norms, `A_log`, `D`."""
+        # under ZeRO-3 a weight is an empty shard and ds_shape its true shape
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+        return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete checkpoint, or a ValueError and the last complete one untouched."""
+        target = self.folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
+        self._require_finite_weights()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not checkpoints.is_disk_full(error):
+                raise
+            raise ValueError(
+                f"disk full while saving {target}; {checkpoints.last_good(self.folder)}; free some space and run the same command again"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.mark_complete(target)
+
+    def _require_finite_weights(self) -> None:
+        trained = ((name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad)
+        broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
+        if broken:
+            raise ValueError(
+                f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
+                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+            )
+
+    @torch.no_grad()
+    def held_out(self, rows: Rows) -> dict[str, float]:
+        """Mean loss, kl and ce (nats per target token) on held-out rows."""
+        self.student.eval()
+        sums = torch.zeros(4, device=self.args.device)
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size * self.accelerator.num_processes):
+            first = start + size * self.accelerator.process_index
+            own = [rows[index] for index in range(first, min(first + size, len(rows)))]
+            batch = collate(own or [rows[0]], 0)
+            if not own:  # every process takes part in every forward pass
+                batch["labels"].fill_(IGNORE)
+            sums += torch.stack([value.float() for value in self._sums(self.model_wrapped, self._prepare_inputs(batch))])
+        loss, kl, ce, targets = self.accelerator.reduce(sums, "sum").tolist()
+        return {"eval_loss": loss / targets, "eval_kl": kl / targets, "eval_ce": ce / targets}

@@ -1,0 +1,61 @@
+"""Small random teachers of every family, and the students made of them."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel, Qwen2Config,
+    Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
+
+from llamba.convert import convert
+
+VOCABULARY = 101
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA31_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+TEACHERS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "llama-3.2": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "rope_parameters": LLAMA31_ROPE, "head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 16}),
+    "phi": (PhiConfig, PhiForCausalLM, {}),
+    "phi-qk-norm": (PhiConfig, PhiForCausalLM, {"qk_layernorm": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+}
+MIXERS = ("mamba1", "mamba2", "discrete_mamba2")
+
+
+def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A random teacher whose biases and norms are random too, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    config, model, more = TEACHERS[name]
+    made = model(config(**SHAPE, num_key_value_heads=groups, **more)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(4)
+    return made
+
+
+def student(mixer: str = "mamba2", name: str = "llama", attention: Any = 0.5, dtype: torch.dtype = torch.float64, **more: Any):
+    """A converted model with random new parameters (`init="paper"`), so that every one of them matters."""
+    return convert(teacher(name, dtype=dtype), mixer=mixer, attention=attention, **{"init": "paper", **more})
+
+
+def ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """RMS(got - want) / RMS(want)."""
+    return ((got - want).double().square().mean().sqrt() / want.double().square().mean().sqrt()).item()

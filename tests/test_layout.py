@@ -1,0 +1,134 @@
+"""The shape of the project: rooms, arrows between them, the `kernels` hazard, and words that do not belong in product code."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("kernels", "eval", "speculative", "recipes")
+PRODUCT = sorted(p for top in ("llamba", "kernels", "eval", "speculative") for p in (ROOT / top).rglob("*.py"))
+
+# Each room and the rooms it may import; what is not listed may not be imported.
+ARROWS: dict[str, set[str]] = {
+    "kernels": set(),
+    "cache": {"kernels"},
+    "mixers": {"cache", "kernels"},
+    "hybrid": {"mixers", "cache", "kernels"},
+    "families": {"hybrid", "mixers"},
+    "convert": {"families", "hybrid", "mixers", "folders"},
+    "teachers": set(),
+    "typed": set(),
+    "errors": set(),
+    "folders": set(),
+    "recipe": {"typed"},
+    "overrides": {"recipe", "typed"},
+    "log": {"data"},
+    "losses": set(),
+    "sources": set(),
+    "data": {"recipe", "sources"},
+    "checkpoints": set(),
+    "train": {"checkpoints", "data", "log", "losses", "recipe"},
+    "stages": {"checkpoints", "convert", "data", "log", "losses", "recipe", "train"},
+    "run": {"convert", "data", "errors", "folders", "overrides", "plan", "recipe", "stages"},
+    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "teachers"},
+    "chat": {"folders"},
+    "speculative": {"cache", "hybrid", "kernels"},
+    "eval": {"families", "speculative"},
+    "bench": {"cache", "mixers", "kernels"},
+}
+
+
+def room_of(path: Path) -> str:
+    """The room of a file: the part below llamba/, or the top-level folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "llamba" else parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of llamba that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "llamba" else [node.module]
+        found |= {name.split(".")[1] for name in names if name.startswith("llamba.")}
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "cli"):
+        return
+    assert room in ARROWS, f"{room} is a new room: say in ARROWS what it may import"
+    assert imported_rooms(path) - {room} <= ARROWS[room]
+
+
+def test_arrows_have_no_cycle() -> None:
+    left = {room: set(to) for room, to in ARROWS.items()}
+    while left:
+        free = [room for room, to in left.items() if not to & set(left)]
+        assert free, f"a cycle among {sorted(left)}"
+        for room in free:
+            del left[room]
+
+
+def test_kernels_import_only_torch_and_each_other() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                assert node.module.split(".")[0] in {"torch", *sys.stdlib_module_names}, (path, node.module)
+
+
+def test_the_kernels_folder_has_no_init_and_the_rooms_are_links() -> None:
+    """With kernels/__init__.py on sys.path, Hugging Face's own `kernels` package is shadowed and transformers breaks."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for room in ROOMS:
+        link = ROOT / "llamba" / room
+        assert link.is_symlink() and link.readlink() == Path("..") / room
+
+
+def test_transformers_imports_from_the_root_of_the_checkout() -> None:
+    done = subprocess.run([sys.executable, "-c", "from transformers import LlamaForCausalLM"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", [*PRODUCT, *sorted((ROOT / "recipes").glob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
+def test_product_code_knows_no_toys(path: Path) -> None:
+    assert not re.search(r"\b(tiny|toy|dummy|demo)\b|_(tiny|toy|dummy|demo)\b", path.read_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_product_code_neither_probes_nor_swallows(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            assert node.id != "hasattr", node.lineno
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            assert caught and not {"Exception", "BaseException", "ImportError"} & set(re.findall(r"\w+", caught)), node.lineno
+
+
+def test_library_never_imports_recipes_or_the_command() -> None:
+    for path in PRODUCT:
+        assert not {"recipes", "cli"} & imported_rooms(path) or path.name == "cli.py", path
+
+
+def test_every_file_stands_in_the_readme() -> None:
+    tree = (ROOT / "README.md").read_text()
+    for path in PRODUCT + sorted((ROOT / "recipes").rglob("*.py")):
+        name = path.parent.name + "/" if path.name == "__init__.py" else path.name
+        assert name in tree, f"README's file tree does not name {path.relative_to(ROOT)}"
+
+
+def test_package_carries_what_it_needs() -> None:
+    assert importlib.util.find_spec("llamba.kernels.ssd") is not None
+    text = (ROOT / "pyproject.toml").read_text()
+    for suffix in {p.suffix for top in ("llamba", *ROOMS) for p in (ROOT / top).rglob("*") if p.is_file()} - {".py", ".pyc"}:
+        assert f'"*{suffix}"' in text, suffix

@@ -1,0 +1,85 @@
+"""Plans: exact parameter counts against the published ones, no network, no weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamba.plan import plan
+from llamba.recipe import Data, Distill, Recipe, Student
+from llamba.teachers import KNOWN, teacher_config
+
+ROOT = Path(__file__).parent.parent
+# Parameters of the published models, from their weight files.
+PUBLISHED = {
+    "meta-llama-3-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096, "phi-1_5": 1_418_270_720, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+}  # fmt: skip
+
+
+def recipe(teacher: str = "meta-llama/Meta-Llama-3-8B-Instruct", stage: Distill | None = None, **student) -> Recipe:
+    return Recipe(teacher=teacher, student=Student(**student), data=Data(train="x.jsonl"), stages=[stage or Distill()], output="runs/x")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    assert plan(recipe(name, attention=1.0)).counts.teacher == PUBLISHED[name]
+
+
+def test_llama3_8b_counts() -> None:
+    made = plan(recipe())
+    c = made.counts
+    assert made.kept == list(range(1, 32, 2))
+    assert sum(c.published.values()) - c.attention == 16_943_200
+    assert c.published["in_proj[z]"] == 4096 * 4096 and c.published["in_proj[dt]"] == 32 * 4096
+    assert c.own == {"in_proj.bias": 10_272}
+    assert c.mixers == 16 * (sum(c.published.values()) + 10_272) and round(c.mixers / 1e6) == 942
+    text = str(made)
+    for words in ("+16.943 M", "942.", "1, 3, 5", "GiB", "hours", "in_proj.bias"):
+        assert words in text, words
+
+
+def test_every_published_layout_adds_up() -> None:
+    """Mamba-1: 60.91 M per layer (18.97 M more than attention); Phi-Mamba: 21.1 M per layer."""
+    mamba1 = plan(recipe(mixer="mamba1")).counts
+    assert abs(sum(mamba1.published.values()) - 60.91e6) < 0.02e6 and abs(sum(mamba1.published.values()) - mamba1.attention - 18.97e6) < 0.02e6
+    phi = plan(recipe("microsoft/phi-1_5", mixer="discrete_mamba2")).counts
+    assert abs(sum(phi.published.values()) - 21.1e6) < 0.05e6
+    assert set(phi.own) == {"in_proj.bias", "out_proj.bias", "dt_bias"}
+    for counts in (mamba1, phi):
+        assert counts.mixers % (sum(counts.published.values()) + sum(counts.own.values())) == 0
+
+
+def test_a_fraction_that_does_not_divide_is_told() -> None:
+    made = plan(recipe("meta-llama/Llama-3.2-3B-Instruct", attention=0.125))
+    assert made.kept == [7, 15, 23] and "3 of 28 layers = 0.1071 (asked: 0.125): 7, 15, 23" in str(made)
+
+
+def test_budgets() -> None:
+    assert "262,144,000 tokens = 2,000 steps of 64 x 2,048" in str(plan(recipe(stage=Distill(tokens=262_144_000))))
+    assert "3 steps of 64 x 2,048 = at most 393,216 tokens" in str(plan(recipe(stage=Distill(steps=3))))
+    assert "per 1,000,000,000 tokens" in str(plan(recipe(stage=Distill(epochs=1.0))))
+
+
+def test_unknown_teachers_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="one of the known shapes"):
+        teacher_config("nobody/nothing-at-all")
+    assert len(KNOWN) >= len(PUBLISHED)
+
+
+def test_plan_of_the_recipe_file_needs_no_network() -> None:
+    """A process whose sockets fail prints the plan of recipes/llama3_50pct.py."""
+    script = (
+        "import runpy, socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network used')\n"
+        "socket.socket.connect = refuse\nsocket.getaddrinfo = refuse\n"
+        "sys.argv = ['recipes/llama3_50pct.py', '--plan']\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "+16.943 M" in done.stdout and "hours" in done.stdout

@@ -1,0 +1,504 @@
+"""Training: the run folder, the trainer's loss, what is frozen, resume, and every way in which it may end badly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamba import checkpoints, run
+from llamba.data import Ordered, Prepared, prepare
+from llamba.log import METRICS, read_metrics
+from llamba.losses import IGNORE
+from llamba.recipe import Data, Distill, Recipe, Student
+from llamba.stages import distill
+from llamba.train import DistillTrainer, accumulation, freeze, inside, training_arguments
+
+ROOT = Path(__file__).parent.parent
+SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(Data(train=str(chat_file), length=48), tokenizer, "assistant", folder / "assistant")
+    return Prepared(folder, 0)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
+    """The teacher converted, with mixers in layers 0 and 2."""
+    from llamba.convert import convert
+
+    folder = tmp_path_factory.mktemp("student")
+    convert(str(teacher_folder)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trainer_of(stage: Distill, data: Prepared, student: str, teacher: str, out: Path) -> DistillTrainer:
+    rows = data.rows("train", "assistant")
+    ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
+    args = training_arguments(stage, 0, out / "checkpoints")
+    pupil, guide = distill._load(stage, student, teacher)
+    return DistillTrainer(pupil, guide, partial(distill.objective, stage), args, ordered, out / METRICS)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# the stage
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_falls_and_only_mixers_move(tmp_path, data, student_folder, teacher_folder, precision, checkpointing):
+    stage = Distill(**{**SHORT, "lr": 2e-2, "ce": 0.05, "precision": precision, "gradient_checkpointing": checkpointing}, steps=16)
+    metrics = distill.run(stage, student_folder, str(teacher_folder), data, tmp_path)
+    lines = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in lines] == list(range(1, 17)) and metrics == {**lines[-1], "processes": 1}
+    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["kl"] + 0.05 * line["ce"], rel=1e-4)
+    before, after = weights(Path(student_folder)), weights(tmp_path)
+    mixers = {name for name in before if ".layers.0.self_attn." in name or ".layers.2.self_attn." in name}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= mixers and {name.rpartition("self_attn.")[2] for name in moved} >= {"in_proj.weight", "A_log"}
+    assert not list(tmp_path.glob("*.bin"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded).__name__ == "LlamaHybridForCausalLM" and reloaded.dtype == torch.float32 and reloaded.config.use_cache
+
+
+def test_everything_can_be_trained(tmp_path, data, teacher_folder, small, tokenizer):
+    """A student that is a plain transformer, too: distillation asks nothing of it but hidden states and a head."""
+    student = small.llama(len(tokenizer), seed=1)
+    student.save_pretrained(tmp_path / "student")
+    stage = Distill(**SHORT, steps=4, train="all", temperature=2.0)
+    distill.run(stage, str(tmp_path / "student"), str(teacher_folder), data, tmp_path / "out")
+    before, after = weights(tmp_path / "student"), weights(tmp_path / "out")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match="needs a student with converted layers"):
+        freeze(student, "mixers")
+
+
+def test_held_out_rows(tmp_path, data, student_folder, teacher_folder):
+    stage = Distill(**SHORT, steps=1)
+    shutil.copytree(data.folder, tmp_path / "data")
+    shutil.copytree(data.folder / "assistant" / "train", tmp_path / "data" / "assistant" / "eval")
+    metrics = distill.run(stage, student_folder, str(teacher_folder), Prepared(tmp_path / "data", 0), tmp_path / "out")
+    whole = Distill(**{**SHORT, "batch": 64, "micro_batch": 64, "lr": 1e-30}, steps=1)
+    expected = distill.run(whole, str(tmp_path / "out"), str(teacher_folder), data, tmp_path / "again")
+    for key in ("loss", "kl", "ce"):
+        assert metrics[f"eval_{key}"] == pytest.approx(expected[key], rel=1e-5)
+    assert [line["step"] for line in read_metrics(tmp_path / "out" / METRICS)] == [1, 1]
+
+
+def test_other_vocabulary(tmp_path, data, teacher_folder, small):
+    small.llama(99).save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="must share a vocabulary, got 99 tokens"):
+        distill.run(Distill(**SHORT, steps=1), str(tmp_path / "student"), str(teacher_folder), data, tmp_path / "out")
+
+
+def test_batch_must_divide(monkeypatch):
+    assert accumulation(Distill(batch=64, micro_batch=2)) == 32
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert accumulation(Distill(batch=64, micro_batch=2)) == 4
+    with pytest.raises(ValueError, match="distill.batch must be a multiple of micro_batch x processes = 3 x 8, got 64"):
+        accumulation(Distill(batch=64, micro_batch=3))
+
+
+# the loss
+
+
+def losses_of(stage, data, student, teacher, out) -> list[float]:
+    distill.run(stage, student, teacher, data, out)
+    return [line["loss"] for line in read_metrics(out / METRICS)]
+
+
+def test_accumulation_changes_nothing(tmp_path, data, student_folder, teacher_folder):
+    """Rows have between 2 and some 40 targets, so a mean of means would differ."""
+    runs = [losses_of(Distill(**{**SHORT, "micro_batch": size}, steps=6), data, student_folder, str(teacher_folder), tmp_path / str(size))
+            for size in (8, 2)]  # fmt: skip
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_gradient_is_the_mean_over_the_step(tmp_path, data, student_folder, teacher_folder):
+    """Two accumulated passes leave the gradient of one fp64 mean over all their targets."""
+    stage = Distill(**{**SHORT, "clip": 0.0}, steps=1, train="all")
+    trainer = trainer_of(stage, data, student_folder, str(teacher_folder), tmp_path)
+    student, teacher = trainer.student, trainer.teacher
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in part]) for part in (range(4), range(4, 8))]
+    count = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    student.double(), teacher.double()
+    total = sum(distill.objective(stage, student, teacher, batch).loss for batch in batches) / count
+    total.backward()
+    expected = {name: weight.grad for name, weight in student.named_parameters()}
+    student.float().zero_grad(), teacher.float()
+    caught = {}
+    trainer.create_optimizer().register_step_pre_hook(
+        lambda *_: caught.update({name: weight.grad.double() for name, weight in student.named_parameters()})
+    )
+    trainer.train()
+    for name, gradient in expected.items():
+        assert (caught[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+def test_no_decay_on_what_is_no_matrix(tmp_path, data, student_folder, teacher_folder):
+    trainer = trainer_of(Distill(**SHORT, steps=1), data, student_folder, str(teacher_folder), tmp_path)
+    decayed = {name.rpartition(".")[2] if "self_attn" in name else name for name in trainer.get_decay_parameter_names(trainer.student)}
+    assert not decayed & {"A_log", "D", "dt_bias", "bias", "model.norm.weight"}
+    assert "model.layers.0.mlp.up_proj.weight" in decayed and not any("norm" in name for name in decayed)
+
+
+def test_inside_restores_forward():
+    module = torch.nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    wrapped = module.__dict__["forward"] = lambda x: x * 0
+    assert inside(module, module, lambda y: module.weight.sum() * y, x).shape == x.shape and module.__dict__["forward"] is wrapped
+    del module.__dict__["forward"]
+    with pytest.raises(ZeroDivisionError):
+        inside(module, module, lambda y: 1 / 0, x)
+    assert "forward" not in module.__dict__ and module(x).shape == x.shape
+
+
+# endings
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step: int, when: str) -> None:
+    """Raise in place of training step `step + 1`, or in the midst of that step's checkpoint."""
+    own = DistillTrainer._save_rng_state if when == "saving" else DistillTrainer.training_step
+
+    def stopping(self, *args):
+        if self.state.global_step == step:
+            raise Stop
+        return own(self, *args)
+
+    monkeypatch.setattr(DistillTrainer, own.__name__, stopping)
+
+
+@pytest.mark.parametrize("step, when, resumed", [(3, "training", 0), (6, "training", 4), (8, "saving", 4), (10, "saving", 8)])
+def test_resume_is_bit_equal(tmp_path, monkeypatch, data, student_folder, teacher_folder, step, when, resumed):
+    """Ten steps of eight of 64 rows: the second epoch begins in step 9."""
+    stage = Distill(**SHORT, steps=10)
+    distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, step, when)
+        distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "parts")
+    folder = tmp_path / "parts" / "checkpoints"
+    assert [found.name for found in checkpoints.complete(folder)] == [f"checkpoint-{resumed}"] * bool(resumed)
+    assert (folder / f"checkpoint-{step}").exists() == (when == "saving")
+    distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "parts")
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (read_metrics(tmp_path / name / METRICS) for name in ("whole", "parts"))
+    assert [{**line, "tokens_per_s": 0} for line in whole] == [{**line, "tokens_per_s": 0} for line in parts]
+
+
+def test_finished_training_is_only_saved_again(tmp_path, monkeypatch, data, student_folder, teacher_folder):
+    stage = Distill(**SHORT, steps=4)
+    distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "out")
+    kept = weights(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    monkeypatch.setattr(DistillTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+    assert distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "out")["step"] == 4
+    assert all(torch.equal(kept[name], value) for name, value in weights(tmp_path / "out").items())
+
+
+def test_nan_stops_with_one_message(tmp_path, monkeypatch, data, student_folder, teacher_folder):
+    own = distill.objective
+
+    def breaking(stage, student, teacher, batch):
+        sums = own(stage, student, teacher, batch)
+        return sums if len(read_metrics(tmp_path / METRICS)) < 5 else sums._replace(loss=sums.loss * torch.nan)
+
+    monkeypatch.setattr(distill, "objective", breaking)
+    with pytest.raises(ValueError) as caught:
+        distill.run(Distill(**SHORT, steps=10), student_folder, str(teacher_folder), data, tmp_path)
+    good = tmp_path / "checkpoints" / "checkpoint-4"
+    assert str(caught.value).startswith("the loss must be finite, got nan (kl ") and "at step 6" in str(caught.value)
+    assert f"the last good checkpoint is {good}" in str(caught.value)
+    assert all(value.isfinite().all() for value in weights(good).values())
+    AutoModelForCausalLM.from_pretrained(good)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, data, student_folder, teacher_folder):
+    trainer = trainer_of(Distill(**SHORT, steps=4), data, student_folder, str(teacher_folder), tmp_path)
+    monkeypatch.setattr(trainer, "_require_finite", lambda sums: None)
+    own = DistillTrainer.training_step
+
+    def breaking(self, *args):
+        loss = own(self, *args)
+        if self.state.global_step == 3:
+            next(weight for weight in self.student.parameters() if weight.requires_grad).grad.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(DistillTrainer, "training_step", breaking)
+    with pytest.raises(ValueError, match="weights must be finite, got NaN or infinity in model.layers.0.* at step 4; there is no"):
+        trainer.train()
+    assert not checkpoints.complete(trainer.folder)
+
+
+def test_no_room_for_a_checkpoint(tmp_path, monkeypatch, data, student_folder, teacher_folder):
+    room = iter([10**12, 10**3])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(room)))
+    with pytest.raises(ValueError, match="disk full: saving to .* needs 0.* GiB, 0.000 GiB are free; the last good .*checkpoint-4"):
+        distill.run(Distill(**SHORT, steps=10), student_folder, str(teacher_folder), data, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.5 MB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs")
+def test_disk_that_fills_while_saving(small_disk, monkeypatch, data, student_folder, teacher_folder):
+    """Even if the check before the save did not see it coming."""
+    monkeypatch.setattr(checkpoints, "require_room", lambda folder, needed: None)
+    out, filler = small_disk / "out", small_disk / "filler"
+    stage = Distill(**SHORT, steps=10)
+    own = DistillTrainer.training_step
+
+    def filling(self, *args):
+        if self.state.global_step == 6 and not filler.exists():
+            filler.write_bytes(b"0" * (shutil.disk_usage(small_disk).free - 100_000))
+        return own(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "training_step", filling)
+        with pytest.raises(ValueError, match="disk full while saving .*checkpoint-8; the last good checkpoint is .*checkpoint-4"):
+            distill.run(stage, student_folder, str(teacher_folder), data, out)
+    AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "checkpoint-4")
+    filler.unlink()
+    assert distill.run(stage, student_folder, str(teacher_folder), data, out)["step"] == 10
+
+
+# the run folder
+
+
+def recipe_of(teacher_folder, chat_file, out, **changes) -> Recipe:
+    parts = dict(teacher=str(teacher_folder), student=Student(), stages=[Distill(**SHORT, steps=2)], output=str(out))
+    parts["data"] = Data(train=str(chat_file), length=48)
+    return Recipe(**{**parts, **changes})
+
+
+def test_run_folder(tmp_path, monkeypatch, teacher_folder, chat_file, tokenizer):
+    recipe = recipe_of(teacher_folder, chat_file, tmp_path / "run")
+    last = run.run(recipe)
+    assert last == tmp_path / "run" / "1-distill" and run.resolve_model(tmp_path / "run") == str(last)
+    files = {path.name for path in last.iterdir()}
+    assert files == {"DONE", "stage.json", "metrics.jsonl", "model.safetensors", "config.json", "generation_config.json",
+                     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+    assert AutoTokenizer.from_pretrained(last).chat_template == tokenizer.chat_template
+    report = json.loads((last / "stage.json").read_text())
+    assert report["config"]["lr"] == SHORT["lr"] and report["results"]["step"] == 2 and report["versions"]["torch"] == torch.__version__
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["assistant"]["train"][0]["rows"] == 64
+    assert "converted" in json.loads((tmp_path / "run" / "0-convert" / "conversion.json").read_text())
+    stamps = {path: path.stat().st_mtime_ns for path in last.iterdir()}
+    run.run(recipe)
+    assert stamps == {path: path.stat().st_mtime_ns for path in last.iterdir()}
+    shutil.rmtree(last)
+    assert run.resolve_model(tmp_path / "run") == str(tmp_path / "run" / "0-convert")
+
+
+def test_folder_of_another_recipe(tmp_path, teacher_folder, chat_file):
+    run.run(recipe_of(teacher_folder, chat_file, tmp_path / "run"))
+    before = (tmp_path / "run" / "recipe.json").read_text()
+    other = recipe_of(teacher_folder, chat_file, tmp_path / "run", student=Student(attention=0.25), seed=3)
+    with pytest.raises(ValueError, match=r"another recipe \(seed: 0 -> 3; student.attention: 0.5 -> 0.25\); give the old values, choose"):
+        run.run(other)
+    assert (tmp_path / "run" / "recipe.json").read_text() == before
+
+
+def test_recipe_may_change_while_nothing_is_done(tmp_path, chat_file, teacher_folder):
+    with pytest.raises(ValueError, match="student.attention"):
+        run.run(recipe_of(teacher_folder, chat_file, tmp_path / "run", student=Student(attention=[99])))
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="broken.jsonl:1: needed one JSON object"):
+        run.run(recipe_of(teacher_folder, tmp_path / "broken.jsonl", tmp_path / "run"))
+    run.run(recipe_of(teacher_folder, chat_file, tmp_path / "run"))
+
+
+def test_folder_with_other_things(tmp_path, teacher_folder, chat_file):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output must be a new folder or a run folder"):
+        run.run(recipe_of(teacher_folder, chat_file, tmp_path))
+
+
+def test_data_that_changed(tmp_path, teacher_folder, small):
+    rows = small.write_rows(tmp_path / "rows.jsonl", small.chats(16))
+    recipe = recipe_of(teacher_folder, rows, tmp_path / "run")
+    run.run(recipe)
+    small.write_rows(rows, small.chats(17))
+    with pytest.raises(ValueError, match="rows.jsonl is not what it was when this run began"):
+        run.run(recipe)
+
+
+def test_layers_from_a_file(tmp_path, teacher_folder, chat_file):
+    (tmp_path / "layers.json").write_text("[0, 3]")
+    recipe = recipe_of(teacher_folder, chat_file, tmp_path, student=Student(attention=str(tmp_path / "layers.json")))
+    assert run.attention_of(recipe) == [0, 3]
+    (tmp_path / "layers.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="must hold a JSON list of layer indices"):
+        run.attention_of(recipe)
+    with pytest.raises(ValueError, match="or a JSON file with such a list, got 'half'"):
+        run.attention_of(recipe_of(teacher_folder, chat_file, tmp_path, student=Student(attention="half")))
+
+
+def test_resolve_model(tmp_path, teacher_folder):
+    assert run.resolve_model(teacher_folder) == str(teacher_folder)
+    assert run.resolve_model("org/model") == "org/model"
+    (tmp_path / "x" / "1-distill").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"must be a model folder \(with config.json\) or a run folder .* found \['1-distill'\]"):
+        run.resolve_model(tmp_path / "x")
+    for name in ("./nowhere", "/nowhere/at/all", "a/b/c"):
+        with pytest.raises(ValueError, match="found no such folder"):
+            run.resolve_model(name)
+    for number in (2, 10):
+        (tmp_path / "x" / f"{number}-sft").mkdir()
+        (tmp_path / "x" / f"{number}-sft" / "DONE").touch()
+    assert run.resolve_model(tmp_path / "x") == str(tmp_path / "x" / "10-sft")
+
+
+# processes
+
+
+def environment(**more: str) -> dict[str, str]:
+    fixed = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return {**os.environ, **fixed, **more}
+
+
+STAGE = ", ".join(f"{key}={value!r}" for key, value in SHORT.items())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["student.attention=1.5"], "student.attention must be a fraction from 0 to 1 or a list of layers, got 1.5"),
+        (["teacher=empty"], "empty must be a model folder (with config.json) or a run folder with a finished stage, found nothing"),
+        (["teacher=hollow"], "hollow"),
+        (["data.train=broken.jsonl"], "broken.jsonl:1: needed one JSON object in UTF-8"),
+    ],
+)
+def test_errors_reach_the_terminal_as_one_line(recipe_file, teacher_folder, arguments, message):
+    path = recipe_file(STAGE)
+    (path.parent / "empty").mkdir()
+    (path.parent / "hollow").mkdir()
+    shutil.copy(teacher_folder / "config.json", path.parent / "hollow")
+    (path.parent / "broken.jsonl").write_text("{\n")
+    done = subprocess.run([sys.executable, "recipe.py", *arguments], capture_output=True, text=True, env=environment(), cwd=path.parent)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and message in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe_file):
+    """DDP over gloo with uneven targets: the first 20 losses of one process that accumulates twice as often."""
+    path = recipe_file(STAGE + ", steps=20")
+    config = str(ROOT / "recipes" / "accelerate" / "cpu_ddp.yaml")
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "recipe.py", "output=two", "stages.0.micro_batch=2"]
+    one = [sys.executable, "recipe.py", "output=one", "stages.0.micro_batch=2"]
+    for command in (two, one):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=path.parent, timeout=300)
+        assert done.returncode == 0, done.stderr
+    folders = {name: path.parent / name / "1-distill" for name in ("one", "two")}
+    reports = {name: json.loads((folder / "stage.json").read_text()) for name, folder in folders.items()}
+    assert reports["one"]["results"]["processes"] == 1 and reports["two"]["results"]["processes"] == 2
+    losses = {name: [line["loss"] for line in read_metrics(folder / METRICS)] for name, folder in folders.items()}
+    assert len(losses["one"]) == 20 and losses["one"][-1] < losses["one"][0]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+
+
+def steps(out: Path) -> int:
+    return len(read_metrics(out / "1-distill" / METRICS))
+
+
+def torn(out: Path) -> bool:
+    return any(not (found / "COMPLETE").exists() for found in out.glob("1-distill/checkpoints/checkpoint-*"))
+
+
+POINTS = {
+    "converting": lambda out: (out / "recipe.json").exists(),
+    "converted": lambda out: (out / "0-convert").exists(),
+    "tokenising": lambda out: (out / "data").exists(),
+    "tokenised": lambda out: (out / "data" / "DONE").exists(),
+    "saving": lambda out: torn(out),
+    "step 2": lambda out: steps(out) >= 2,
+    "step 3": lambda out: steps(out) >= 3,
+    "step 5": lambda out: steps(out) >= 5,
+    "step 7": lambda out: steps(out) >= 7,
+    "step 9": lambda out: steps(out) >= 9,
+    "step 12": lambda out: steps(out) >= 12,
+    "checkpoint 8": lambda out: (out / "1-distill" / "checkpoints" / "checkpoint-8" / "COMPLETE").exists(),
+    "saved": lambda out: (out / "1-distill" / "model.safetensors").exists(),
+}
+CHAINS = (
+    ("converting", "step 2", "saving", "step 7", "saving"),
+    ("converted", "tokenising", "saving", "saving", "saved"),
+    ("step 3", "saving", "step 9", "saving", "step 12"),
+    ("tokenised", "step 5", "checkpoint 8", "saving", "saved"),
+)
+
+
+def kill_at(command: list[str], out: Path, point: str) -> tuple[int, bool]:
+    """Run until `point` (or the last step) and kill; the exit status, and whether a checkpoint was half-written."""
+    with open(f"{out}.log", "a") as log:
+        process = subprocess.Popen(command, env=environment(), cwd=out.parent, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if POINTS[point](out) or (point == "saving" and steps(out) >= 12):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.0005)
+        process.kill()
+    return process.wait(), torn(out)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(recipe_file):
+    """Twenty SIGKILLs in four runs, five each, some in the midst of a checkpoint; then the same command finishes."""
+    path = recipe_file(STAGE + ", steps=12")
+
+    def chain(number: int) -> list[tuple[int, bool]]:
+        out = path.parent / f"run{number}"
+        command = [sys.executable, path.name, f"output={out}", "stages.0.save_every=2"]
+        kills = [kill_at(command, out, point) for point in CHAINS[number]] if number < len(CHAINS) else []
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=path.parent)
+        assert done.returncode == 0, done.stderr
+        return kills
+
+    with ThreadPoolExecutor(2) as pool:
+        kills = [kill for chained in pool.map(chain, range(len(CHAINS) + 1)) for kill in chained]
+    assert [status for status, _ in kills] == [-signal.SIGKILL] * 20
+    assert sum(half_written for _, half_written in kills) >= 3
+    whole = path.parent / f"run{len(CHAINS)}" / "1-distill"
+    for number in range(len(CHAINS)):
+        parts = path.parent / f"run{number}" / "1-distill"
+        assert same(whole, parts), CHAINS[number]
+        assert [line["loss"] for line in read_metrics(whole / METRICS)] == [line["loss"] for line in read_metrics(parts / METRICS)]
+        assert not list(parts.parent.rglob("*.partial")) and not (parts / "checkpoints").exists()
