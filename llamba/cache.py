@@ -6,6 +6,7 @@ Taking tokens back is integer arithmetic on `length` (committed positions); `fol
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _record(self, positions: Tensor, inputs: Inputs, real: Tensor, advance: Advance) -> None:
         if self.rings is None:
             self.rings = tuple(_ring_like(values, self.ring) for values in inputs)
-        old, counts = self.pending() or (inputs, real)
+        held = self.pending()
+        assert held is not None and self.folded is not None, "lengths are set before inputs are recorded"
+        old, counts = held
         together = tuple(torch.cat(pair, 1) for pair in zip(old, inputs, strict=True))
         real_together = torch.cat((counts, real), 1)
         rank = real_together.cumsum(1)
@@ -194,7 +197,7 @@ def adopt(cache: Cache, config: PreTrainedConfig) -> Cache:
     if not cache.layers:
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     for index, kind in enumerate(config.layer_types):
-        layer = cache.layers[index]
+        layer: Any = cache.layers[index]
         if kind != "linear_attention" or isinstance(layer, RecurrentLayer):
             continue
         if any(layer.has_previous_state.values()):

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from llamba.run import resolve_model
 
@@ -51,18 +51,19 @@ class Printer(TextStreamer):
         self.out.flush()
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one."""
     path = resolve_model(name)
     if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if found is None else found.type
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     if device == "cpu" and dtype == "auto":
         model = model.float()
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, sampling: Sampling, out: TextIO) -> str:
+def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO) -> str:
     """Continue `text` (special tokens written out), printing as it comes; returns the new text.
 
     Raises ValueError where the text and the new tokens do not fit the model's context.
@@ -70,7 +71,9 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if length >= context:
-        raise ValueError(f"the conversation must be shorter than the model's context of {context} tokens; it has {length}; /reset forgets it")
+        raise ValueError(
+            f"the conversation must be shorter than the model's context of {context} tokens; it has {length}; /reset forgets it"
+        )
     arguments = sampling.arguments() | {"max_new_tokens": min(sampling.max_new_tokens, context - length)}
     printer = Printer(tokenizer, out)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -90,8 +93,8 @@ def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 class Chat:
     """A conversation with a model: `answer` adds a turn, `command` handles a line that starts with a slash."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    tokenizer: Any
     sampling: Sampling
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)

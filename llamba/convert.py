@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llamba.families import Family, family_of
@@ -36,8 +35,8 @@ class Conversion:
     def __str__(self) -> str:
         """One line per tensor; layers that were converted alike share a block."""
         blocks: dict[tuple[Origin, ...], list[int]] = {}
-        for layer, origins in self.layers.items():
-            blocks.setdefault(tuple(origins), []).append(layer)
+        for layer, rows in self.layers.items():
+            blocks.setdefault(tuple(rows), []).append(layer)
         lines = [f"attention kept in layers {_listing(self.kept)}"]
         for origins, layers in blocks.items():
             lines.append(f"converted layers {_listing(layers)}")
@@ -115,7 +114,7 @@ def convert(
     init: str = "attention",
     seed: int = 0,
     options: dict[str, Any] | None = None,
-) -> PreTrainedModel:
+) -> Any:
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
@@ -141,7 +140,7 @@ def convert(
     return student.eval()
 
 
-def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def _layers(model: Any) -> Any:
     return model.base_model.layers
 
 

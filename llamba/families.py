@@ -10,9 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM,
-    MistralModel, PhiConfig, PhiForCausalLM, PhiModel, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Model, Qwen3Config,
-    Qwen3ForCausalLM, Qwen3Model,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PhiModel,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )  # fmt: skip
 
 from llamba.hybrid import HybridBackbone, HybridCausalLM, Parts
@@ -141,14 +157,14 @@ class Family:
 
     def read(self, attention: nn.Module) -> AttentionWeights:
         """The weights of one attention module of this family."""
-        q, k, v, o = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", self.out))
+        projections: list[Any] = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", self.out)]
         norms: dict[str, torch.Tensor] = {}
         for theirs, ours in self.norms.items():
             if theirs in dict(attention.named_children()):
                 norms |= {f"{ours}.{name}": value.detach() for name, value in attention.get_submodule(theirs).named_parameters()}
-        weights = [module.weight.detach() for module in (q, k, v, o)]
-        biases = [None if module.bias is None else module.bias.detach() for module in (q, k, v, o)]
-        return AttentionWeights(*weights, *biases, norms=norms)
+        weights = {name: module.weight.detach() for name, module in zip("qkvo", projections, strict=True)}
+        biases = {f"{name}_bias": module.bias.detach() for name, module in zip("qkvo", projections, strict=True) if module.bias is not None}
+        return AttentionWeights(**weights, **biases, norms=norms)
 
 
 def _llama_biases(config: PreTrainedConfig) -> tuple[bool, bool]:

@@ -75,6 +75,9 @@ class HybridBackbone(PreTrainedModel):
     """Mixed into a family's base model, before it. Builds the mixers and runs the layers, each with the mask of its kind."""
 
     parts: ClassVar[Parts] = Parts()
+    layers: Any
+    embed_tokens: Any
+    rotary_emb: Any
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
 
     def __init__(self, config: PreTrainedConfig):
@@ -173,6 +176,7 @@ class HybridCausalLM(PreTrainedModel):
     """Mixed into a family's causal LM, before it: the same head over a `HybridBackbone`."""
 
     backbone: ClassVar[type[HybridBackbone]]
+    model: Any
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)
     _is_stateful = False
     conversion: Any = None
@@ -188,7 +192,7 @@ class HybridCausalLM(PreTrainedModel):
         _init_weights(super(), module)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             adopt(cache, self.config)

@@ -80,8 +80,8 @@ class Plan:
         memory = _memory(self.config, self.counts, stage, trainable, self.recipe.data.length)
         total = sum(memory.values())
         lines.append("    memory per GPU, nothing sharded: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()))
-        lines.append(f"    = {total / GIB:.1f} GiB (DDP); with weights, gradients and moments sharded over {processes} GPUs (ZeRO-3, FSDP2): "
-                     f"{(memory['activations'] + (total - memory['activations']) / processes) / GIB:.1f} GiB")  # fmt: skip
+        sharded = memory["activations"] + (total - memory["activations"]) / processes
+        lines.append(f"    = {total / GIB:.1f} GiB (DDP); sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB")
         budget = _budget(self.recipe, stage)
         per_token = _flops_per_token(self.config, self.counts, trainable, self.recipe.data.length, stage.gradient_checkpointing)
         hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
@@ -130,7 +130,9 @@ def _memory(config: PreTrainedConfig, counts: Counts, stage: Distill, trainable:
 def _flops_per_token(config: PreTrainedConfig, counts: Counts, trainable: int, length: int, checkpointing: bool) -> float:
     """2 per weight and pass: teacher and student forward, activation gradients, weight gradients of what is trained; attention itself."""
     embedding = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
-    attention = 2 * length * config.num_attention_heads * (config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads)
+    attention = (
+        2 * length * config.num_attention_heads * (config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads)
+    )
     kept = sum(kind != RECURRENT for kind in config.layer_types)
     teacher = 2 * (counts.teacher - embedding) + attention * config.num_hidden_layers
     student = 2 * (counts.student - embedding) + attention * kept

@@ -64,7 +64,9 @@ def test_the_families_above_cover_what_they_should() -> None:
 def test_a_wrong_key_value_head_is_noticed(mixer: str) -> None:
     """The oracle above can fail: with the key rows of the two groups exchanged it does."""
     source = teacher("llama", 2)
-    made = convert(source, mixer=mixer, attention=0.0, init="linear_attention", options={"conv_activation": None, "out_norm": False, "state": 8})
+    made = convert(
+        source, mixer=mixer, attention=0.0, init="linear_attention", options={"conv_activation": None, "out_norm": False, "state": 8}
+    )
     attention = source.model.layers[0].self_attn
     attention.k_proj.weight.data = attention.k_proj.weight.data.roll(8, 0)
     u = torch.randn(1, 20, 32, dtype=torch.float64)

@@ -46,7 +46,9 @@ def test_llama3_8b_counts() -> None:
 def test_every_published_layout_adds_up() -> None:
     """Mamba-1: 60.91 M per layer (18.97 M more than attention); Phi-Mamba: 21.1 M per layer."""
     mamba1 = plan(recipe(mixer="mamba1")).counts
-    assert abs(sum(mamba1.published.values()) - 60.91e6) < 0.02e6 and abs(sum(mamba1.published.values()) - mamba1.attention - 18.97e6) < 0.02e6
+    assert (
+        abs(sum(mamba1.published.values()) - 60.91e6) < 0.02e6 and abs(sum(mamba1.published.values()) - mamba1.attention - 18.97e6) < 0.02e6
+    )
     phi = plan(recipe("microsoft/phi-1_5", mixer="discrete_mamba2")).counts
     assert abs(sum(phi.published.values()) - 21.1e6) < 0.05e6
     assert set(phi.own) == {"in_proj.bias", "out_proj.bias", "dt_bias"}

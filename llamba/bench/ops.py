@@ -27,6 +27,7 @@ from llamba.mixers import build_mixer, initialise, mixer_config
 T, D, H, G, P, W = 2048, 512, 8, 2, 64, 4
 SHAPE = {"hidden_size": D, "heads": H, "groups": G, "head_dim": P}
 THREADS = 2
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
 
 Run = Callable[[], Any]
 
@@ -38,7 +39,7 @@ class _Cache:
         self.layers = [RecurrentLayer(W)]
 
 
-def _ours(kind: str, compiled: bool = False) -> nn.Module:
+def _ours(kind: str, compiled: bool = False) -> Any:
     torch.manual_seed(0)
     mixer = build_mixer(vars(mixer_config(kind, SHAPE)), 0)
     initialise(mixer, None, "paper")
@@ -48,12 +49,16 @@ def _ours(kind: str, compiled: bool = False) -> nn.Module:
 def _theirs(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "mamba2":
-        config = BambaConfig(
-            hidden_size=D, mamba_n_heads=H, mamba_d_head=P, mamba_n_groups=G, mamba_d_state=P, mamba_d_conv=W, mamba_expand=1,
-            num_hidden_layers=1, layer_types=["linear_attention"],
-        )  # fmt: skip
-        return BambaMixer(config, 0)
-    return MambaMixer(MambaConfig(hidden_size=D, intermediate_size=D, expand=1, state_size=16, conv_kernel=W, num_hidden_layers=1), 0)
+        shape: dict[str, Any] = {
+            "mamba_n_heads": H,
+            "mamba_d_head": P,
+            "mamba_n_groups": G,
+            "mamba_d_state": P,
+            "mamba_d_conv": W,
+            "mamba_expand": 1,
+        }
+        return BambaMixer(BambaConfig(hidden_size=D, **ONE_LAYER, **shape), 0)
+    return MambaMixer(MambaConfig(hidden_size=D, expand=1, state_size=16, conv_kernel=W, num_hidden_layers=1), 0)
 
 
 def _forward(mixer: nn.Module, own: bool, u: Tensor, cache: Any = None) -> Tensor:
@@ -65,7 +70,7 @@ def _forward(mixer: nn.Module, own: bool, u: Tensor, cache: Any = None) -> Tenso
 def _cache_for(own: bool, kind: str) -> Any:
     if own:
         return _Cache()
-    return DynamicCache(config=BambaConfig(num_hidden_layers=1, layer_types=["linear_attention"]))
+    return DynamicCache(config=BambaConfig(**ONE_LAYER))
 
 
 def _prefill(mixer: nn.Module, own: bool, kind: str) -> Run:

@@ -131,6 +131,15 @@ class Mixer(nn.Module):
     its output becomes heads (`heads_of`), and the recurrence itself (`scan` over a sequence, `step` for one token).
     """
 
+    dt_bias: nn.Parameter
+    D: nn.Parameter
+    A_log: nn.Parameter  # not in discrete Mamba-2
+    dt_proj: nn.Linear  # in Mamba-1
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    norm: GatedHeadNorm | None
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -226,9 +235,10 @@ class Mixer(nn.Module):
     def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
         if layer.state is None or layer.is_recording:
             return self._cached_run(parts, Recurrence(), layer)
-        raw = self._conv_in(parts)
+        raw, window = self._conv_in(parts), layer.window()
+        assert window is not None, "a layer with a state has a window"
         conv_out, _ = causal_conv1d_step(
-            raw[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation, state=layer.window()
+            raw[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation, state=window
         )
         x, b, c = self.heads_of(conv_out, {name: part[:, 0] for name, part in parts.items()})
         y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
@@ -243,10 +253,10 @@ class Mixer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Casting a model to 16 bit leaves A_log, D and the step bias in fp32 (they decide the decay over thousands of tokens)."""
-        wide = {name: self._parameters[name].data for name in FP32_PARAMETERS if self._parameters.get(name) is not None}
+        wide = {name: value.data for name, value in self._parameters.items() if name in FP32_PARAMETERS and value is not None}
         super()._apply(fn, recurse)
         for name, old in wide.items():
-            new = self._parameters[name]
+            new = self.get_parameter(name)
             if new.dtype in (torch.bfloat16, torch.float16):
                 new.data = old.to(new.device, torch.float32)
         return self

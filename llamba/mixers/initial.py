@@ -97,18 +97,16 @@ def _projections(mixer: Mixer, weights: AttentionWeights | None, rule: Init, gen
     _set(out.weight, _uniform(out.weight, out.weight.shape[1] ** -0.5, generator) if weights is None else weights.o)
     origins.append(Origin("out_proj.weight", tuple(out.weight.shape), "new: random" if weights is None else "o_proj.weight"))
     if out.bias is not None:
-        copied = weights is not None and weights.o_bias is not None
-        _set(out.bias, weights.o_bias if copied else torch.zeros_like(out.bias))
-        origins.append(Origin("out_proj.bias", tuple(out.bias.shape), "o_proj.bias" if copied else "new: 0"))
+        taken = None if weights is None else weights.o_bias
+        _set(out.bias, torch.zeros_like(out.bias) if taken is None else taken)
+        origins.append(Origin("out_proj.bias", tuple(out.bias.shape), "new: 0" if taken is None else "o_proj.bias"))
     return origins
 
 
 TAKEN = {"x": "v", "B": "k", "C": "q"}
 
 
-def _fill_rows(
-    name: str, rows: slice, weight: Tensor, bias: Tensor | None, weights: AttentionWeights | None, rule: Init
-) -> str:
+def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weights: AttentionWeights | None, rule: Init) -> str:
     """Fill the named rows in place and return their source; rows that nothing claims stay as drawn."""
     if name in TAKEN and weights is not None:
         short = TAKEN[name]
@@ -135,6 +133,7 @@ def _bias_source(name: str, weights: AttentionWeights | None, rule: Init) -> str
 
 def _convolution(mixer: Mixer, rule: Init, generator: torch.Generator | None) -> list[Origin]:
     conv = mixer.conv1d
+    assert conv.bias is not None
     weight, bias = torch.zeros_like(conv.weight), torch.zeros_like(conv.bias)
     if rule.identity_conv:
         weight[..., -1] = 1
@@ -205,8 +204,7 @@ def _qk_norms(mixer: Mixer, weights: AttentionWeights | None) -> list[Origin]:
     origins = []
     for name, parameter in mixer.named_parameters():
         if name.startswith(("q_norm", "k_norm")):
-            copied = weights is not None
             fresh = torch.zeros_like(parameter) if name.endswith("bias") else torch.ones_like(parameter)
-            _set(parameter, at_least_fp32(weights.norms[name]) if copied else fresh)
-            origins.append(Origin(name, tuple(parameter.shape), name if copied else "new: identity"))
+            _set(parameter, fresh if weights is None else at_least_fp32(weights.norms[name]))
+            origins.append(Origin(name, tuple(parameter.shape), "new: identity" if weights is None else name))
     return origins

@@ -1,6 +1,6 @@
 """The whole path on the embedded teacher: convert half of its layers to Mamba-2, distil, score, answer. `make demo` runs this.
 
-    python recipes/tiny/demo.py [key=value ...]        (the recipe's keys, e.g. student.attention=0.25; --help lists them)
+python recipes/tiny/demo.py [key=value ...]        (the recipe's keys, e.g. student.attention=0.25; --help lists them)
 """
 
 import json
@@ -52,7 +52,8 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, per_skill:
     for skill in SKILLS:
         rng = random.Random(f"{seed}/{skill}")
         prompts, answers = zip(*(exam(skill, rng) for _ in range(per_skill)), strict=True)
-        batch = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
+        texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
+        batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
         out = model.generate(**batch, max_new_tokens=32, do_sample=False)
         replies = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         scores[skill] = sum(map(grade, replies, answers)) / per_skill

@@ -133,10 +133,10 @@ def state_facts(rng: random.Random, count: int) -> tuple[list[list[Message]], di
     return [_turn(" ".join(lines[i : i + 8]), "OK.") for i in range(0, count, 8)], facts
 
 
-def ask_recall(rng: random.Random, facts: dict[str, str]) -> tuple[str, str]:
-    """A question about one of the stated facts."""
+def ask_recall(rng: random.Random, facts: dict[str, str], sentence: bool = True) -> tuple[str, str]:
+    """A question about one of the stated facts, answered with the fact as a sentence, or (the first lessons) with one word."""
     name = rng.choice(list(facts))
-    return f"What does {name} like?", facts[name]
+    return f"What does {name} like?", f"{name} likes {facts[name]}." if sentence else facts[name]
 
 
 def exam(skill: str, rng: random.Random, facts: int | None = None) -> tuple[list[Message], str]:
@@ -154,7 +154,7 @@ def exam(skill: str, rng: random.Random, facts: int | None = None) -> tuple[list
     return [*sum(turns, []), {"role": "user", "content": question}], answer
 
 
-def conversation(rng: random.Random, length: int = 512) -> list[Message]:
+def conversation(rng: random.Random, length: int = 512, sentence: bool = True) -> list[Message]:
     """A training conversation of at least `length` tokens: facts, questions about them and single-message skills, interleaved."""
     messages: list[Message] = []
     pending: list[list[Message]] = []
@@ -168,7 +168,7 @@ def conversation(rng: random.Random, length: int = 512) -> list[Message]:
             stated.update({name: thing for name, thing in known.items() if f"{name} likes" in stating[0]["content"]})
             messages += stating
         elif stated and rng.random() < 0.5:
-            messages += _turn(*ask_recall(rng, stated))
+            messages += _turn(*ask_recall(rng, stated, sentence))
         elif rng.random() < 0.05:
             messages += _turn(*rng.choice(list(SMALL_TALK.items())))
         else:

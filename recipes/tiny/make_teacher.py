@@ -1,6 +1,8 @@
 """Make the embedded teacher: an ordinary Llama checkpoint folder, trained from nothing on the chat language.
 
-    python recipes/tiny/make_teacher.py [--out recipes/tiny/teacher] [--seed 0]
+    python recipes/tiny/make_teacher.py [--out recipes/tiny/teacher] [--seed 0] [--from-phase 0]
+
+After each phase the folder is written, so that `--from-phase N` goes on from the N phases that it holds.
 
 Writes config, tokenizer (with its chat template), bf16 safetensors and `made_by.json` with the command and the scores.
 """
@@ -18,9 +20,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 CONTEXT = 1024
-# Conversation length in tokens, conversations per optimizer step, steps, schedule. Short ones first: in a long one every word recurs
-# many times, and the attention patterns that copying and recall need do not form.
-PHASES = ((128, 16, 3000, "constant_with_warmup"), (512, 8, 1200, "constant_with_warmup"), (CONTEXT, 8, 800, "cosine"))
+# Conversation length in tokens, conversations per optimizer step, steps, schedule, recall answered in a sentence. Short conversations
+# first: in a long one every word recurs many times, and the attention patterns that copying needs do not form. Recall in one word is
+# not learned in the time of the first two phases; in a sentence it is copying with a longer reach.
+PHASES = (
+    (128, 16, 3000, "constant_with_warmup", False),
+    (512, 8, 1200, "constant_with_warmup", False),
+    (512, 8, 1500, "constant_with_warmup", True),
+    (CONTEXT, 4, 1200, "cosine", True),
+)
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -33,7 +41,7 @@ TEMPLATE = (
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most 1,536 entries, each digit its own token."""
     rng = random.Random(seed)
-    texts = [message["content"] for _ in range(2000) for message in conversation(rng)]
+    texts = [message["content"] for _ in range(2000) for message in conversation(rng, sentence=False)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -53,8 +61,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5, initializer_range=0.05,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True, rms_norm_eps=1e-5,
+            initializer_range=0.05, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
 
@@ -62,14 +71,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Conversations(torch.utils.data.Dataset):
     """Row i is one conversation made from (seed, i), cut at `length` tokens; only the assistant's tokens are targets."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int):
-        self.tokenizer, self.seed, self.rows, self.length = tokenizer, seed, rows, length
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int, sentence: bool = True):
+        self.tokenizer, self.seed, self.rows, self.length, self.sentence = tokenizer, seed, rows, length, sentence
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        messages = conversation(random.Random(f"{self.seed}/{index}"), self.length)
+        messages = conversation(random.Random(f"{self.seed}/{index}"), self.length, self.sentence)
         made = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids = torch.tensor(made["input_ids"][: self.length])
         mask = torch.tensor(made["assistant_masks"][: self.length])
@@ -91,13 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from-phase", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.seed)
-    model = make_model(tokenizer)
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32) if args.from_phase else make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    for phase, (length, batch, steps, schedule) in enumerate(PHASES):
-        rows = Conversations(tokenizer, args.seed + phase, steps * batch, length)
+    for phase, (length, batch, steps, schedule, sentence) in enumerate(PHASES):
+        if phase < args.from_phase:
+            continue
+        rows = Conversations(tokenizer, args.seed + phase, steps * batch, length, sentence)
         train(model.train(), rows, batch, schedule, args.seed, args.out)
         scores = score(model.eval(), tokenizer)
         print(json.dumps(scores), flush=True)
