@@ -1,3 +1,5 @@
 """llamba: pretrained transformers into Mamba hybrids. Importing it teaches transformers' Auto classes to load them."""
 
-from llamba import families as families
+from llamba.convert import convert
+
+__all__ = ["convert"]

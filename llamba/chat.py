@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from llamba.run import resolve_model
+from llamba.folders import resolve_model
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and forgets), /exit or end of file leaves"
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llamba import run as runs
+from llamba.errors import one_line_errors
+from llamba.folders import resolve_model
 from llamba.recipe import Recipe
 
 
@@ -29,7 +30,9 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    print(f"done: {runs.run(_recipe(args.recipe, args.overrides))}")
+    from llamba.run import run
+
+    print(f"done: {run(_recipe(args.recipe, args.overrides))}")
 
 
 def _attention(text: str) -> Any:
@@ -44,7 +47,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from llamba.convert import convert
 
-    teacher = runs.resolve_model(args.teacher)
+    teacher = resolve_model(args.teacher)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"the output must be a new or empty folder; {args.out} has files")
     student = convert(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed)
@@ -134,5 +137,5 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. A user's error ends as one line on stderr and exit status 2."""
     args = _parser().parse_args(argv)
-    with runs.one_line_errors():
+    with one_line_errors():
         args.action(args)

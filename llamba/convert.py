@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llamba.families import Family, family_of
+from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT
 from llamba.mixers import MixerConfig, Origin, build_mixer, initialise, mixer_config
 
@@ -98,6 +99,7 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
 
 def load_teacher(name: str) -> PreTrainedModel:
     """The model as it is stored (its own dtype). Raises ValueError, with what was needed and found, where it cannot be loaded."""
+    name = resolve_model(name)
     try:
         family_of(AutoConfig.from_pretrained(name))
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto")

@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig
 
 from llamba.convert import student_config
 from llamba.families import family_of
+from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT
 from llamba.mixers import build_mixer
 from llamba.recipe import Distill, Recipe
-from llamba.run import attention_of, resolve_model
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -178,5 +178,5 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
 def plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises ValueError for an unknown teacher or values out of range."""
     teacher: Any = teacher_config(resolve_model(recipe.teacher))
-    config = student_config(teacher, recipe.student.mixer, attention_of(recipe))
+    config = student_config(teacher, recipe.student.mixer, recipe.student.layers())
     return Plan(recipe, config, count(teacher, config))

@@ -6,9 +6,11 @@
 Every value is checked against its annotation and its range, so a recipe that exists is a recipe that can start.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from llamba.typed import fits, name_of
@@ -46,6 +48,20 @@ class Student:
             _require(len(set(self.attention)) == len(self.attention), "student.attention", needed, self.attention)
         elif not isinstance(self.attention, str):
             _require(0 <= self.attention <= 1, "student.attention", "a fraction from 0 to 1 or a list of layers", self.attention)
+
+    def layers(self) -> float | list[int]:
+        """The fraction, or the list of layers, which may stand in a JSON file. Raises ValueError for a file that does not hold one."""
+        if not isinstance(self.attention, str):
+            return self.attention
+        path = Path(self.attention)
+        if not path.is_file():
+            raise ValueError(
+                f"student.attention must be a fraction, a list of layers or a JSON file with such a list, got {self.attention!r}"
+            )
+        layers = json.loads(path.read_text())
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"{path} must hold a JSON list of layer indices, got {str(layers)[:80]}")
+        return layers
 
 
 @dataclass(frozen=True)

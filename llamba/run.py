@@ -16,8 +16,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from transformers import AutoTokenizer
 
 from llamba import data, overrides
 from llamba.data import Prepared
+from llamba.errors import one_line_errors
+from llamba.folders import DONE, finished, resolve_model
 from llamba.recipe import Recipe
 
-DONE = "DONE"
 RECIPE = "recipe.json"
 STAGE = "stage.json"
 _PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
@@ -43,31 +43,6 @@ def _write(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
-
-
-def finished(folder: str | Path) -> list[Path]:
-    """The finished steps of a run folder, in order."""
-    done = (marker.parent for marker in Path(folder).glob(f"*-*/{DONE}"))
-    return sorted((step for step in done if step.name.partition("-")[0].isdigit()), key=lambda step: int(step.name.partition("-")[0]))
-
-
-def resolve_model(name: str | Path) -> str:
-    """What to load where a model is expected: a run folder means its last finished step, all else means itself.
-
-    Raises ValueError for a folder that is neither a model nor a run with a finished step, and for a path that does not exist.
-    """
-    path = Path(name)
-    if path.is_dir():
-        steps = finished(path)
-        if steps:
-            return str(steps[-1])
-        if not (path / "config.json").is_file():
-            found = sorted(entry.name for entry in path.iterdir())[:8] or "nothing"
-            raise ValueError(f"{name} must be a model folder (with config.json) or a run folder with a finished stage, found {found}")
-        return str(path)
-    if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"{name} must be a model folder, a run folder or a hub name (org/name), found no such folder")
-    return str(name)
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
@@ -111,22 +86,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def attention_of(recipe: Recipe) -> float | list[int]:
-    """The fraction, or the list of layers, that `student.attention` gives or that stands in the JSON file it names.
-
-    Raises ValueError if there is no such file or no such list in it.
-    """
-    attention = recipe.student.attention
-    if not isinstance(attention, str):
-        return attention
-    if not Path(attention).is_file():
-        raise ValueError(f"student.attention must be a fraction, a list of layers or a JSON file with such a list, got {attention!r}")
-    layers = json.loads(Path(attention).read_text())
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError(f"{attention} must hold a JSON list of layer indices, got {str(layers)[:80]}")
-    return layers
-
-
 def _convert(recipe: Recipe, teacher: str, folder: Path) -> None:
     """Convert the teacher into `folder`, which appears whole or not at all."""
     from llamba.convert import convert
@@ -135,7 +94,7 @@ def _convert(recipe: Recipe, teacher: str, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     choice = recipe.student
-    student = convert(teacher, mixer=choice.mixer, attention=attention_of(recipe), init=choice.init, seed=recipe.seed)
+    student = convert(teacher, mixer=choice.mixer, attention=recipe.student.layers(), init=choice.init, seed=recipe.seed)
     student.save_pretrained(partial)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(partial)
     conversion: Any = student.conversion
@@ -225,19 +184,6 @@ def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
         torch.distributed.destroy_process_group()
     if _rank() == 0:
         print(f"done: {last}")
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a user's error (ValueError, OSError) into one line on stderr and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("LLAMBA_TRACEBACK") == "1":
-            raise
-        process = f" (process {_rank()})" if _rank() else ""
-        print(f"error{process}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def launch(recipe: Recipe) -> None:

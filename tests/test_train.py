@@ -365,12 +365,12 @@ def test_data_that_changed(tmp_path, teacher_folder, small):
 def test_layers_from_a_file(tmp_path, teacher_folder, chat_file):
     (tmp_path / "layers.json").write_text("[0, 3]")
     recipe = recipe_of(teacher_folder, chat_file, tmp_path, student=Student(attention=str(tmp_path / "layers.json")))
-    assert run.attention_of(recipe) == [0, 3]
+    assert recipe.student.layers() == [0, 3]
     (tmp_path / "layers.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="must hold a JSON list of layer indices"):
-        run.attention_of(recipe)
+        recipe.student.layers()
     with pytest.raises(ValueError, match="or a JSON file with such a list, got 'half'"):
-        run.attention_of(recipe_of(teacher_folder, chat_file, tmp_path, student=Student(attention="half")))
+        Student(attention="half").layers()
 
 
 def test_resolve_model(tmp_path, teacher_folder):

@@ -13,9 +13,10 @@ import torch
 from language import SKILLS, conversation, exam, grade
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from llamba.errors import one_line_errors
 from llamba.overrides import override
 from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.run import one_line_errors, run
+from llamba.run import run
 
 HERE = Path(__file__).parent
 CONVERSATIONS = 6400
