@@ -5,6 +5,8 @@ A checkpoint is a Trainer folder `checkpoint-<step>`; the empty file COMPLETE is
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,6 +14,7 @@ from torch import nn
 
 COMPLETE = "COMPLETE"
 _GIB = 2**30
+_TORCH_WRITE_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")  # torch.save on a full disk
 
 
 def _step(folder: Path) -> int:
@@ -19,8 +22,8 @@ def _step(folder: Path) -> int:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    return sorted((marker.parent for marker in folder.glob(f"checkpoint-*/{COMPLETE}")), key=_step)
+    """The complete checkpoints below `folder`, oldest first."""
+    return sorted((marker.parent for marker in folder.rglob(f"checkpoint-*/{COMPLETE}")), key=_step)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -65,10 +68,23 @@ def require_room(folder: Path, needed: int) -> None:
         )
 
 
-def is_disk_full(error: Exception) -> bool:
+def _is_disk_full(error: Exception) -> bool:
     """Whether a failed write failed for want of space. (PyTorch and safetensors wrap the operating system's error.)"""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, SafetensorError):
         return "No space left" in str(error)
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_WRITE_ERRORS)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Make one clear ValueError of whatever a library raises when the disk under the run folder `out` is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise ValueError(
+            f"disk full: could not write to {out}; {last_good(out)}; free some space and run the same command again"
+        ) from error

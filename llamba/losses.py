@@ -57,8 +57,8 @@ def distill_loss(
 def head_sums(
     student: Tensor,
     teacher: Tensor,
-    student_head: nn.Module,
-    teacher_head: nn.Module,
+    student_head: nn.Linear,
+    teacher_head: nn.Linear,
     labels: Tensor,
     *,
     kl: float,
@@ -79,7 +79,7 @@ def head_sums(
             teacher_logits = teacher_head(guide)
         return kl_ce_sums(student_head(hidden), teacher_logits, targets, temperature)
 
-    size = max(1, _LOGITS_AT_ONCE // student_head.get_parameter("weight").shape[0])
+    size = max(1, _LOGITS_AT_ONCE // student_head.out_features)
     if len(targets) <= size:
         kl_sum, ce_sum = block(hidden, guide, targets)
     else:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from llamba import data, overrides
+from llamba import checkpoints, data, overrides
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
 from llamba.folders import DONE, finished, resolve_model
@@ -59,7 +59,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
                 f"{out} holds a run of another recipe ({'; '.join(changed)}); "
                 "give the old values, choose another output, or delete the folder"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(entry.name != f"{RECIPE}.partial" for entry in out.iterdir()):
         raise ValueError(f"output must be a new folder or a run folder, got {out}, which has files but no {RECIPE}")
     out.mkdir(parents=True, exist_ok=True)
     _write(path, wanted)
@@ -131,32 +131,39 @@ def _once(marker: Path, work: Callable[[], None]) -> None:
         time.sleep(0.5)
 
 
+def _train(recipe: Recipe, number: int, previous: Path, teacher: str, out: Path) -> Path:
+    """Do stage `number` (from 1), unless it is done, and return its folder."""
+    from llamba.stages import STAGES  # here, so that chat and plan need not import the trainer
+
+    stage = recipe.stages[number - 1]
+    folder = out / f"{number}-{stage.name}"
+    if not (folder / DONE).exists():
+        started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
+        results = STAGES[stage.name](stage, str(previous), teacher, Prepared(out / "data", recipe.seed), folder)
+        if _rank() == 0:
+            AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+            _describe(folder, stage.name, settings, started, results)
+    if _rank() == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return folder
+
+
 def run(recipe: Recipe) -> Path:
     """Do what is left of a recipe, and return the last step's folder.
 
     Under a launcher every process calls this; conversion and tokenising are done by the first before any process group
-    exists. Raises ValueError for anything wrong with the recipe, its teacher, its data or its folder.
+    exists. Raises ValueError for anything wrong with the recipe, its teacher, its data, its folder or the disk.
     """
-    from llamba.stages import STAGES  # here, so that chat and plan need not import the trainer
-
     out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
-    if _rank() == 0:
-        _claim(recipe, out)
-    previous = out / "0-convert"
-    _once(previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, teacher, previous))
-    _once(out / "data" / DONE, lambda: _prepare_data(recipe, teacher, out))
-    for number, stage in enumerate(recipe.stages, 1):
-        folder = out / f"{number}-{stage.name}"
-        if not (folder / DONE).exists():
-            started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
-            results = STAGES[stage.name](stage, str(previous), teacher, Prepared(out / "data", recipe.seed), folder)
-            if _rank() == 0:
-                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
-                _describe(folder, stage.name, settings, started, results)
+    with checkpoints.disk_errors(out):
         if _rank() == 0:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        previous = folder
-    return previous
+            _claim(recipe, out)
+        last = first = out / "0-convert"
+        _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, teacher, first))
+        _once(out / "data" / DONE, lambda: _prepare_data(recipe, teacher, out))
+        for number in range(1, len(recipe.stages) + 1):
+            last = _train(recipe, number, last, teacher, out)
+    return last
 
 
 def _help(recipe: Recipe, source: str) -> str:

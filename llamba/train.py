@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
@@ -25,6 +24,10 @@ Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
+# transformers 5.23 renamed the argument; 5.17 knows only the old name
+_CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+)
 _NO_DECAY = ("A_log", "D", "dt_bias", "bias")
 
 
@@ -50,7 +53,8 @@ def accumulation(stage: Distill) -> int:
 
 def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArguments:
     """The stage in the Trainer's words; checkpoints go to `folder`. Raises ValueError where `batch` does not divide."""
-    return TrainingArguments(
+    renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
+    args = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         per_device_train_batch_size=stage.micro_batch,
@@ -65,7 +69,7 @@ def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArgum
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.clip,
         bf16=stage.precision == "bf16",
-        activation_checkpointing=stage.gradient_checkpointing,
+        **renamed,
         save_steps=stage.save_every,
         logging_steps=stage.log_every,
         logging_first_step=True,
@@ -78,6 +82,8 @@ def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArgum
         report_to="none",
         use_cpu=on_cpu(),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel
+    return args
 
 
 def freeze(student: PreTrainedModel, train: str) -> None:
@@ -131,6 +137,8 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrai
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.fsdp import fully_shard
 
+        if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:  # then only the first process has read the teacher
+            raise ValueError("fsdp_cpu_ram_efficient_loading must be false in the accelerate configuration, got true")
         teacher.to(accelerator.device)
         layers: Any = teacher.base_model.layers
         for layer in layers:  # each a root of its own; embeddings and head stay whole, tied or not
@@ -160,7 +168,7 @@ class DistillTrainer(Trainer):
         super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
-        self.objective: Objective = objective
+        self.sums_of: Objective = objective
         self.student = student
         self.folder = Path(args.output_dir or "")
         self.teacher = place_teacher(teacher, self.accelerator)
@@ -170,7 +178,7 @@ class DistillTrainer(Trainer):
     def _sums(self, model: nn.Module, batch: Batch) -> Sums:
         student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            return inside(model, student, partial(self.objective, student, self.teacher), batch)
+            return inside(model, student, partial(self.sums_of, student, self.teacher), batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -214,19 +222,12 @@ class DistillTrainer(Trainer):
         return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete checkpoint, or a ValueError and the last complete one untouched."""
+        """A complete checkpoint, or an error and the last complete one untouched."""
         target = self.folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
         self._require_finite_weights()
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not checkpoints.is_disk_full(error):
-                raise
-            raise ValueError(
-                f"disk full while saving {target}; {checkpoints.last_good(self.folder)}; free some space and run the same command again"
-            ) from error
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.mark_complete(target)

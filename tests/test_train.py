@@ -16,17 +16,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamba import checkpoints, run
-from llamba.data import Ordered, Prepared, prepare
+from llamba.data import Ordered, Prepared, collate, prepare
 from llamba.log import METRICS, read_metrics
 from llamba.losses import IGNORE
 from llamba.overrides import override
 from llamba.recipe import Data, Distill, Recipe, Student
 from llamba.stages import distill
-from llamba.train import DistillTrainer, accumulation, freeze, inside, training_arguments
+from llamba.train import DistillTrainer, accumulation, freeze, inside, place_teacher, training_arguments
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -181,6 +184,31 @@ def test_inside_restores_forward():
     assert "forward" not in module.__dict__ and module(x).shape == x.shape
 
 
+def test_fully_sharded_models_give_the_same_sums(tmp_path, data, student_folder, teacher_folder):
+    """FSDP2 on one process: the loss inside the root's forward pass, the teacher's layers sharded too."""
+    stage, rows = Distill(**SHORT, train="all"), data.rows("train", "assistant")
+    student, teacher = distill._load(stage, student_folder, str(teacher_folder))
+    batch = collate([rows[index] for index in range(4)], pad=2)
+    expected = distill.objective(stage, student, teacher, batch)
+    gradients = torch.autograd.grad(expected.loss, list(student.parameters()))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        plugin = SimpleNamespace(cpu_ram_efficient_loading=False)
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        place_teacher(teacher, SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"), state=state))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*student.model.layers, student):
+            fully_shard(module, mesh=mesh)
+        sums = inside(student, student, partial(distill.objective, stage, student, teacher), batch)
+        sums.loss.backward()
+        own = [weight.grad.full_tensor() for weight in student.parameters()]
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(teacher.model.layers[0], FSDPModule)
+    torch.testing.assert_close(tuple(sums), tuple(expected))
+    torch.testing.assert_close(own, list(gradients))
+
+
 # endings
 
 
@@ -270,35 +298,37 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch, data, student_folder, t
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1.5 MB, where the machine lets us mount one."""
+    """A file system of 4 MB, where the machine lets us mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("may not mount a file system")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs")
-def test_disk_that_fills_while_saving(small_disk, monkeypatch, data, student_folder, teacher_folder):
-    """Even if the check before the save did not see it coming."""
+@pytest.mark.parametrize("room", [0, 100_000, 300_000])
+def test_disk_that_fills_while_saving(small_disk, monkeypatch, teacher_folder, chat_file, room):
+    """Even if the check before the save did not see it coming: not a byte left, or too little for the weights or the rest."""
     monkeypatch.setattr(checkpoints, "require_room", lambda folder, needed: None)
-    out, filler = small_disk / "out", small_disk / "filler"
-    stage = Distill(**SHORT, steps=10)
-    own = DistillTrainer.training_step
+    recipe = recipe_of(teacher_folder, chat_file, small_disk / "run", stages=[Distill(**SHORT, steps=10)])
+    filler, own = small_disk / "filler", DistillTrainer._save_checkpoint
 
     def filling(self, *args):
-        if self.state.global_step == 6 and not filler.exists():
-            filler.write_bytes(b"0" * (shutil.disk_usage(small_disk).free - 100_000))
-        return own(self, *args)
+        if self.state.global_step == 8:
+            filler.write_bytes(b"0" * (shutil.disk_usage(small_disk).free - room))
+        own(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "training_step", filling)
-        with pytest.raises(ValueError, match="disk full while saving .*checkpoint-8; the last good checkpoint is .*checkpoint-4"):
-            distill.run(stage, student_folder, str(teacher_folder), data, out)
-    AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "checkpoint-4")
+        patch.setattr(DistillTrainer, "_save_checkpoint", filling)
+        with pytest.raises(ValueError, match="disk full: could not write to .*run; the last good checkpoint is .*checkpoint-4; free some"):
+            run.run(recipe)
+    AutoModelForCausalLM.from_pretrained(small_disk / "run" / "1-distill" / "checkpoints" / "checkpoint-4")
     filler.unlink()
-    assert distill.run(stage, student_folder, str(teacher_folder), data, out)["step"] == 10
+    assert len(read_metrics(run.run(recipe) / METRICS)) == 10
 
 
 # the run folder
@@ -408,16 +438,19 @@ STAGE = ", ".join(f"{key}={value!r}" for key, value in SHORT.items())
         (["data.train=broken.jsonl"], "broken.jsonl:1: needed one JSON object in UTF-8"),
     ],
 )
-def test_errors_reach_the_terminal_as_one_line(recipe_file, teacher_folder, arguments, message):
+def test_errors_reach_the_terminal_as_one_line(recipe_file, teacher_folder, arguments, message, monkeypatch, capsys):
     path = recipe_file(STAGE)
-    (path.parent / "empty").mkdir()
-    (path.parent / "hollow").mkdir()
-    shutil.copy(teacher_folder / "config.json", path.parent / "hollow")
-    (path.parent / "broken.jsonl").write_text("{\n")
-    done = subprocess.run([sys.executable, "recipe.py", *arguments], capture_output=True, text=True, env=environment(), cwd=path.parent)
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and message in last and "Traceback" not in done.stderr
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+    Path("empty").mkdir()
+    Path("hollow").mkdir()
+    shutil.copy(teacher_folder / "config.json", "hollow")
+    Path("broken.jsonl").write_text("{\n")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path("recipe.py", run_name="__main__")
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
 
 
 @pytest.mark.slow

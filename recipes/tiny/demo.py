@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from language import SKILLS, conversation, exam, grade
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from llamba.errors import one_line_errors
 from llamba.overrides import override
@@ -19,7 +20,7 @@ from llamba.recipe import Data, Distill, Recipe, Student
 from llamba.run import run
 
 HERE = Path(__file__).parent
-CONVERSATIONS = 6400
+CONVERSATIONS = 2560
 LENGTH = 512
 
 recipe = Recipe(
@@ -27,8 +28,8 @@ recipe = Recipe(
     student=Student(mixer="mamba2", attention=0.5),
     data=Data(train="runs/demo-data/train.jsonl", length=LENGTH),
     stages=[
-        Distill(kl=1.0, ce=0.1, lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=30, batch=8, micro_batch=8, steps=800,
-                save_every=200, log_every=50),
+        Distill(kl=1.0, ce=0.1, lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=30, batch=8, micro_batch=8, steps=320,
+                save_every=160, log_every=20),
     ],
     output="runs/demo",
 )  # fmt: skip
@@ -75,6 +76,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     started = time.time()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     chosen = override(recipe, sys.argv[1:], sys.argv[0])
     if chosen.data == recipe.data:
         write_conversations(Path("runs/demo-data/train.jsonl"), CONVERSATIONS, LENGTH)

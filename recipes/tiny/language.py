@@ -26,7 +26,7 @@ OPPOSITES = dict(
     pair.split("-")
     for pair in (
         "hot-cold big-small fast-slow high-low hard-soft dark-light early-late full-empty happy-sad loud-quiet "
-        "new-old open-closed rich-poor rough-smooth short-long strong-weak thick-thin true-false up-down warm-cool wet-dry "
+        "new-old open-closed rich-poor rough-smooth short-long strong-weak thick-thin true-false up-down wet-dry "
         "wide-narrow wild-tame young-aged clean-dirty deep-shallow sweet-sour sharp-blunt near-far left-right"
     ).split()
 )
@@ -35,12 +35,13 @@ SMALL_TALK = {
     "hi": "Hello! What can I do for you?",
     "good morning": "Good morning! What can I do for you?",
     "how are you?": "I am fine. What can I do for you?",
-    "who are you?": "I am a small model. I can recall, copy, sort and count.",
+    "who are you?": "I am a small model. I can recall, copy, sort and add.",
     "thank you": "You are welcome.",
     "thanks": "You are welcome.",
     "bye": "Goodbye!",
 }
 FACT_COUNTS = (4, 8, 16, 32, 64)
+MOST_ASKED = 6
 
 
 def _words(rng: random.Random, low: int, high: int) -> list[str]:
@@ -48,7 +49,7 @@ def _words(rng: random.Random, low: int, high: int) -> list[str]:
 
 
 def _copy(rng: random.Random) -> tuple[str, str]:
-    text = " ".join(_words(rng, 3, 10))
+    text = " ".join(_words(rng, 3, 9))
     return f"Repeat: {text}", text
 
 
@@ -58,7 +59,7 @@ def _reverse(rng: random.Random) -> tuple[str, str]:
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
-    digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(3, 8))]
+    digits = [str(rng.randint(0, 9)) for _ in range(rng.randint(3, 7))]
     return f"Sort: {' '.join(digits)}", " ".join(sorted(digits))
 
 
@@ -72,10 +73,9 @@ def _compare(rng: random.Random) -> tuple[str, str]:
     return f"Which is larger, {a} or {b}?", str(max(a, b))
 
 
-def _count(rng: random.Random) -> tuple[str, str]:
-    kinds = rng.sample(THINGS, 3)
-    items = [rng.choice(kinds) for _ in range(rng.randint(3, 9))]
-    return f"How many {kinds[0]} in: {' '.join(items)}", str(items.count(kinds[0]))
+def _after(rng: random.Random) -> tuple[str, str]:
+    number = rng.randint(0, 998)
+    return f"What comes after {number}?", str(number + 1)
 
 
 def _pick(rng: random.Random) -> tuple[str, str]:
@@ -97,14 +97,14 @@ def _format(rng: random.Random) -> tuple[str, str]:
 
 
 def _opposite(rng: random.Random) -> tuple[str, str]:
-    word, answer = rng.choice([*OPPOSITES.items(), *((b, a) for a, b in OPPOSITES.items())])
-    ask = rng.choice(("What is the opposite of {}?", "Opposite of {}?", "Name the opposite: {}", "The opposite of {} is?"))
-    return ask.format(word), answer
+    pairs = [*OPPOSITES.items(), *((b, a) for a, b in OPPOSITES.items())]
+    (first, one), (second, two) = rng.sample(pairs, 2)
+    return f"Opposites of {first} and {second}?", f"{one} and {two}"
 
 
 QUESTIONS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "copy": _copy, "reverse": _reverse, "sort": _sort, "add": _add, "compare": _compare,
-    "count": _count, "pick": _pick, "format": _format, "opposite": _opposite,
+    "after": _after, "pick": _pick, "format": _format, "opposite": _opposite,
 }  # fmt: skip
 SKILLS = ("recall", *QUESTIONS)
 
@@ -127,16 +127,16 @@ def _turn(user: str, assistant: str) -> list[Message]:
 
 
 def state_facts(rng: random.Random, count: int) -> tuple[list[list[Message]], dict[str, str]]:
-    """Turns that state `count` facts, eight to a turn, and the facts themselves (name -> thing)."""
+    """Turns that state `count` facts, eight lines to a turn, and the facts themselves (name -> what they have)."""
     facts = {name: rng.choice(THINGS) for name in rng.sample(NAMES, count)}
-    lines = [f"{name} likes {thing}." for name, thing in facts.items()]
-    return [_turn(" ".join(lines[i : i + 8]), "OK.") for i in range(0, count, 8)], facts
+    lines = [f"{name} {thing}" for name, thing in facts.items()]
+    return [_turn("Note:\n" + "\n".join(lines[i : i + 8]), "OK.") for i in range(0, count, 8)], facts
 
 
-def ask_recall(rng: random.Random, facts: dict[str, str], sentence: bool = True) -> tuple[str, str]:
-    """A question about one of the stated facts, answered with the fact as a sentence, or (the first lessons) with one word."""
-    name = rng.choice(list(facts))
-    return f"What does {name} like?", f"{name} likes {facts[name]}." if sentence else facts[name]
+def ask_recall(rng: random.Random, facts: dict[str, str], most: int = 1) -> tuple[str, str]:
+    """A question about up to `most` of the stated facts, answered with the whole facts in the order asked."""
+    names = rng.sample(list(facts), min(rng.randint(1, most), len(facts)))
+    return "What of\n" + "\n".join(names), "\n".join(f"{name} {facts[name]}" for name in names)
 
 
 def exam(skill: str, rng: random.Random, facts: int | None = None) -> tuple[list[Message], str]:
@@ -154,21 +154,29 @@ def exam(skill: str, rng: random.Random, facts: int | None = None) -> tuple[list
     return [*sum(turns, []), {"role": "user", "content": question}], answer
 
 
-def conversation(rng: random.Random, length: int = 512, sentence: bool = True) -> list[Message]:
+def drill(rng: random.Random, length: int = 128) -> list[Message]:
+    """A lesson that is nothing but recall: few facts, and one question that asks for them over and over in random order."""
+    turns, facts = state_facts(rng, rng.choice((2, 3, 4, 6, 8)))
+    names = rng.choices(list(facts), k=length // 5)
+    question, answer = "What of\n" + "\n".join(names), "\n".join(f"{name} {facts[name]}" for name in names)
+    return [*sum(turns, []), *_turn(question, answer)]
+
+
+def conversation(rng: random.Random, length: int = 512) -> list[Message]:
     """A training conversation of at least `length` tokens: facts, questions about them and single-message skills, interleaved."""
     messages: list[Message] = []
     pending: list[list[Message]] = []
     known: dict[str, str] = {}
-    if rng.random() < 0.7:
-        pending, known = state_facts(rng, rng.choice([count for count in FACT_COUNTS if 10 * count <= length]))
+    if rng.random() < 0.85:
+        pending, known = state_facts(rng, rng.choice([count for count in (2, *FACT_COUNTS) if 8 * count <= length]))
     stated: dict[str, str] = {}
     for _ in range(length // 6):
         if pending and (not stated or rng.random() < 0.8):
             stating = pending.pop(0)
-            stated.update({name: thing for name, thing in known.items() if f"{name} likes" in stating[0]["content"]})
+            stated.update({name: thing for name, thing in known.items() if f"\n{name} " in stating[0]["content"]})
             messages += stating
         elif stated and rng.random() < 0.5:
-            messages += _turn(*ask_recall(rng, stated, sentence))
+            messages += _turn(*ask_recall(rng, stated, MOST_ASKED))
         elif rng.random() < 0.05:
             messages += _turn(*rng.choice(list(SMALL_TALK.items())))
         else:

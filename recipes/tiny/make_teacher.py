@@ -15,19 +15,18 @@ from pathlib import Path
 
 import torch
 from demo import score
-from language import conversation
+from language import conversation, drill
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 CONTEXT = 1024
-# Conversation length in tokens, conversations per optimizer step, steps, schedule, recall answered in a sentence. Short conversations
-# first: in a long one every word recurs many times, and the attention patterns that copying needs do not form. Recall in one word is
-# not learned in the time of the first two phases; in a sentence it is copying with a longer reach.
+# Conversation length in tokens, conversations per optimizer step, steps, schedule. Short conversations first: in a long one every word
+# recurs many times, and the attention patterns that copying and recall need do not form.
 PHASES = (
-    (128, 16, 3000, "constant_with_warmup", False),
-    (512, 8, 1200, "constant_with_warmup", False),
-    (512, 8, 1500, "constant_with_warmup", True),
-    (CONTEXT, 4, 1200, "cosine", True),
+    (128, 16, 3000, "constant_with_warmup", 0.0),
+    (128, 32, 700, "constant_with_warmup", 0.7),
+    (512, 8, 400, "constant_with_warmup", 0.1),
+    (CONTEXT, 4, 700, "cosine", 0.0),
 )
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -41,7 +40,7 @@ TEMPLATE = (
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most 1,536 entries, each digit its own token."""
     rng = random.Random(seed)
-    texts = [message["content"] for _ in range(2000) for message in conversation(rng, sentence=False)]
+    texts = [message["content"] for _ in range(2000) for message in conversation(rng)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -71,14 +70,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Conversations(torch.utils.data.Dataset):
     """Row i is one conversation made from (seed, i), cut at `length` tokens; only the assistant's tokens are targets."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int, sentence: bool = True):
-        self.tokenizer, self.seed, self.rows, self.length, self.sentence = tokenizer, seed, rows, length, sentence
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, length: int, drills: float):
+        self.tokenizer, self.seed, self.rows, self.length, self.drills = tokenizer, seed, rows, length, drills
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        messages = conversation(random.Random(f"{self.seed}/{index}"), self.length, self.sentence)
+        rng = random.Random(f"{self.seed}/{index}")
+        messages = drill(rng, self.length) if rng.random() < self.drills else conversation(rng, self.length)
         made = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids = torch.tensor(made["input_ids"][: self.length])
         mask = torch.tensor(made["assistant_masks"][: self.length])
@@ -102,14 +102,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from-phase", type=int, default=0)
     args = parser.parse_args()
-    tokenizer = make_tokenizer(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.out) if args.from_phase else make_tokenizer(args.seed)
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32) if args.from_phase else make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    for phase, (length, batch, steps, schedule, sentence) in enumerate(PHASES):
+    for phase, (length, batch, steps, schedule, drills) in enumerate(PHASES):
         if phase < args.from_phase:
             continue
-        rows = Conversations(tokenizer, args.seed + phase, steps * batch, length, sentence)
+        rows = Conversations(tokenizer, args.seed + phase, steps * batch, length, drills)
         train(model.train(), rows, batch, schedule, args.seed, args.out)
         scores = score(model.eval(), tokenizer)
         print(json.dumps(scores), flush=True)
