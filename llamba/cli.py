@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from llamba.errors import one_line_errors
 from llamba.folders import resolve_model
 from llamba.recipe import Recipe
@@ -137,5 +139,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point. A user's error ends as one line on stderr and exit status 2."""
     args = _parser().parse_args(argv)
+    disable_progress_bar()
     with one_line_errors():
         args.action(args)
+
+
+if __name__ == "__main__":
+    main()

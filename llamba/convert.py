@@ -5,7 +5,7 @@ further one of a progressive run are the same function.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -97,15 +97,23 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
     return MixerConfig(**stored)
 
 
-def load_teacher(name: str) -> PreTrainedModel:
-    """The model as it is stored (its own dtype). Raises ValueError, with what was needed and found, where it cannot be loaded."""
-    name = resolve_model(name)
+def _loaded(load: Callable[..., Any], name: str, **more: Any) -> Any:
+    """What `load` reads from a folder or hub name; a failure as a ValueError that says what was needed and found."""
     try:
-        family_of(AutoConfig.from_pretrained(name))
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        return load(resolve_model(name), **more)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"teacher: a folder (or hub name) with config.json and safetensors weights is needed; {name}: {reason}") from error
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    return _loaded(AutoConfig.from_pretrained, name)
+
+
+def load_teacher(name: str) -> PreTrainedModel:
+    """The model as it is stored (its own dtype). Raises ValueError, with what was needed and found, where it cannot be loaded."""
+    family_of(_load_config(name))
+    return _loaded(AutoModelForCausalLM.from_pretrained, name, dtype="auto")
 
 
 def convert(
@@ -124,6 +132,8 @@ def convert(
     of `llamba.mixers.INITS`. `options`: values of the mixer's configuration, e.g. {"conv_activation": None}. Source: Mamba-in-Llama,
     Algorithm 1. Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
     """
+    if isinstance(teacher, str):  # say what is wrong with the arguments before reading gigabytes
+        student_config(_load_config(teacher), mixer, attention, options)
     source = load_teacher(teacher) if isinstance(teacher, str) else teacher
     config = student_config(source.config, mixer, attention, options)
     family = family_of(config)

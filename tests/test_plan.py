@@ -68,7 +68,7 @@ def test_budgets() -> None:
 
 
 def test_unknown_teachers_are_refused(monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="one of the known shapes"):
         teacher_config("nobody/nothing-at-all")
     assert len(KNOWN) >= len(PUBLISHED)
