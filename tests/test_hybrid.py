@@ -27,7 +27,7 @@ def logits(model: PreTrainedModel, tokens: Tensor, **more) -> Tensor:
 
 @precisions
 @mixers
-@pytest.mark.parametrize("split", [1, 3, 63, 64, 65, 130])
+@pytest.mark.parametrize("split", [1, 3, 31, 32, 33, 63, 64, 65, 130])
 def test_chunked_prefill_equals_the_whole(mixer: str, precision: str, split: int) -> None:
     dtype, bound = DTYPES[precision]
     model, tokens = student(mixer, dtype=dtype), ids(2, T)

@@ -15,7 +15,7 @@ from ..common import accumulator, document_before, no_autocast
 from .backward import Gradients, block_backward
 from .blocks import Inputs, Span, block_forward, cut, heads_first, tokens_first
 
-BLOCK_NUMBERS = {"cpu": 1 << 19}  # numbers in the largest tensor of a block, by kind of device
+BLOCK_NUMBERS = {"cpu": 1 << 20}  # numbers in the largest tensor of a block, by kind of device
 BLOCK_NUMBERS_ELSEWHERE = 1 << 25
 
 
