@@ -140,7 +140,7 @@ def _peak_apart(own: bool, kind: str, what: str) -> float:
     queue = context.Queue()
     process = context.Process(target=_peak, args=(own, kind, what, queue))
     process.start()
-    value = queue.get()
+    value = queue.get(timeout=600)
     process.join()
     return value
 
