@@ -75,6 +75,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
+    """Run the recipe, score teacher, converted and distilled student, print the table and write it to scores.json."""
     started = time.time()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -97,6 +97,7 @@ def train(model: LlamaForCausalLM, rows: Conversations, batch: int, schedule: st
 
 
 def main() -> None:
+    """Train phase after phase, and write folder and scores after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--seed", type=int, default=0)
