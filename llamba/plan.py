@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from llamba.convert import student_config
 from llamba.families import family_of
 from llamba.folders import resolve_model
-from llamba.hybrid import RECURRENT
-from llamba.mixers import build_mixer
+from llamba.hybrid import RECURRENT, mixer_layers
+from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Distill, Recipe
 from llamba.teachers import teacher_config
 
@@ -43,7 +43,7 @@ class Plan:
     @property
     def kept(self) -> list[int]:
         """Layers that keep attention."""
-        return [i for i, kind in enumerate(self.config.layer_types) if kind != RECURRENT]
+        return [i for i in range(self.config.num_hidden_layers) if i not in mixer_layers(self.config)]
 
     def __str__(self) -> str:
         lines = [f"teacher   {self.recipe.teacher}", *self._layers(), *self._parameters()]
@@ -170,8 +170,11 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
         every = student_config(teacher, config.mixer["kind"], 1.0)
         whole, student = family_of(teacher).causal_lm(every), family_of(config).causal_lm(config)
     attention = _numel(whole.model.layers[0].self_attn)
-    mixers = sum(_numel(layer.self_attn) for layer, kind in zip(student.model.layers, config.layer_types, strict=True) if kind == RECURRENT)
-    published, own = _published(config)
+    mixers = sum(_numel(student.model.layers[index].self_attn) for index in mixer_layers(config))
+    if config.mixer["kind"] == ATTENTION:
+        published, own = {name: value.numel() for name, value in whole.model.layers[0].self_attn.named_parameters()}, {}
+    else:
+        published, own = _published(config)
     return Counts(_numel(student), mixers, _numel(whole), attention, published, own)
 
 
