@@ -75,7 +75,7 @@ def causal_conv1d_span(span: Tensor, weight: Tensor, bias: Tensor | None = None,
     weight [C, W]; bias [C]. The work is done at once in memory W times that of the span. Raises `ValueError` where the channels
     differ or the span holds no token.
     """
-    (B, L, C), W = span.shape, weight.shape[1]
+    (_, L, C), W = span.shape, weight.shape[1]
     check_shape("weight", weight, C, W)
     check_positive("T", L - W + 1)
     _check_activation(activation)
