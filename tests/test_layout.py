@@ -39,6 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
+    "select": {"convert", "families", "hybrid", "losses"},
+    "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
     "eval": {"families", "speculative"},
     "bench": {"cache", "mixers", "kernels"},
