@@ -45,7 +45,7 @@ def test_toeplitz_is_a_causal_convolution_with_a_kernel_made_of_the_tokens() -> 
 def test_low_rank_is_linear_attention_and_a_skip() -> None:
     made, u = mixer("low_rank"), torch.randn(2, 70, 32, dtype=torch.float64)
     parts = made._project(u)
-    x, b, c = made.heads_of(made._convolve(parts, Recurrence(), None), parts)
+    x, b, c = made.heads_of(made._convolve(parts, Recurrence(), None)[0], parts)
     x, b = x.repeat_interleave(2, 2), b.repeat_interleave(2, 2)
     y = torch.einsum("bhij,bjhp->bihp", torch.einsum("bihn,bjhn->bhij", c, b).tril(), x) + made.D[:, None] * x
     want = made.out_proj(y.flatten(-2) * nn.functional.silu(parts["z"]))

@@ -96,7 +96,9 @@ def test_the_matrix_times_x_is_the_recurrence(kind: str, layout: str) -> None:
     mixer, rec = student(kind, attention=0.0).model.layers[1].self_attn, recurrence(layout)
     u = torch.randn(2, T, 32, dtype=torch.float64)
     with torch.no_grad():
-        want, _, (x, _) = mixer._run(mixer._project(u), rec, None, None)
+        parts = mixer._project(u)
+        want, _, _ = mixer._run(parts, rec, None, None)
+        x, _, _ = mixer.heads_of(mixer._convolve(parts, rec, None)[0], parts)
         mixing = mixer.mixing(u, rec)
         rows = torch.randperm(T)
         got = mixing.rows(mixing.inputs, rows) @ x.repeat_interleave(2, 2).transpose(1, 2)  # [B, H, T, P]

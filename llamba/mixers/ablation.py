@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llamba.cache import RecurrentLayer
 from llamba.kernels.common import documents
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 from llamba.mixers.mamba2 import Mamba2
@@ -32,10 +33,21 @@ class NoMixer(Mixer):
     ) -> tuple[Tensor, None]:
         """Zeros [B, T, D]; a cache learns how many tokens there were."""
         if past_key_values is not None:
-            rec, nothing = attention_mask or Recurrence(), hidden_states.new_zeros(*hidden_states.shape[:2], 0)
-            state = hidden_states.new_zeros(hidden_states.shape[0], 0)
-            past_key_values.layers[self.layer_idx].extend(nothing, (nothing,), rec.mask, state, lambda pending, old: state)
+            nothing = hidden_states.new_zeros(*hidden_states.shape[:2], 0)
+            self._cached_run({"conv": nothing}, attention_mask or Recurrence(), past_key_values.layers[self.layer_idx])
         return torch.zeros_like(hidden_states), None
+
+    def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = parts["conv"]
+        return nothing, nothing.new_zeros(nothing.shape[0], 0), nothing.new_zeros(nothing.shape[0], self.config.conv_width - 1, 0)
+
+    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
+        layer.note(parts["conv"], self._advance, self.fold_after)
+        layer.hold((parts["conv"],))
+        return parts["conv"]
+
+    def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
+        return inputs[0].new_zeros(inputs[0].shape[0], 0)
 
     def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
         """Raises ValueError: there is no matrix."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.kernels.ssd import ssd, ssd_matrix, ssd_step
+from llamba.kernels.ssd import ssd, ssd_matrix, ssd_resume, ssd_step
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 
 
@@ -71,6 +71,13 @@ class Mamba2(Mixer):
             c = b.new_zeros(*b.shape[:-2], self.config.heads, b.shape[-1])
         return ssd(x, a, b, c, dt=step, D=self.D, state=state, seq_idx=rec.seq_idx, mask=rec.mask)
 
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int]) -> Tensor:
+        """The dual form over the held tokens; see `llamba.kernels.ssd.ssd_resume`."""
+        x, b, dt = inputs
+        a, step = self.decay(dt)
+        first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
+        return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state)
+
     def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token; see `llamba.kernels.ssd.ssd_step`."""
         a, step = self.decay(dt)
@@ -79,7 +86,7 @@ class Mamba2(Mixer):
     def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
         """M[i, j] = C_i . B_j e^(a_(j+1) + ... + a_i) dt_j, and D on the diagonal (MOHAWK, arXiv 2408.10189, section 4.1)."""
         parts = self._project(hidden_states)
-        _, b, c = self.heads_of(self._convolve(parts, rec, None), parts)
+        _, b, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
         a, step = self.decay(parts["dt"])
         b = b.repeat_interleave(c.shape[2] // b.shape[2], 2)  # [B, T, H, N]
         by_token = [a, b, c] + ([] if step is None else [step])
