@@ -123,4 +123,4 @@ def _without_gradient(mixing: Mixing) -> Callable[[Tensor], Tensor]:
 
 def norm(squared: Tensor) -> Tensor:
     """The root, with gradient 0 at 0."""
-    return (squared + torch.finfo(squared.dtype).tiny).sqrt()
+    return (squared + torch.finfo(squared.dtype).smallest_normal).sqrt()

@@ -168,16 +168,59 @@ class Distill(TokenTraining):
 
 @dataclass(frozen=True)
 class Matrix(TokenTraining):
-    """Alignment of mixing matrices (MOHAWK, stage 1)."""
+    """Alignment of mixing matrices (MOHAWK, stage 1): the Frobenius distance of each head to the teacher's attention, for each layer
+    fed with the teacher's hidden states, as a mean over sequences (weighted by their targets), heads and layers.
+
+    What the matrix depends on is trained; that is part of the mixers, and `train` can name nothing else. `squared` takes the squared
+    distance; only that may be estimated, without bias, from `rows` sampled rows instead of all. `teacher` stands in for the recipe's.
+    With `weight_decay`, rows of in_proj that the matrix does not depend on decay too.
+    """
 
     name: ClassVar[str] = "matrix"
+
+    teacher: str | None = None
+    squared: bool = False
+    rows: int | None = None
+    targets: Literal["assistant", "all"] = "all"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rows")
+        require(self.train == "mixers", "matrix.train", "'mixers'", self.train)
+        if self.rows is not None and not self.squared:
+            raise ValueError(f"matrix.rows needs matrix.squared=true: the root of an estimate is biased; got rows={self.rows}")
 
 
 @dataclass(frozen=True)
 class Hidden(TokenTraining):
-    """Alignment of hidden states (MOHAWK, stage 2)."""
+    """Alignment of hidden states (MOHAWK, stage 2): the L2 distance to the teacher's after each converted layer fed with the teacher's
+    hidden states, as a mean over target tokens and layers.
+
+    `target` is the mixer's output, or the block's; `ahead` blocks in a row may run before the comparison. `train` other than `mixers`
+    trains whole converted blocks and needs `target="block"`. `teacher` stands in for the recipe's.
+    """
 
     name: ClassVar[str] = "hidden"
+
+    teacher: str | None = None
+    target: Literal["mixer", "block"] = "mixer"
+    ahead: int = 1
+    targets: Literal["assistant", "all"] = "all"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("ahead")
+        if self.target != "block" and (self.ahead > 1 or self.train != "mixers"):
+            raise ValueError(
+                f"hidden.ahead > 1 and hidden.train other than 'mixers' need hidden.target='block'; got ahead={self.ahead}, "
+                f"train={self.train!r} and target={self.target!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,4 +253,4 @@ class Draft(TokenTraining):
     name: ClassVar[str] = "draft"
 
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {"distill": Distill}
+STAGE_CONFIGS: dict[str, type[Stage]] = {"matrix": Matrix, "hidden": Hidden, "distill": Distill}

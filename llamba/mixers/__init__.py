@@ -48,6 +48,6 @@ def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
 
 
 __all__ = [
-    "ATTENTION", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "Origin", "Recurrence",
+    "ATTENTION", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin", "Recurrence",
     "build_mixer", "initialise", "mixer_config",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill
+from llamba.stages import distill, hidden, matrix
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run}
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+    "matrix": matrix.run, "hidden": hidden.run, "distill": distill.run,
+}  # fmt: skip
