@@ -88,7 +88,7 @@ class _SquaredDistance(torch.autograd.Function):
             for rows in blocks:
                 with torch.set_grad_enabled(wanted):
                     part = (student(leaves, rows) - teacher(rows)).square().sum((2, 3))  # [B, H]
-                found = torch.autograd.grad(part.sum(), leaves) if wanted else ()
+                    found = torch.autograd.grad(part.sum(), leaves) if wanted else ()
                 for gradient, more in zip(gradients, found, strict=True):
                     gradient += more
                 total = total.to(part.device) + part.detach()

@@ -45,7 +45,7 @@ def sliding_qwen2():
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=101)
     window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
-    return Qwen2ForCausalLM(Qwen2Config(**shape, **window, initializer_range=0.3)).double().eval()
+    return Qwen2ForCausalLM(Qwen2Config(**shape, **window, initializer_range=0.15)).double().eval()
 
 
 # attention's rows
@@ -54,8 +54,9 @@ def sliding_qwen2():
 @pytest.mark.parametrize("name", [*TEACHERS, "qwen2-sliding"])
 @every_layout
 def test_rows_from_queries_and_keys_are_the_models_own_attention(name: str, layout: str) -> None:
-    """Oracle: transformers' eager attention with output_attentions (its softmax is fp32)."""
-    model = sliding_qwen2() if name == "qwen2-sliding" else teacher(name)
+    """Oracle: transformers' eager attention with output_attentions (its softmax is fp32; in fp64 it makes NaN of padding)."""
+    dtype, bound = (torch.float32, 5e-5) if "attention_mask" in LAYOUTS[layout] else (torch.float64, 2e-6)
+    model = (sliding_qwen2() if name == "qwen2-sliding" else teacher(name)).to(dtype)
     inputs, rec = {"input_ids": ids(2, T), **LAYOUTS[layout]}, recurrence(layout)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -66,8 +67,8 @@ def test_rows_from_queries_and_keys_are_the_models_own_attention(name: str, layo
     for index in range(4):
         mixing = heard.scores[index].mixing(rec)
         got = torch.cat([mixing.rows(mixing.inputs, torch.arange(T)[first : first + 7]) for first in range(0, T, 7)], 2)
-        seen = real[:, None, :, None] & real[:, None, None]  # eager attention makes NaN of a row without keys
-        assert (got - want[index].masked_fill(~seen, 0)).abs().max() < 2e-6, index
+        wanted = want[index] * (real[:, None, :, None] & real[:, None, None])
+        assert (got - wanted).abs().max() < bound, index
     if name in ("mistral", "qwen2-sliding"):
         assert {scores.window for scores in heard.scores.values()} == ({16} if name == "mistral" else {None, 8})
 
@@ -191,7 +192,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_whole_matrix_is_ever_made(monkeypatch) -> None:
-    """B 1, H 4, T 512: blocks of 8 rows hold 16,384 elements, a matrix of all heads 1,048,576, of one head 262,144."""
+    """B 1, H 4, T 512: blocks of 8 rows hold 16,384 elements, the matrix of one head 262,144, the input projection 51,200."""
     monkeypatch.setattr(alignment, "_AT_ONCE", 4 * 512 * 8)
     mixer, source = student("mamba2", attention=0.0).model.layers[0].self_attn, teacher()
     source.set_attn_implementation(HEARD)
@@ -199,7 +200,7 @@ def test_no_whole_matrix_is_ever_made(monkeypatch) -> None:
     ours, theirs = mixer.mixing(heard.streams[0], Recurrence()), heard.scores[0].mixing(Recurrence())
     with Largest() as largest:
         norm(squared_distance(ours, theirs)).sum().backward()
-    assert 4 * 512 * 8 <= largest.elements <= 2 * 4 * 512 * 8
+    assert 4 * 512 * 8 <= largest.elements <= 51_200
 
 
 # one graph at a time

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill, hidden, matrix
+from llamba.stages import distill, hidden, matrix, select
 
 STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
-    "matrix": matrix.run, "hidden": hidden.run, "distill": distill.run,
+    "matrix": matrix.run, "hidden": hidden.run, "distill": distill.run, "select": select.run,
 }  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llamba.batches import Batch
 from llamba.hybrid import HybridCausalLM, document_numbers, mixer_layers, padding_mask
