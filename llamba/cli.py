@@ -92,6 +92,12 @@ def _bench(args: argparse.Namespace) -> None:
     BENCHES[args.what](args)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from llamba.eval.commands import main
+
+    main(args.arguments)
+
+
 def _report(args: argparse.Namespace) -> None:
     from llamba.curves import report
 
@@ -139,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
     command.set_defaults(action=_bench)
+    command = commands.add_parser("eval", help="benchmarks: MT-Bench, AlpacaEval, lm-eval and more", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command.set_defaults(action=_eval)
     command = commands.add_parser("report", help="a run's training as a table and as report.png in its folder")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(action=_report)

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "select": {"convert", "families", "hybrid", "losses"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"families", "speculative"},
+    "eval": {"chat", "errors", "folders", "speculative"},
     "bench": {"cache", "mixers", "kernels"},
 }
 
