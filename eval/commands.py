@@ -32,7 +32,7 @@ MT_BENCH = """Score a chat model on MT-Bench: answer its 80 two-turn questions, 
 first time:
   pip install --constraint constraints.txt -e '.[eval]'
   llamba eval fetch mt_bench           (or --data DIR with a copy of FastChat's three files)
-  eval/run_mtbench.sh runs/demo --judge gpt-4.1 --price 2 8 --max-cost 5
+  eval/run_mtbench.sh runs/llama3_50pct --judge gpt-4.1 --price 2 8 --max-cost 5
 """
 
 MT_BENCH_FILES = """
