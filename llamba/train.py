@@ -18,6 +18,7 @@ from llamba.data import Ordered, Rows, collate
 from llamba.log import Metrics
 from llamba.losses import IGNORE, Sums
 from llamba.recipe import Distill
+from llamba.wrapped import inside
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [B, T]
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
@@ -97,29 +98,6 @@ def freeze(student: PreTrainedModel, train: str) -> None:
         raise ValueError("train='mixers' needs a student with converted layers, got one that is all attention; use train='all'")
     for name, weight in student.named_parameters():
         weight.requires_grad_(train == "all" or name.partition(".")[2].startswith(converted))
-
-
-def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` run as the forward pass of `module`, called through `wrapper` (DDP, DeepSpeed, FSDP or itself).
-
-    So the wrapper's hooks see one ordinary forward pass, whatever the function computes from the module's parts.
-    """
-    own = module.__dict__.pop("forward", None)  # accelerate may have put a wrapper of its own here
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    def once(*inputs: Any) -> Any:
-        restore()
-        return function(*inputs)
-
-    module.__dict__["forward"] = once
-    try:
-        return wrapper(*args)
-    finally:
-        restore()
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:

@@ -28,18 +28,19 @@ ARROWS: dict[str, set[str]] = {
     "recipe": {"typed"},
     "overrides": {"recipe", "typed"},
     "log": {"data"},
-    "losses": set(),
+    "wrapped": set(),
+    "losses": {"wrapped"},
     "sources": set(),
     "data": {"losses", "recipe", "sources"},
     "checkpoints": set(),
-    "train": {"checkpoints", "data", "log", "losses", "recipe"},
+    "train": {"checkpoints", "data", "log", "losses", "recipe", "wrapped"},
     "stages": {"checkpoints", "convert", "data", "log", "losses", "recipe", "train"},
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "teachers"},
     "chat": {"folders"},
     "speculative": {"cache", "hybrid", "kernels"},
     "eval": {"families", "speculative"},
-    "bench": {"cache", "mixers", "kernels"},
+    "bench": {"cache", "losses", "mixers", "kernels"},
 }
 
 
