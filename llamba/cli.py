@@ -92,6 +92,12 @@ def _bench(args: argparse.Namespace) -> None:
     BENCHES[args.what](args)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from llamba.curves import report
+
+    print("\n\n".join(report(run) for run in args.runs))
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="run folder, model folder or hub name")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -133,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
     command.set_defaults(action=_bench)
+    command = commands.add_parser("report", help="a run's training as a table and as report.png in its folder")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    command.set_defaults(action=_report)
     return parser
 
 
