@@ -17,12 +17,8 @@ from llamba import checkpoints
 from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.log import Metrics
 from llamba.losses import IGNORE, Sums
-<<<<<<< HEAD
-from llamba.recipe import Distill
-from llamba.wrapped import inside
-=======
 from llamba.settings import Training
->>>>>>> main
+from llamba.wrapped import inside
 
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
 

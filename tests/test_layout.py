@@ -25,34 +25,20 @@ ARROWS: dict[str, set[str]] = {
     "typed": set(),
     "errors": set(),
     "folders": set(),
-<<<<<<< HEAD
-    "recipe": {"typed"},
-    "overrides": {"recipe", "typed"},
-    "log": {"data"},
-    "wrapped": set(),
-    "losses": {"wrapped"},
-=======
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "losses": set(),
->>>>>>> main
+    "wrapped": set(),
+    "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
-<<<<<<< HEAD
-    "train": {"checkpoints", "data", "log", "losses", "recipe", "wrapped"},
-    "stages": {"checkpoints", "convert", "data", "log", "losses", "recipe", "train"},
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "stages"},
-    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "teachers"},
-=======
-    "train": {"batches", "checkpoints", "log", "losses", "settings"},
+    "train": {"batches", "checkpoints", "log", "losses", "settings", "wrapped"},
     "stages": {"batches", "checkpoints", "convert", "data", "folders", "log", "losses", "settings", "train"},
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
->>>>>>> main
     "chat": {"folders"},
     "select": {"convert", "families", "hybrid", "losses"},
     "curves": {"folders", "log"},
