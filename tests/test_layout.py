@@ -30,11 +30,12 @@ ARROWS: dict[str, set[str]] = {
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "losses": set(),
+    "wrapped": set(),
+    "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
-    "train": {"batches", "checkpoints", "log", "losses", "settings"},
+    "train": {"batches", "checkpoints", "log", "losses", "settings", "wrapped"},
     "stages": {"batches", "checkpoints", "convert", "data", "folders", "log", "losses", "select", "settings", "train"},
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
     "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "mixers", "kernels"},
+    "bench": {"cache", "losses", "mixers", "kernels"},
 }
 
 
