@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "losses": set(),
+    "wrapped": set(),
+    "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
@@ -61,8 +62,8 @@ ARROWS: dict[str, set[str]] = {
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"families", "speculative"},
-    "bench": {"cache", "mixers", "kernels"},
+    "eval": {"chat", "errors", "folders", "speculative"},
+    "bench": {"cache", "losses", "mixers", "kernels"},
 }
 
 
