@@ -63,7 +63,7 @@ class Metrics(TrainerCallback):
             return
         now, tokens = time.monotonic(), self.rows.tokens_at(state.global_step)
         seconds, steps = now - self.time, state.global_step - self.step
-        line = {"step": state.global_step}
+        line: dict[str, Any] = {"step": state.global_step}
         line |= {key: value for key, value in logs.items() if key not in _NO_PARTS and not key.startswith(LAYERS)}
         layers = {key.removeprefix(LAYERS): value for key, value in logs.items() if key.startswith(LAYERS)}
         line |= {"layers": layers} if layers else {}

@@ -195,9 +195,9 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
     mixers = sum(_numel(student.model.layers[index].self_attn) for index in mixer_layers(config))
     mlps = sum(_numel(layer.mlp) for layer in student.model.layers)
     if config.mixer["kind"] == ATTENTION:
-        published, own = {name: value.numel() for name, value in whole.model.layers[0].self_attn.named_parameters()}, {}
-    else:
-        published, own = _published(config)
+        published = {name: value.numel() for name, value in whole.model.layers[0].self_attn.named_parameters()}
+        return Counts(_numel(student), mixers, mlps, _numel(whole), attention, published, {})
+    published, own = _published(config)
     return Counts(_numel(student), mixers, mlps, _numel(whole), attention, published, own)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -87,7 +87,7 @@ class Record:
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
+def record(model: Any, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
     """Run the model's base on `inputs` and keep what its layers saw and did.
 
     Scores need `model.set_attn_implementation(HEARD)` before. Everything is kept in the model's own dtype, whole rows of queries and

@@ -33,7 +33,6 @@ ARROWS: dict[str, set[str]] = {
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "wrapped": set(),
     "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},

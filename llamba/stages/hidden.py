@@ -5,7 +5,7 @@ Shapes: B batch, T time, D model width.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from llamba.wrapped import inside
 
 def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
     """Sums over target tokens of |student - teacher| for each converted layer; the last block's target is before the final norm."""
-    layers, every = mixer_layers(student.config), student.base_model.layers
+    layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
     heard = record(teacher, model_inputs(batch), mixed=layers if stage.target == "mixer" else ())
     calls, chosen = calls_of(student, heard.streams[0], batch), predicting(batch)
     parts = []

@@ -5,8 +5,9 @@ Shapes: B batch, T time, D model width, H heads.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,13 +29,13 @@ _ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every fami
 
 def objective(stage: Matrix, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
     """Distances of the layers with the student's mixer; a sequence counts as often as it has targets."""
-    layers = mixer_layers(student.config)
+    layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
     heard = record(teacher, model_inputs(batch), scores=layers)
     calls = calls_of(student, heard.streams[0], batch)
     weight = predicting(batch).sum(1)  # [B]
     parts = []
     for index in layers:
-        layer = student.base_model.layers[index]
+        layer = every[index]
         value = partial(_distance, stage, layer, heard.streams[index], heard.scores.pop(index), calls, index, weight)
         parts.append(Part(value, trained_in([layer])))
     total, values = one_graph_at_a_time(parts)
@@ -70,11 +71,11 @@ def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixin
 
 def _load(stage: Matrix, student: str, teacher: str) -> Pair:
     pupil, guide = load_alike(stage, student, teacher, "num_attention_heads")
-    trained = set()
+    trained, every = set(), cast(Any, pupil.base_model.layers)
     for index in mixer_layers(pupil.config):
-        mixer = pupil.base_model.layers[index].self_attn
+        mixer = every[index].self_attn
         if isinstance(mixer, Mixer) and type(mixer).mixing in (Mixer.mixing, NoMixer.mixing):
-            mixer.mixing(pupil.get_input_embeddings().weight[None, :1], Recurrence())  # says what to use instead
+            mixer.mixing(torch.empty(0), Recurrence())  # raises the sentence that says what to do instead
         parts = mixer.matrix_parts if isinstance(mixer, Mixer) else _ATTENTION_PARTS
         trained |= {f"layers.{index}.self_attn.{name}" for name, _ in mixer.named_parameters() if name.startswith(parts)}
     train_only(pupil, trained)
