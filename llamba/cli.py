@@ -92,6 +92,12 @@ def _bench(args: argparse.Namespace) -> None:
     BENCHES[args.what](args)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from llamba.eval.commands import main
+
+    main(args.arguments)
+
+
 def _select(args: argparse.Namespace) -> None:
     from llamba.settings import Data, Select
     from llamba.stages.select import select
@@ -143,11 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("ops",))
+    command.add_argument("what", choices=("losses", "ops"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
     command.set_defaults(action=_bench)
+    command = commands.add_parser("eval", help="benchmarks: MT-Bench, AlpacaEval, lm-eval and more", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command.set_defaults(action=_eval)
     command = commands.add_parser("select", help="rank layers by how much they need attention; writes what student.attention accepts")
     command.add_argument("teacher", help="run folder, model folder or hub name")
     command.add_argument("--student", help="the teacher with mixers in every layer (default: converted here, untrained)")
