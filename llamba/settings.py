@@ -208,12 +208,13 @@ class Select(Stage):
 class PseudoLabel(Stage):
     """The teacher answers the prompts of `data`; the student stays as it is. Later stages read `stage:pseudo_label`.
 
-    A prompt is a row's conversation up to its last user turn, in which earlier answers stay the row's own; with `turns="all"`
-    each user turn is asked in succession, and all answers are the teacher's. `rows` limits how many rows are read. `teacher` stands in for the recipe's. `engine` auto is
-    vLLM where that is installed and there is one process and an accelerator, else transformers; `batch` counts prompts
-    in one call. `temperature` 0 is greedy. Prompts of more than `max_prompt` tokens are skipped, as are those that leave
-    no room for `max_new_tokens`. `unfinished` says what becomes of an answer that was cut off at that length: a student
-    that learns from it learns to stop there.
+    A prompt is a row's conversation up to its last user turn, in which earlier answers stay the row's own; with
+    `turns="all"` each user turn is asked in succession, and all answers are the teacher's. `rows` limits how many rows
+    are read. `teacher` stands in for the recipe's. `engine` auto is vLLM where that is installed and there is one
+    process and an accelerator, else transformers; `batch` counts prompts in one call. `temperature` 0 is greedy.
+    Prompts of more than `max_prompt` tokens are skipped, as are those that leave no room for `max_new_tokens`.
+    `unfinished` says what becomes of an answer that was cut off at that length: a student that learns from it learns to
+    stop there.
     """
 
     name: ClassVar[str] = "pseudo_label"
