@@ -38,23 +38,11 @@ ARROWS: dict[str, set[str]] = {
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
     "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
-    "stages": {
-        "alignment",
-        "batches",
-        "checkpoints",
-        "convert",
-        "data",
-        "folders",
-        "hybrid",
-        "log",
-        "losses",
-        "mixers",
-        "record",
-        "select",
-        "settings",
-        "train",
-        "wrapped",
-    },
+    "engines": {"chat"},
+    "stages": set(
+        "alignment batches chat checkpoints convert data engines folders hybrid log losses mixers record select settings sources train "
+        "wrapped".split()
+    ),
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
