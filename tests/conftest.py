@@ -1,6 +1,7 @@
 """A small random Llama with a trained tokenizer, chat rows, and a recipe file: what the training tests run on."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton; "auto" still means PyTorch on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
