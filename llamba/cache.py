@@ -1,8 +1,9 @@
-"""The cache of one recurrent layer: one state per sequence and short rings of what is not folded into it yet.
+"""The cache of one recurrent layer: one state per sequence and, while recording, the inputs of the tokens behind it.
 
-Shapes: B batch, T time, C convolution channels, W convolution width, L ring length, R = L + 2 (W - 1) raw ring length.
-A token at position p lives in ring slot p mod L (raw inputs: p mod R); the slot behind the last takes what must not be kept.
-Taking tokens back is integer arithmetic on `length` (committed positions); `folded` is the position of `state`.
+Shapes: B batch, T time, C convolution channels, W convolution width, S slots.
+`state` is that before the *held* tokens of a row: its `counts[b]` newest ones, whose inputs stand in slots 0 .. counts[b] - 1. The raw
+convolution input of slot s stands in column s + W - 1, behind the W - 1 inputs before slot 0. Slots from counts[b] on are garbage:
+taking tokens back is integer arithmetic on `counts`, row by row. (Mamba-in-Llama, arXiv 2408.15237, Algorithm 2, with lazy folding.)
 """
 
 from collections.abc import Callable
@@ -13,34 +14,40 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-RING = 32
+KEPT = 32  # tokens that can be taken back
+SLOTS = 2 * KEPT
 
 Inputs = tuple[Tensor, ...]
-Advance = Callable[[tuple[Inputs, Tensor], Tensor | None], Tensor | None]
+Advance = Callable[[Inputs, Tensor | None, Tensor | None], Tensor]
 
 
-def _ring_like(values: Tensor, slots: int) -> Tensor:
-    return values.new_zeros(values.shape[0], slots + 1, *values.shape[2:])
+def columns(buffer: Tensor, firsts: list[int], length: int) -> Tensor:
+    """Columns firsts[b] .. firsts[b] + length - 1 of each row of buffer [B, S, ...]: [B, length, ...]."""
+    if min(firsts) == max(firsts):
+        return buffer[:, firsts[0] : firsts[0] + length]
+    rows, index = _places(buffer, firsts, length)
+    return buffer[rows, index.clamp_max(buffer.shape[1] - 1)]  # past the end: garbage, like all behind a row's tokens
 
 
-def _gather(ring: Tensor, first: Tensor, count: int) -> Tensor:
-    """Entries first .. first + count - 1 of each row, in order: [B, count, ...]."""
-    slots = (first[:, None] + torch.arange(count, device=ring.device)) % (ring.shape[1] - 1)
-    return ring[torch.arange(ring.shape[0], device=ring.device)[:, None], slots]
+def write(buffer: Tensor, firsts: list[int], values: Tensor) -> None:
+    """Put values [B, T, ...] into columns firsts[b] .. firsts[b] + T - 1 of each row of buffer [B, S, ...]."""
+    if min(firsts) == max(firsts):
+        buffer[:, firsts[0] : firsts[0] + values.shape[1]] = values
+    else:
+        buffer[_places(buffer, firsts, values.shape[1])] = values.to(buffer.dtype)
 
 
-def _scatter(ring: Tensor, positions: Tensor, values: Tensor, keep: Tensor) -> None:
-    """Write values [B, T, ...] to their slots where `keep` [B, T]; at most one kept value per slot."""
-    slots = torch.where(keep, positions % (ring.shape[1] - 1), ring.shape[1] - 1)
-    ring[torch.arange(ring.shape[0], device=ring.device)[:, None], slots] = values.detach().to(ring.dtype)
+def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Tensor]:
+    first = torch.tensor(firsts, device=buffer.device)[:, None]
+    return torch.arange(len(firsts), device=buffer.device)[:, None], first + torch.arange(length, device=buffer.device)
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """Cache of one mixer; speaks the protocol of transformers' cache layers (record, crop, reorder, select, repeat).
 
-    `state` is fp32 (fp64 for fp64 models) at position `folded`. Without recording every token is folded at once and only the raw
-    convolution inputs are kept. With recording (speculative decoding) the last `RING` tokens stay in the rings, so that up to that
-    many can be taken back.
+    `state` is fp32 (fp64 for fp64 models). Without recording every token is folded into it at once and `raw` is the window of the
+    convolution. With recording (speculative decoding) the last `KEPT` tokens, and at most `SLOTS`, are held, so that they can be taken
+    back; `pinned[b]` of them are settled and may be folded.
     """
 
     is_compileable = False
@@ -48,18 +55,18 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, conv_width: int, ring: int = RING):
+    def __init__(self, conv_width: int):
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
-        self.conv_width, self.ring = conv_width, ring
+        self.conv_width = conv_width
         self._clear()
 
     def _clear(self) -> None:
         self.state: Tensor | None = None
-        self.raw: Tensor | None = None
-        self.rings: Inputs | None = None
-        self.length: Tensor | None = None
-        self.folded: Tensor | None = None
+        self.raw: Tensor | None = None  # [B, W - 1 (+ S while tokens are held), C]
+        self.held: Inputs | None = None  # each [B, S, ...]
+        self.counts: list[int] = []
+        self.pinned: list[int] = []
         self.seen = 0
 
     @property
@@ -69,75 +76,92 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def window(self) -> Tensor | None:
         """Raw convolution inputs of the last W - 1 tokens [B, W - 1, C], oldest first; None before the first token."""
-        if self.raw is None or self.length is None:
-            return None
-        return _gather(self.raw, self.length - (self.conv_width - 1), self.conv_width - 1)
+        return None if self.raw is None else columns(self.raw, self.counts, self.conv_width - 1)
 
-    def pending(self) -> tuple[Inputs, Tensor] | None:
-        """Inputs that are committed but not in `state`: rings in order [B, L, ...] and which entries count [B, L]."""
-        if self.rings is None or self.length is None or self.folded is None:
-            return None
-        folded, count = self.folded, self.length - self.folded
-        inputs = tuple(_gather(ring, folded, self.ring) for ring in self.rings)
-        return inputs, torch.arange(self.ring, device=count.device) < count[:, None]
-
-    def extend_one(self, raw: Tensor, state: Tensor) -> None:
-        """Note one token per row, already folded into `state`. raw [B, 1, C]."""
-        assert self.length is not None and self.raw is not None, "the first tokens come through extend"
-        _scatter(self.raw, self.length[:, None], raw, torch.ones_like(self.length, dtype=torch.bool)[:, None])
-        self.length = self.length + 1
-        self.folded, self.state = self.length, state.detach()
-        self.seen += 1
-
-    def extend(self, raw: Tensor, inputs: Inputs, mask: Tensor | None, state: Tensor, advance: Advance) -> None:
-        """Note new tokens. raw [B, T, C]; inputs (x, B, step) [B, T, ...]; mask [B, T] True = real; `state` after all of them.
-
-        `advance` folds (inputs, mask) into a state; it is called only while recording, for tokens that no longer fit the rings.
-        """
-        real = torch.ones(raw.shape[:2], dtype=torch.bool, device=raw.device) if mask is None else mask
-        if self.raw is None or self.length is None:
-            self.raw = _ring_like(raw, self.ring + 2 * (self.conv_width - 1))
-            self.length = self.folded = torch.zeros(raw.shape[0], dtype=torch.long, device=raw.device)
-        rank = real.cumsum(1)  # [B, T], 1 for the first real token
-        positions = self.length[:, None] + rank - 1
-        _scatter(self.raw, positions, raw, real & (rank > rank[:, -1:] - (self.raw.shape[1] - 1)))
-        if self.record_past:
-            self._record(positions, inputs, real, advance)
+    def settle(self, window: Tensor, state: Tensor, tokens: int) -> None:
+        """Note `tokens` tokens that are folded already: `state` and `window` [B, W - 1, C] after them. Nothing may be held."""
+        assert not any(self.counts), "held tokens are folded first"
+        self.state, self.seen = state.detach(), self.seen + tokens
+        if self.held is None:
+            self.raw, self.counts = window.detach(), [0] * window.shape[0]
+            self.pinned = self.counts
         else:
-            self.state, self.folded = state.detach(), self.length + rank[:, -1]
-        self.length = self.length + rank[:, -1]
-        self.seen += raw.shape[1]
+            assert self.raw is not None
+            self.raw[:, : self.conv_width - 1] = window
 
-    def _record(self, positions: Tensor, inputs: Inputs, real: Tensor, advance: Advance) -> None:
-        if self.rings is None:
-            self.rings = tuple(_ring_like(values, self.ring) for values in inputs)
-        held = self.pending()
-        assert held is not None and self.folded is not None, "lengths are set before inputs are recorded"
-        old, counts = held
-        together = tuple(torch.cat(pair, 1) for pair in zip(old, inputs, strict=True))
-        real_together = torch.cat((counts, real), 1)
-        rank = real_together.cumsum(1)
-        overflow = (rank[:, -1] - self.ring).clamp_min(0)  # [B]
-        if bool(overflow.any()):
-            folding = real_together & (rank <= overflow[:, None])
-            self.state = advance((together, folding), self.state)
-            self.folded = self.folded + overflow
-        keep = real & (positions >= self.folded[:, None])
-        for ring, values in zip(self.rings, inputs, strict=True):
-            _scatter(ring, positions, values, keep)
+    def note(self, raw: Tensor, advance: Advance, fold_after: int) -> Tensor:
+        """Append raw inputs [B, T, C], T <= KEPT; returns the window before them and themselves [B, W - 1 + T, C]. `hold` follows.
+
+        `advance` folds (inputs, mask, state) into a state. Settled tokens are folded once there are `fold_after` of them.
+        """
+        if self.held is None:
+            self._make_columns(raw)
+        elif max(self.counts) + raw.shape[1] > SLOTS or min(self.pinned) >= fold_after:
+            self._fold([max(pinned, count - KEPT) for pinned, count in zip(self.pinned, self.counts, strict=True)], advance)
+        assert self.raw is not None
+        write(self.raw, [count + self.conv_width - 1 for count in self.counts], raw)
+        return columns(self.raw, self.counts, self.conv_width - 1 + raw.shape[1])
+
+    def hold(self, inputs: Inputs) -> tuple[Inputs, list[int]]:
+        """Append the tokens' inputs [B, T, ...]; returns those of all slots in use and each row's first new slot."""
+        if self.held is None:
+            self.held = tuple(values.new_zeros(values.shape[0], SLOTS, *values.shape[2:]) for values in inputs)
+        firsts, tokens = self.counts, inputs[0].shape[1]
+        for buffer, values in zip(self.held, inputs, strict=True):
+            write(buffer, firsts, values)
+        self.counts, self.seen = [count + tokens for count in firsts], self.seen + tokens
+        used = max(self.counts)
+        return tuple(buffer[:, :used] for buffer in self.held), firsts
+
+    def _make_columns(self, raw: Tensor) -> None:
+        old, width = self.raw, self.conv_width - 1
+        self.raw = raw.new_zeros(raw.shape[0], width + SLOTS, raw.shape[2])
+        if old is not None:
+            self.raw[:, :width] = old
+        self.counts = [0] * raw.shape[0]
+        self.pinned = self.counts
+
+    def fold_all(self, advance: Advance) -> None:
+        """Fold every held token; none of them can be taken back then."""
+        if any(self.counts):
+            self._fold(self.counts, advance)
+
+    def _fold(self, counts: list[int], advance: Advance) -> None:
+        """Fold each row's counts[b] oldest held tokens and move the others to the front."""
+        assert self.held is not None and self.raw is not None
+        longest, left = max(counts), [count - fold for count, fold in zip(self.counts, counts, strict=True)]
+        if longest == 0:
+            return
+        mask = None
+        if min(counts) < longest:
+            slots = torch.arange(longest, device=self.raw.device)
+            mask = slots < torch.tensor(counts, device=self.raw.device)[:, None]
+        self.state = advance(tuple(buffer[:, :longest] for buffer in self.held), mask, self.state)
+        for buffer in self.held:
+            write(buffer, [0] * len(counts), columns(buffer, counts, max(left)).clone())
+        write(self.raw, [0] * len(counts), columns(self.raw, counts, max(left) + self.conv_width - 1).clone())
+        self.pinned = [max(pinned - fold, 0) for pinned, fold in zip(self.pinned, counts, strict=True)]
+        self.counts = left
+
+    def pin(self) -> None:
+        """Declare all tokens settled: none of them will be taken back."""
+        self.pinned = self.counts
+
+    def take_back(self, tokens: list[int]) -> None:
+        """Take back the last tokens[b] tokens of each row. Raises ValueError for more than are held."""
+        left = [count - back for count, back in zip(self.counts, tokens, strict=True)]
+        if any(count < pinned for count, pinned in zip(left, self.pinned, strict=True)):
+            raise ValueError(
+                f"cannot take back {max(tokens)} tokens: a recurrent layer holds at most the last {KEPT} tokens, and only "
+                "after cache.activate_past_recording()"
+            )
+        self.counts = left
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row (transformers passes a negative count, or 0)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.length is None:
-            return
-        if not self.record_past or self.folded is None or bool((self.length + tokens_to_remove < self.folded).any()):
-            raise ValueError(
-                f"cannot take back {-tokens_to_remove} tokens: a recurrent layer holds at most the last {self.ring} tokens, and only "
-                "after cache.activate_past_recording()"
-            )
-        self.length = self.length + tokens_to_remove
+        self.take_back([-tokens_to_remove] * len(self.counts))
         self.seen += tokens_to_remove
 
     def get_seq_length(self) -> int:
@@ -157,17 +181,19 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._clear()
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("state", "raw", "length", "folded"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else change(value))
-        self.rings = None if self.rings is None else tuple(map(change, self.rings))
+        if self.raw is None:
+            return
+        self.raw = change(self.raw)
+        self.state = None if self.state is None else change(self.state)
+        self.held = None if self.held is None else tuple(map(change, self.held))
+        self.counts, self.pinned = change(torch.tensor([self.counts, self.pinned]).T).T.tolist()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of the selected beams."""
-        self._map(lambda value: value.index_select(0, beam_idx.to(value.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows only."""
+        """Keep these rows only, in this order."""
         self._map(lambda value: value[indices.to(value.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -177,14 +203,14 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows held, -1 before the first token."""
-        return -1 if self.length is None else self.length.shape[0]
+        return len(self.counts) or -1
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """Buffers are made by the first `extend`."""
+        """Buffers are made with the first tokens."""
 
     def update(self, *args, **kwargs):
-        """Not for this layer: mixers use `extend`."""
-        raise TypeError("a recurrent layer holds no keys and values; mixers call extend")
+        """Not for this layer: mixers use `settle`, `note` and `hold`."""
+        raise TypeError("a recurrent layer holds no keys and values; mixers call settle, note and hold")
 
     update_conv_state = update_recurrent_state = update
 

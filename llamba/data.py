@@ -1,30 +1,24 @@
-"""Rows to tokens, once, on disk; and from there to batches.
+"""Rows to tokens, once, on disk, in the files that `llamba.batches` describes. Letter: T tokens of a document."""
 
-A prepared set is three flat files: `tokens` (int32 ids of all rows, one after the other), `targets` (uint8, 1 where a
-token is to be learnt) and `lengths` (int64, tokens per row). Letters: B rows, T tokens of the longest row.
-"""
-
+import bisect
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llamba import sources
-from llamba.losses import IGNORE
-from llamba.recipe import Data
+from llamba.batches import Rows
+from llamba.settings import Data
 
 MANIFEST = "data.json"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,7 +34,9 @@ class Count:
 
     source: str
     files: dict[str, str]  # path: sha256
+    licence: str | None = None
     rows: int = 0
+    sequences: int = 0
     tokens: int = 0
     target_tokens: int = 0
     cut: int = 0
@@ -49,11 +45,12 @@ class Count:
     def __str__(self) -> str:
         skips = ", ".join(f"{number} skipped ({why})" for why, number in self.skipped.items() if number)
         head = f"{self.source}: {self.rows} rows, {self.tokens} tokens, {self.target_tokens} of them targets"
-        return ", ".join(part for part in (head, f"{self.cut} cut" if self.cut else "", skips) if part)
+        packed = f"in {self.sequences} sequences" if self.sequences != self.rows else ""
+        return ", ".join(part for part in (head, packed, f"{self.cut} cut" if self.cut else "", skips) if part)
 
 
-def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
-    """The chat template to tokenise with, or None where there is none."""
+def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
     template = tokenizer.chat_template
     if data.template is not None:
         known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -61,6 +58,11 @@ def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -
         if not path.is_file():
             raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
         template = path.read_text(encoding="utf-8")
+    return template
+
+
+def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
+    template = chat_template(data, tokenizer)
     if assistant and not (template and _GENERATION.search(template)):
         raise ValueError(
             "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "
@@ -103,39 +105,80 @@ class Tokenizer:
 
     def __call__(self, where: str, row: sources.Row) -> Tokens:
         """Ids and targets of a row, whole. The first token is never a target; a doubled BOS is made one."""
-        ids, targets = self._text(where, row["text"]) if "text" in row else self._chat(where, row["messages"])
+        ids, targets = self._text(where, row["text"]) if "text" in row else self._chat(where, sources.messages(row))
         start = self.inner.bos_token_id
         if start is not None and ids[:2] == [start, start]:
             ids, targets = ids[1:], targets[1:]
         return ids, [0, *targets[1:]]
 
 
-def _tokenise(source: str, tokenizer: Tokenizer, count: Count) -> Iterator[Tokens]:
-    """The rows of a source that have something to learn, cut; the others are counted."""
-    for where, row in sources.rows(source):
-        if not (row.get("text") or row.get("messages")):
+def _pieces(tokens: Tokens, length: int) -> Iterator[Tokens]:
+    """A long text in pieces of `length`; a piece's first token has nothing before it, so it is no target."""
+    ids, targets = tokens
+    for start in range(0, len(ids), length):
+        yield ids[start : start + length], [0, *targets[start + 1 : start + length]]
+
+
+def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
+    """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
+    for where, row in sources.rows(count.source, streaming=data.streaming):
+        if count.tokens >= limit:
+            return
+        if not any(row.values()):
             count.skipped["empty"] += 1
             continue
-        ids, targets = tokenizer(where, row)
-        count.cut += len(ids) > tokenizer.length
-        ids, targets = ids[: tokenizer.length], targets[: tokenizer.length]
-        if not any(targets):
-            count.skipped["no_targets"] += 1
-            continue
-        count.rows, count.tokens, count.target_tokens = count.rows + 1, count.tokens + len(ids), count.target_tokens + sum(targets)
-        yield ids, targets
+        whole = tokenizer(where, row)
+        split = data.packing and "text" in row
+        count.cut += len(whole[0]) > data.length and not split
+        pieces = [piece for piece in islice(_pieces(whole, data.length), None if split else 1) if any(piece[1])]
+        count.skipped["no_targets"] += not pieces
+        count.rows += bool(pieces)
+        for ids, targets in pieces:
+            count.tokens, count.target_tokens = count.tokens + len(ids), count.target_tokens + sum(targets)
+            yield ids, targets
 
 
-def _write(names: list[str], tokenizer: Tokenizer, folder: Path) -> list[Count]:
+def pack(lengths: list[int], room: int) -> list[list[int]]:
+    """Indices of documents grouped into sequences of at most `room` tokens: each, longest first, goes where it fits best."""
+    spaces: list[tuple[int, int]] = []  # (room left, sequence), sorted
+    packs: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = bisect.bisect_left(spaces, (lengths[index], -1))
+        if place == len(spaces):
+            packs.append([])
+        left, number = spaces.pop(place) if place < len(spaces) else (room, len(packs) - 1)
+        packs[number].append(index)
+        bisect.insort(spaces, (left - lengths[index], number))
+    return packs
+
+
+def _append(folder: Path, name: str, values: Any, kind: type[np.generic]) -> None:
+    with (folder / name).open("ab") as file:
+        np.asarray(values, kind).tofile(file)
+
+
+def _write_source(data: Data, tokenizer: Tokenizer, count: Count, limit: float, folder: Path) -> None:
+    found = _tokenise(data, tokenizer, count, limit)
+    while block := list(islice(found, _AT_ONCE)):
+        packs = pack([len(ids) for ids, _ in block], data.length) if data.packing else [[index] for index in range(len(block))]
+        documents = [block[index] for pack in packs for index in pack]
+        _append(folder, "tokens", np.concatenate([ids for ids, _ in documents]), np.int32)
+        _append(folder, "targets", np.concatenate([marks for _, marks in documents]), np.uint8)
+        _append(folder, "lengths", [len(ids) for ids, _ in documents], np.int64)
+        if data.packing:
+            _append(folder, "packs", [len(pack) for pack in packs], np.int64)
+        count.sequences += len(packs)
+
+
+def _write(data: Data, names: list[str], weights: list[float] | None, tokenizer: Tokenizer, limit: float, folder: Path) -> list[Count]:
     folder.mkdir()
-    counts = [Count(name, {str(path): sources.sha256(path) for path in sources.files(name)}) for name in names]
-    with (folder / "tokens").open("wb") as tokens, (folder / "targets").open("wb") as targets, (folder / "lengths").open("wb") as lengths:
-        for count in counts:
-            found = _tokenise(count.source, tokenizer, count)
-            while block := list(islice(found, _AT_ONCE)):
-                np.concatenate([ids for ids, _ in block]).astype(np.int32).tofile(tokens)
-                np.concatenate([marks for _, marks in block]).astype(np.uint8).tofile(targets)
-                np.array([len(ids) for ids, _ in block], np.int64).tofile(lengths)
+    counts = [Count(name, {str(path): sources.sha256(path) for path in sources.files(name)}, sources.licence(name)) for name in names]
+    for count, share in zip(counts, weights or [1.0] * len(names), strict=True):
+        _write_source(data, tokenizer, count, limit * share / sum(weights or [1.0]), folder)
+        if weights and not count.rows:
+            raise ValueError(f"a mixture needs rows with something to learn in every source, got {count}")
+        if weights:
+            _append(folder, "mixture", [count.sequences, share], np.float64)
     if not any(count.rows for count in counts):
         raise ValueError(f"no row with anything to learn in {', '.join(map(str, counts))}")
     return counts
@@ -145,20 +188,24 @@ def _names(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path) -> dict[str, Any]:
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path, limit: int | None = None) -> dict[str, Any]:
     """Tokenise `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
-    Returns the manifest, also written as `data.json`: per source its files' sha256, rows, tokens, target tokens, cut and
-    skipped rows. Raises ValueError for broken rows (naming file and line) and where nothing is left to learn from.
+    `limit`: training tokens after which reading stops. Returns the manifest, also written as `data.json`: per source its
+    files' sha256, licence, rows, tokens, target tokens, cut and skipped rows. Raises ValueError for broken rows (naming
+    file and line) and where nothing is left to learn from.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     reader = Tokenizer(data, tokenizer, targets)
-    manifest: dict[str, Any] = {"length": data.length, "targets": targets}
+    manifest: dict[str, Any] = {"length": data.length, "packing": data.packing, "targets": targets}
     for split, given in (("train", data.train), ("eval", data.eval)):
         if given:
-            counts = _write(_names(given), reader, partial / split)
+            train = split == "train"
+            counts = _write(
+                data, _names(given), data.weights if train else None, reader, limit if train and limit else float("inf"), partial / split
+            )
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -174,74 +221,21 @@ def check_unchanged(manifest: dict[str, Any]) -> None:
                 raise ValueError(f"data file {name} is not what it was when this run began; restore it, or choose another output folder")
 
 
-class Rows(Dataset[dict[str, NDArray[np.int64]]]):
-    """A prepared set, memory-mapped: item i is {"input_ids": [T], "labels": [T]}."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokens = np.memmap(folder / "tokens", np.int32, "r")
-        self.targets = np.memmap(folder / "targets", np.uint8, "r")
-        self.lengths = np.fromfile(folder / "lengths", np.int64)
-        self.ends = np.cumsum(self.lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
-        piece = slice(self.ends[index] - self.lengths[index], self.ends[index])
-        ids = self.tokens[piece].astype(np.int64)
-        return {"input_ids": ids, "labels": np.where(self.targets[piece] == 1, ids, IGNORE)}
-
-
-class Ordered(Dataset[dict[str, NDArray[np.int64]]]):
-    """The rows of a whole training stage in their order: `steps` times `batch` rows, epoch after epoch.
-
-    Each epoch is a permutation that depends on `seed` and its number alone; steps run on over the end of an epoch. So
-    the rows of step k are the same on any number of processes, and after any number of restarts.
-    """
-
-    def __init__(self, rows: Rows, batch: int, seed: int, *, epochs: float, steps: int | None, tokens: int | None) -> None:
-        wanted = len(rows) * epochs if steps is None else steps * batch
-        if tokens is not None:
-            wanted = (tokens // int(rows.lengths.sum()) + 1) * len(rows) + batch
-        passes = int(wanted // len(rows)) + 1 + batch // len(rows)
-        order = np.concatenate([np.random.default_rng((seed, number)).permutation(len(rows)) for number in range(passes)])
-        seen = np.cumsum(rows.lengths[order])
-        if steps is None:
-            steps = max(1, int(wanted // batch)) if tokens is None else int(np.searchsorted(seen, tokens)) // batch + 1
-        self.rows, self.batch, self.steps = rows, batch, steps
-        self.order, self.seen = order[: steps * batch], seen[: steps * batch]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
-        return self.rows[self.order[index]]
-
-    def tokens_at(self, step: int) -> int:
-        """Tokens in the first `step` optimizer steps, over all processes."""
-        return int(self.seen[step * self.batch - 1]) if step else 0
-
-
-def collate(rows: list[dict[str, NDArray[np.int64]]], pad: int) -> dict[str, Tensor]:
-    """Right-padded input_ids, attention_mask and labels (-100 off the targets), each [B, T]. Labels are unshifted."""
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def fill(key: str, value: int) -> Tensor:
-        padded = [np.pad(row[key], (0, length - len(row[key])), constant_values=value) for row in rows]
-        return torch.from_numpy(np.stack(padded))
-
-    counts = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(length) < counts[:, None]).long()
-    return {"input_ids": fill("input_ids", pad), "attention_mask": mask, "labels": fill("labels", IGNORE)}
-
-
 class Prepared(NamedTuple):
-    """The prepared data of a run: its folder (one sub-folder per choice of targets) and the seed of the order."""
+    """A stage's data: what the recipe says, with every source a file, folder or hub set; the seed of the order; and the
+    folder of its tokenised rows, where the stage trains on tokens."""
 
-    folder: Path
+    config: Data
     seed: int
+    folder: Path | None = None
 
-    def rows(self, split: str, targets: str) -> Rows | None:
-        """A split's rows, None where the recipe names no source for it."""
-        folder = self.folder / targets / split
-        return Rows(folder) if folder.is_dir() else None
+    def rows(self, split: str) -> Rows | None:
+        """A split's tokenised rows, None where the recipe names no source for it."""
+        assert self.folder is not None, "this stage's rows are not tokenised"
+        return Rows(self.folder / split) if (self.folder / split).is_dir() else None
+
+
+def set_name(data: Data, targets: str, limit: int | None) -> str:
+    """The folder name of a tokenised set: its targets and a digest of all that it was made from."""
+    made_from = json.dumps([asdict(data), targets, limit])
+    return f"{targets}-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"

@@ -3,12 +3,18 @@
 from pathlib import Path
 
 DONE = "DONE"
+ROWS = "rows"  # the data folder that a stage leaves where it makes data
 
 
-def finished(folder: str | Path) -> list[Path]:
-    """The finished steps of a run folder, in order."""
+def finished(folder: str | Path, holding: str = "config.json") -> list[Path]:
+    """The finished steps of a run folder that hold a file or folder of that name (by default: models), in order.
+
+    Of one number, the conversion comes before the stage; a draft model stands beside the students and is not listed.
+    """
     done = (marker.parent for marker in Path(folder).glob(f"*-*/{DONE}"))
-    return sorted((step for step in done if step.name.partition("-")[0].isdigit()), key=lambda step: int(step.name.partition("-")[0]))
+    steps = [step for step in done if step.name.partition("-")[0].isdigit() and (step / holding).exists()]
+    students = [step for step in steps if not step.name.endswith("-draft")]
+    return sorted(students, key=lambda step: (int(step.name.partition("-")[0]), not step.name.endswith("-convert")))
 
 
 def resolve_model(name: str | Path) -> str:

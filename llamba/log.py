@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llamba.data import Ordered
+from llamba.batches import Ordered
 
 METRICS = "metrics.jsonl"
 

@@ -1,6 +1,7 @@
 """Recipes as text: `key=value` on a command line, and JSON beside the weights.
 
 Keys are dotted: `student.attention`, `stages.0.lr`, or `stages.distill.lr` where only one stage has that name.
+`stages.0.data.train` gives a stage data of its own, which start from the recipe's.
 """
 
 import dataclasses
@@ -9,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from llamba.recipe import STAGE_CONFIGS, Data, Recipe, Stage, Student
+from llamba.recipe import Recipe, Student
+from llamba.settings import STAGE_CONFIGS, Data, Stage
 from llamba.typed import name_of, read
 
 
@@ -23,7 +25,9 @@ def _paths(stages: Sequence[Stage]) -> dict[str, int]:
 def keys(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Every key that may be overridden, with its present value and its type."""
     nodes: dict[str, Any] = {"": recipe, "student.": recipe.student, "data.": recipe.data}
-    nodes |= {f"stages.{word}.": recipe.stages[index] for word, index in _paths(recipe.stages).items()}
+    for word, index in _paths(recipe.stages).items():
+        nodes[f"stages.{word}."] = recipe.stages[index]
+        nodes[f"stages.{word}.data."] = recipe.stages[index].data or recipe.data
     found = {}
     for prefix, node in nodes.items():
         hints = get_type_hints(type(node))
@@ -39,6 +43,8 @@ def _replace(recipe: Recipe, key: str, value: Any) -> Recipe:
         word, _, name = rest.partition(".")
         stages = list(recipe.stages)
         index = _paths(stages)[word]
+        if name.startswith("data."):
+            name, value = "data", dataclasses.replace(stages[index].data or recipe.data, **{name.removeprefix("data."): value})
         stages[index] = dataclasses.replace(stages[index], **{name: value})
         return dataclasses.replace(recipe, stages=stages)
     if rest:
@@ -91,6 +97,8 @@ def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
         name = entry.pop("stage", None)
         if name not in STAGE_CONFIGS:
             raise ValueError(f"{where}: stage {number} must be one of {sorted(STAGE_CONFIGS)}, got {name!r}")
+        if entry.get("data") is not None:
+            entry["data"] = _build(Data, entry["data"], f"{where}: stage {number}: data")
         stages.append(_build(STAGE_CONFIGS[name], entry, f"{where}: stage {number}"))
     parts = {
         "student": _build(Student, values["student"], f"{where}: student"),

@@ -12,7 +12,8 @@ from llamba.families import family_of
 from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT
 from llamba.mixers import build_mixer
-from llamba.recipe import Distill, Recipe
+from llamba.recipe import Recipe, layers_of
+from llamba.settings import Attention, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -22,10 +23,11 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters: of the whole student, of its mixers, of the teacher, and of one converted layer, ours and published."""
+    """Parameters: of the whole student, its mixers and MLPs, of the teacher, and of one converted layer, ours and published."""
 
     student: int
     mixers: int
+    mlps: int
     teacher: int
     attention: int
     published: dict[str, int]
@@ -34,60 +36,80 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's plan; `str` gives the text that `--plan` prints."""
+    """A recipe's plan; `str` gives the text that `--plan` prints. `config` is the first student's."""
 
     recipe: Recipe
+    teacher: PreTrainedConfig
     config: PreTrainedConfig
     counts: Counts
 
     @property
     def kept(self) -> list[int]:
-        """Layers that keep attention."""
-        return [i for i, kind in enumerate(self.config.layer_types) if kind != RECURRENT]
+        """Layers that keep attention in the first student."""
+        return _kept(self.config)
 
     def __str__(self) -> str:
-        lines = [f"teacher   {self.recipe.teacher}", *self._layers(), *self._parameters()]
+        student = self.recipe.student
+        lines = [
+            f"teacher   {self.recipe.teacher}",
+            f"student   {student.mixer}, init {student.init}, {self.config.num_hidden_layers} layers",
+        ]
+        lines += [_layers(self.config, student.attention), *_parameters(self.counts)]
+        config, counts = self.config, self.counts
         for number, stage in enumerate(self.recipe.stages, 1):
-            lines += self._stage(number, stage)
+            if stage.attention is not None:
+                config = student_config(config, student.mixer, layers_of(stage.attention))
+                counts = count(self.teacher, config)
+                lines.append(f"then      {_layers(config, stage.attention)}")
+            lines += _stage(self.recipe, number, stage, config, counts)
+            if isinstance(stage, Select):  # which layers is not known yet, but how many
+                config = student_config(self.teacher, student.mixer, stage.keep)
+                counts = count(self.teacher, config)
+                lines.append(f"    attention back in {len(_kept(config))} of {config.num_hidden_layers} layers, those that measure best")
         return "\n".join(lines)
 
-    def _layers(self) -> list[str]:
-        total = self.config.num_hidden_layers
-        share = len(self.kept) / total
-        asked = self.recipe.student.attention
-        note = f" (asked: {asked:g})" if isinstance(asked, float) and abs(share - asked) > 1e-9 else ""
-        return [
-            f"student   {self.recipe.student.mixer}, init {self.recipe.student.init}, {total} layers",
-            f"attention kept in {len(self.kept)} of {total} layers = {share:.4g}{note}: {', '.join(map(str, self.kept)) or 'none'}",
-        ]
 
-    def _parameters(self) -> list[str]:
-        c = self.counts
-        published, own = sum(c.published.values()), sum(c.own.values())
-        lines = [
-            f"each converted layer: {_millions(published)} in the published layout, {_signed(published - c.attention)} against attention"
-            f" ({_millions(c.attention)}); {own:,} more of our own"
-        ]
-        lines += [f"    {name:<18}{count:>14,}" for name, count in c.published.items()]
-        lines += [f"    {name:<18}{count:>14,}  ours" for name, count in c.own.items()]
-        lines.append(f"parameters: teacher {_millions(c.teacher)}, student {_millions(c.student)}, mixers {_millions(c.mixers)}")
-        return lines
+def _kept(config: PreTrainedConfig) -> list[int]:
+    return [i for i, kind in enumerate(config.layer_types) if kind != RECURRENT]
 
-    def _stage(self, number: int, stage: Distill) -> list[str]:
-        trainable = self.counts.mixers if stage.train == "mixers" else self.counts.student
-        lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(self.recipe, stage)}"]
-        processes = int(os.environ.get("WORLD_SIZE", "0")) or 8
-        memory = _memory(self.config, self.counts, stage, trainable, self.recipe.data.length)
-        total = sum(memory.values())
-        lines.append("    memory per GPU, nothing sharded: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()))
-        sharded = memory["activations"] + (total - memory["activations"]) / processes
-        lines.append(f"    = {total / GIB:.1f} GiB (DDP); sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB")
-        budget = _budget(self.recipe, stage)
-        per_token = _flops_per_token(self.config, self.counts, trainable, self.recipe.data.length, stage.gradient_checkpointing)
-        hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
-        amount = "" if budget else " per 1,000,000,000 tokens"
-        lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
-        return lines
+
+def _layers(config: PreTrainedConfig, asked: Attention) -> str:
+    kept, total = _kept(config), config.num_hidden_layers
+    share = len(kept) / total
+    note = f" (asked: {asked:g})" if isinstance(asked, float) and abs(share - asked) > 1e-9 else ""
+    return f"attention kept in {len(kept)} of {total} layers = {share:.4g}{note}: {', '.join(map(str, kept)) or 'none'}"
+
+
+def _parameters(c: Counts) -> list[str]:
+    published, own = sum(c.published.values()), sum(c.own.values())
+    lines = [
+        f"each converted layer: {_millions(published)} in the published layout, {_signed(published - c.attention)} against attention"
+        f" ({_millions(c.attention)}); {own:,} more of our own"
+    ]
+    lines += [f"    {name:<18}{count:>14,}" for name, count in c.published.items()]
+    lines += [f"    {name:<18}{count:>14,}  ours" for name, count in c.own.items()]
+    lines.append(f"parameters: teacher {_millions(c.teacher)}, student {_millions(c.student)}, mixers {_millions(c.mixers)}")
+    return lines
+
+
+def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, counts: Counts) -> list[str]:
+    if not isinstance(stage, Training):
+        return [f"stage {number}   {stage.name}"]
+    length = (stage.data or recipe.data).length
+    trainable = {"mixers": counts.mixers, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
+    lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(stage, length)}"]
+    processes = int(os.environ.get("WORLD_SIZE", "0")) or 8
+    memory = _memory(config, counts, stage, trainable, length)
+    total = sum(memory.values())
+    lines.append("    memory per GPU, nothing sharded: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()))
+    sharded = memory["activations"] + (total - memory["activations"]) / processes
+    lines.append(f"    = {total / GIB:.1f} GiB (DDP); sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB")
+    budget = _budget(stage, length)
+    per_token = _flops_per_token(config, counts, trainable, length, stage.gradient_checkpointing)
+    hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
+    amount = "" if budget else " per 1,000,000,000 tokens"
+    lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
+    return lines
 
 
 def _millions(count: int) -> str:
@@ -98,22 +120,22 @@ def _signed(count: int) -> str:
     return f"{count / 1e6:+,.3f} M"
 
 
-def _budget(recipe: Recipe, stage: Distill) -> int | None:
+def _budget(stage: Training, length: int) -> int | None:
     if stage.tokens is not None:
         return stage.tokens
-    return None if stage.steps is None else stage.steps * stage.batch * recipe.data.length
+    return None if stage.steps is None else stage.steps * stage.batch * length
 
 
-def _tokens(recipe: Recipe, stage: Distill) -> str:
-    per_step = stage.batch * recipe.data.length
+def _tokens(stage: Training, length: int) -> str:
+    per_step = stage.batch * length
     if stage.tokens is not None:
-        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {stage.batch} x {recipe.data.length:,}"
+        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {stage.batch} x {length:,}"
     if stage.steps is not None:
-        return f"{stage.steps:,} steps of {stage.batch} x {recipe.data.length:,} = at most {stage.steps * per_step:,} tokens"
-    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {stage.batch} x {recipe.data.length:,}"
+        return f"{stage.steps:,} steps of {stage.batch} x {length:,} = at most {stage.steps * per_step:,} tokens"
+    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {stage.batch} x {length:,}"
 
 
-def _memory(config: PreTrainedConfig, counts: Counts, stage: Distill, trainable: int, length: int) -> dict[str, float]:
+def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable: int, length: int) -> dict[str, float]:
     """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher in bf16, activations."""
     tokens = stage.micro_batch * length
     kept_per_layer = config.hidden_size if stage.gradient_checkpointing else 14 * config.hidden_size + 3 * config.intermediate_size
@@ -171,12 +193,13 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
         whole, student = family_of(teacher).causal_lm(every), family_of(config).causal_lm(config)
     attention = _numel(whole.model.layers[0].self_attn)
     mixers = sum(_numel(layer.self_attn) for layer, kind in zip(student.model.layers, config.layer_types, strict=True) if kind == RECURRENT)
+    mlps = sum(_numel(layer.mlp) for layer in student.model.layers)
     published, own = _published(config)
-    return Counts(_numel(student), mixers, _numel(whole), attention, published, own)
+    return Counts(_numel(student), mixers, mlps, _numel(whole), attention, published, own)
 
 
 def plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises ValueError for an unknown teacher or values out of range."""
     teacher: Any = teacher_config(resolve_model(recipe.teacher))
-    config = student_config(teacher, recipe.student.mixer, recipe.student.layers())
-    return Plan(recipe, config, count(teacher, config))
+    config = student_config(teacher, recipe.student.mixer, layers_of(recipe.student.attention))
+    return Plan(recipe, teacher, config, count(teacher, config))

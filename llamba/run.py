@@ -1,13 +1,16 @@
 """A recipe's run: a folder that fills stage by stage, and that the same command continues wherever it was stopped.
 
     output/recipe.json     the recipe, resolved
-    output/data/           tokenised rows; output/data.json says where they came from and what became of them
+    output/data/           tokenised rows, a folder per set, whose data.json says where they came from and what became of them
     output/0-convert/      a model folder per step: weights, config, tokenizer, stage.json, DONE
     output/1-distill/      the same, with metrics.jsonl, and with checkpoints/ while it is being trained
+    output/2-convert/      where stage 2 says `attention`: its student, converted further
+    output/2-distill/
 
 A step's folder counts from the moment it holds DONE, which is written last.
 """
 
+import dataclasses
 import gc
 import importlib.metadata
 import json
@@ -26,12 +29,14 @@ from transformers import AutoTokenizer
 from llamba import checkpoints, data, overrides
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
-from llamba.folders import DONE, finished, resolve_model
-from llamba.recipe import Recipe
+from llamba.folders import DONE, ROWS, finished, resolve_model
+from llamba.recipe import Recipe, layers_of
+from llamba.settings import Attention, Data, Draft, PseudoLabel, Select, TokenTraining
 
 RECIPE = "recipe.json"
 STAGE = "stage.json"
 _PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
 
@@ -45,16 +50,20 @@ def _write(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def _settled(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """What of a recipe the finished and begun work in `out` rests on."""
+    values = overrides.to_dict(recipe)
+    begun = [stage for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
+    first = {key: values[key] for key in ("seed", "student", "teacher")} if finished(out) else {}
+    return first | {"stages": [stage | {"data": stage["data"] or values["data"]} for stage in begun]}
+
+
 def _claim(recipe: Recipe, out: Path) -> None:
-    """Make the folder this recipe's own. Raises ValueError if finished work in it belongs to another recipe."""
-    wanted = overrides.to_dict(recipe)
+    """Make the folder this recipe's own. Raises ValueError if begun work in it belongs to another recipe."""
     path = out / RECIPE
     if path.exists():
-        present = json.loads(path.read_text())
-        settled = {"teacher", "student", "seed"} if finished(out) else set()
-        settled |= set(wanted) - {"output"} if (out / "data" / DONE).exists() else set()
-        old, new = ({key: values.get(key) for key in sorted(settled)} for values in (present, wanted))
-        if changed := overrides.differences(old, new):
+        present = overrides.from_dict(json.loads(path.read_text()), str(path))
+        if changed := overrides.differences(_settled(present, out), _settled(recipe, out)):
             raise ValueError(
                 f"{out} holds a run of another recipe ({'; '.join(changed)}); "
                 "give the old values, choose another output, or delete the folder"
@@ -62,7 +71,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
     elif out.exists() and any(entry.name != f"{RECIPE}.partial" for entry in out.iterdir()):
         raise ValueError(f"output must be a new folder or a run folder, got {out}, which has files but no {RECIPE}")
     out.mkdir(parents=True, exist_ok=True)
-    _write(path, wanted)
+    _write(path, overrides.to_dict(recipe))
 
 
 def _describe(folder: Path, name: str, settings: dict[str, Any], started: float, results: dict[str, Any]) -> None:
@@ -86,38 +95,75 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _convert(recipe: Recipe, teacher: str, folder: Path) -> None:
-    """Convert the teacher into `folder`, which appears whole or not at all."""
+def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) -> None:
+    """Convert the model `source` into `folder`, which appears whole or not at all."""
     from llamba.convert import convert
 
     started, partial = time.time(), folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     choice = recipe.student
-    student = convert(teacher, mixer=choice.mixer, attention=recipe.student.layers(), init=choice.init, seed=recipe.seed)
+    student = convert(source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed)
     student.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
     conversion: Any = student.conversion
     _write(partial / "conversion.json", conversion.to_json())
-    _describe(partial, "convert", overrides.to_dict(recipe)["student"], started, {})
+    _describe(partial, "convert", overrides.to_dict(recipe)["student"] | {"attention": attention}, started, {})
     os.replace(partial, folder)
     del student
     gc.collect()
 
 
-def _prepare_data(recipe: Recipe, teacher: str, out: Path) -> None:
-    """Tokenise for every choice of targets among the stages, or check that what was tokenised is still there."""
-    manifest = out / data.MANIFEST
-    if (out / "data" / DONE).exists():
-        for part in json.loads(manifest.read_text()).values():
-            data.check_unchanged(part)
-        return
-    shutil.rmtree(out / "data", ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    choices = sorted({stage.targets for stage in recipe.stages})
-    _write(manifest, {targets: data.prepare(recipe.data, tokenizer, targets, out / "data" / targets) for targets in choices})
-    (out / "data").mkdir(exist_ok=True)
-    (out / "data" / DONE).touch()
+def _sources(data: Data, out: Path, number: int) -> Data:
+    """The data of stage `number` with `stage:NAME` replaced by the rows that the last such stage before it left."""
+
+    def resolve(source: str) -> str:
+        kind, _, name = source.partition(":")
+        if kind != "stage":
+            return source
+        made = [folder for folder in finished(out, ROWS) if folder.name.partition("-")[2] == name and _number(folder) < number]
+        if not made:
+            raise ValueError(f"data source {source} needs an earlier stage {name!r}, and stage {number} has none before it")
+        return str(made[-1] / ROWS)
+
+    def every(given: str | list[str] | None) -> Any:
+        return [resolve(source) for source in given] if isinstance(given, list) else given and resolve(given)
+
+    return dataclasses.replace(data, train=every(data.train), eval=every(data.eval))
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.partition("-")[0])
+
+
+def _limit(data: Data, stage: TokenTraining | Select) -> int | None:
+    """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
+    if not data.streaming:
+        return None
+    if isinstance(stage, Select):
+        return stage.rows * data.length
+    if stage.tokens is None and stage.steps is None:
+        raise ValueError(f"data.streaming needs {stage.name}.tokens or {stage.name}.steps, to know how much to read; got neither")
+    return stage.tokens or (stage.steps or 0) * stage.batch * data.length
+
+
+def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
+    """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
+    stage = recipe.stages[number - 1]
+    config = _sources(stage.data or recipe.data, out, number)
+    if not isinstance(stage, (TokenTraining, Select)):
+        return Prepared(config, recipe.seed)
+    limit = _limit(config, stage)
+    folder = out / "data" / data.set_name(config, stage.targets, limit)
+
+    def work() -> None:
+        if folder.exists():
+            data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
+        else:
+            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
+
+    _once(folder, work)
+    return Prepared(config, recipe.seed, folder)
 
 
 def _once(marker: Path, work: Callable[[], None]) -> None:
@@ -131,38 +177,46 @@ def _once(marker: Path, work: Callable[[], None]) -> None:
         time.sleep(0.5)
 
 
-def _train(recipe: Recipe, number: int, previous: Path, teacher: str, out: Path) -> Path:
-    """Do stage `number` (from 1), unless it is done, and return its folder."""
+def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
+    """Do stage `number` (from 1), unless it is done, and return the folder of the student after it."""
     from llamba.stages import STAGES  # here, so that chat and plan need not import the trainer
 
     stage = recipe.stages[number - 1]
+    if stage.attention is not None:
+        attention, source, previous = stage.attention, previous, out / f"{number}-convert"
+        _once(previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, attention, str(source), previous))
     folder = out / f"{number}-{stage.name}"
     if not (folder / DONE).exists():
+        prepared = _prepare(recipe, number, str(previous), out)
         started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
-        results = STAGES[stage.name](stage, str(previous), teacher, Prepared(out / "data", recipe.seed), folder)
-        if _rank() == 0:
-            AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+        results = STAGES[stage.name](stage, str(previous), resolve_model(recipe.teacher), prepared, folder)
+
+        def finish() -> None:
+            if (folder / "config.json").exists():
+                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
             _describe(folder, stage.name, settings, started, results)
+
+        _once(folder / DONE, finish)
     if _rank() == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return folder
+    return previous if isinstance(stage, BESIDE) else folder
 
 
 def run(recipe: Recipe) -> Path:
-    """Do what is left of a recipe, and return the last step's folder.
+    """Do what is left of a recipe, and return the student's last folder.
 
-    Under a launcher every process calls this; conversion and tokenising are done by the first before any process group
-    exists. Raises ValueError for anything wrong with the recipe, its teacher, its data, its folder or the disk.
+    Under a launcher every process calls this; conversion and tokenising are done by the first process alone. Raises
+    ValueError for anything wrong with the recipe, its teacher, its data, its folder or the disk.
     """
     out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
     with checkpoints.disk_errors(out):
         if _rank() == 0:
             _claim(recipe, out)
-        last = first = out / "0-convert"
-        _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, teacher, first))
-        _once(out / "data" / DONE, lambda: _prepare_data(recipe, teacher, out))
+        last = out / "0-convert"
+        first = last
+        _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first))
         for number in range(1, len(recipe.stages) + 1):
-            last = _train(recipe, number, last, teacher, out)
+            last = _stage(recipe, number, last, out)
     return last
 
 

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from llamba import checkpoints
-from llamba.data import Ordered, Rows, collate
+from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.log import Metrics
 from llamba.losses import IGNORE, Sums
-from llamba.recipe import Distill
+from llamba.settings import Training
+from llamba.wrapped import inside
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [B, T]
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
 _CHECKPOINTING = (
@@ -41,7 +40,7 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
-def accumulation(stage: Distill) -> int:
+def accumulation(stage: Training) -> int:
     """Forward passes per process and optimizer step. Raises ValueError where `batch` does not divide."""
     at_once = stage.micro_batch * processes()
     if stage.batch % at_once:
@@ -51,8 +50,21 @@ def accumulation(stage: Distill) -> int:
     return stage.batch // at_once
 
 
-def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArguments:
-    """The stage in the Trainer's words; checkpoints go to `folder`. Raises ValueError where `batch` does not divide."""
+def schedule(stage: Training, steps: int) -> dict[str, Any]:
+    """The stage's learning rate over its optimizer steps, as arguments of the Trainer."""
+    if stage.schedule == "wsd":
+        fall = {"num_decay_steps": round(stage.decay * steps), "decay_type": "linear", "min_lr_ratio": stage.floor}
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": fall}
+    if stage.schedule == "cosine" and stage.floor:
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": stage.floor}}
+    return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
+
+
+def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> TrainingArguments:
+    """The stage of `steps` optimizer steps in the Trainer's words; checkpoints go to `folder`.
+
+    Raises ValueError where `batch` does not divide.
+    """
     renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
     args = TrainingArguments(
         output_dir=str(folder),
@@ -62,7 +74,7 @@ def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArgum
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         learning_rate=stage.lr,
-        lr_scheduler_type=SCHEDULES[stage.schedule],
+        **schedule(stage, steps),
         warmup_steps=stage.warmup,
         adam_beta1=stage.betas[0],
         adam_beta2=stage.betas[1],
@@ -79,47 +91,35 @@ def training_arguments(stage: Distill, seed: int, folder: Path) -> TrainingArgum
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=stage.report_to or "none",
         use_cpu=on_cpu(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel
     return args
 
 
-def freeze(student: PreTrainedModel, train: str) -> None:
-    """Leave trainable what `train` names: "mixers" (of the converted layers) or "all".
-
-    Raises ValueError if the student has no converted layer.
-    """
+def mixer_names(student: PreTrainedModel) -> set[str]:
+    """Names of the parameters of converted layers' mixers."""
     kinds = getattr(student.config, "layer_types", None) or []
     converted = tuple(f"layers.{number}.self_attn." for number, kind in enumerate(kinds) if kind == "linear_attention")
-    if train == "mixers" and not converted:
+    return {name for name, _ in student.named_parameters() if converted and name.partition(".")[2].startswith(converted)}
+
+
+def freeze(student: PreTrainedModel, train: str) -> None:
+    """Leave trainable what `train` names: "mixers" (of the converted layers), "all", or "all_but_mlps".
+
+    Raises ValueError where mixers alone are to be trained and the student has no converted layer.
+    """
+    mixers = mixer_names(student)
+    if train == "mixers" and not mixers:
         raise ValueError("train='mixers' needs a student with converted layers, got one that is all attention; use train='all'")
     for name, weight in student.named_parameters():
-        weight.requires_grad_(train == "all" or name.partition(".")[2].startswith(converted))
+        weight.requires_grad_(name in mixers if train == "mixers" else train == "all" or ".mlp." not in name)
 
 
-def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` run as the forward pass of `module`, called through `wrapper` (DDP, DeepSpeed, FSDP or itself).
-
-    So the wrapper's hooks see one ordinary forward pass, whatever the function computes from the module's parts.
-    """
-    own = module.__dict__.pop("forward", None)  # accelerate may have put a wrapper of its own here
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    def once(*inputs: Any) -> Any:
-        restore()
-        return function(*inputs)
-
-    module.__dict__["forward"] = once
-    try:
-        return wrapper(*args)
-    finally:
-        restore()
+def model_inputs(batch: Batch) -> Batch:
+    """What a model's forward pass takes of a batch."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
@@ -147,6 +147,13 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrai
     return teacher.to(accelerator.device)
 
 
+def _split(group: dict[str, Any], mixers: set[int], rest_lr: float) -> list[dict[str, Any]]:
+    """An optimizer's group as one of mixers' weights and one of the rest; empty groups stay out."""
+    own = [weight for weight in group["params"] if id(weight) in mixers]
+    rest = [weight for weight in group["params"] if id(weight) not in mixers]
+    return [part for part in ({**group, "params": own}, {**group, "params": rest, "lr": rest_lr}) if part["params"]]
+
+
 class DistillTrainer(Trainer):
     """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
 
@@ -163,13 +170,14 @@ class DistillTrainer(Trainer):
         args: TrainingArguments,
         rows: Ordered,
         metrics: Path,
+        rest_lr: float | None = None,
     ) -> None:
         pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
         super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
         self.sums_of: Objective = objective
-        self.student = student
+        self.student, self.rest_lr = student, rest_lr
         self.folder = Path(args.output_dir or "")
         self.teacher = place_teacher(teacher, self.accelerator)
         self._logged = torch.zeros(4, device=args.device)  # Sums since the last log
@@ -220,6 +228,16 @@ class DistillTrainer(Trainer):
         shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
         matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
         return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.rest_lr is not None:
+            mixers = mixer_names(self.student)
+            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A complete checkpoint, or an error and the last complete one untouched."""

@@ -86,6 +86,15 @@ def teacher_folder(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The folder of public benchmark data, which is not shipped."""
+    folder = os.environ.get("LLAMBA_TEST_DATA")
+    if not folder:
+        pytest.skip("needs public data: set LLAMBA_TEST_DATA to a folder with mt_bench/, alpaca_eval/, lm/")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "chats.jsonl", chats(64))
 

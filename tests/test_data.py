@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llamba import sources
-from llamba.data import Ordered, Rows, Tokenizer, check_unchanged, collate, prepare
+from llamba.batches import Ordered, Rows, collate
+from llamba.data import Tokenizer, check_unchanged, pack, prepare
 from llamba.losses import IGNORE
 from llamba.recipe import Data
 
@@ -20,6 +21,7 @@ def write_rows(path, rows):
 
 
 def prepared(tmp_path, tokenizer, rows, targets="assistant", **data):
+    tmp_path.mkdir(exist_ok=True)
     path = write_rows(tmp_path / "in.jsonl", rows)
     manifest = prepare(Data(train=str(path), **data), tokenizer, targets, tmp_path / "out")
     return Rows(tmp_path / "out" / "train"), manifest["train"][0]
@@ -44,8 +46,10 @@ def test_formats_hold_the_same_rows(small, tmp_path):
     [
         ('{"messages": [', "needed one JSON object in UTF-8"),
         ("[1, 2]", "needed an object with 'messages' or 'text', got list"),
-        ('{"prompt": "x"}', "needed 'messages' (a list) or 'text' (a string), got keys ['prompt']"),
-        ('{"text": 3}', "needed 'messages' (a list) or 'text' (a string)"),
+        ('{"prompt": "x"}', "needed 'messages' (a list), 'text' (a string) or 'prompt', 'chosen', 'rejected', got keys ['prompt']"),
+        ('{"text": 3}', "needed 'messages' (a list), 'text' (a string)"),
+        ('{"conversations": [{"from": "robot", "value": "x"}]}', "turn 0 must be"),
+        ('{"prompt": "x", "chosen": 3, "rejected": "y"}', "'chosen' must be a list"),
         ('{"messages": "hi"}', "'messages' must be a list, got str"),
         ('{"messages": [{"role": "user"}]}', "message 0 must be"),
         (b"\xff\xfe", "needed one JSON object in UTF-8"),
@@ -88,9 +92,92 @@ def test_hub_set(monkeypatch):
     import datasets
 
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or [CHAT])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **more: asked.append((name, config, more)) or [CHAT])
     assert list(sources.rows("org/set:part")) == [("org/set:part: row 0", CHAT)]
-    assert asked == [("org/set", "part")]
+    list(sources.rows("org/set@en", streaming=True))
+    assert asked == [("org/set", None, {"split": "part", "streaming": False}), ("org/set", "en", {"split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "red", "chosen": "green blue", "rejected": "no"},
+        {"prompt": CHAT["messages"][:1], "chosen": CHAT["messages"][1:], "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": "red", "chosen": CHAT["messages"], "rejected": [CHAT["messages"][0], {"role": "assistant", "content": "no"}]},
+    ],
+)
+def test_preference_pairs(tmp_path, row):
+    (found,) = (found for _, found in sources.rows(str(write_rows(tmp_path / "pairs.jsonl", [row]))))
+    assert sources.messages(found) == CHAT["messages"]
+    assert found["rejected"] == [{"role": "assistant", "content": "no"}]
+
+
+def test_sharegpt_rows(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "red"}, {"from": "gpt", "value": "green blue"}]}
+    assert [found for _, found in sources.rows(str(write_rows(tmp_path / "a.jsonl", [row])))] == [CHAT]
+
+
+def test_licence_of_a_folder(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [CHAT])
+    assert sources.licence(str(tmp_path)) is None
+    (tmp_path / "LICENSE").write_text("CC BY 4.0\n\nlong text")
+    assert sources.licence(str(tmp_path)) == "CC BY 4.0"
+
+
+def test_pack_fills_sequences():
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
+    packs = pack(lengths, 64)
+    assert sorted(index for pack in packs for index in pack) == list(range(200))
+    sums = [sum(lengths[index] for index in pack) for pack in packs]
+    assert max(sums) <= 64 and len(packs) <= 1.05 * sum(lengths) / 64 + 1
+
+
+def test_packed_rows_restart_their_positions(tmp_path, tokenizer, small):
+    rows, count = prepared(tmp_path, tokenizer, small.chats(40), length=64, packing=True)
+    assert count["rows"] == 40 and count["sequences"] == len(rows) < 30
+    alone, _ = prepared(tmp_path / "alone", tokenizer, small.chats(40), length=64)
+    documents = []
+    for item in (rows[index] for index in range(len(rows))):
+        starts = [*np.flatnonzero(item["position_ids"] == 0).tolist(), len(item["input_ids"])]
+        assert len(item["input_ids"]) <= 64
+        for first, end in zip(starts, starts[1:], strict=False):
+            assert item["position_ids"][first:end].tolist() == list(range(end - first)) and item["labels"][first] == IGNORE
+            documents.append((item["input_ids"][first:end].tolist(), item["labels"][first:end].tolist()))
+    assert sorted(documents) == sorted((item["input_ids"].tolist(), item["labels"].tolist()) for item in map(alone.__getitem__, range(40)))
+
+
+def test_packing_splits_long_texts(tmp_path, tokenizer):
+    rows, count = prepared(tmp_path, tokenizer, [{"text": " ".join(["red"] * 100)}], targets="all", length=16, packing=True)
+    assert count["cut"] == 0 and count["rows"] == 1 and rows.lengths.sum() == count["tokens"] >= 100
+
+
+def test_padding_of_packed_rows_is_a_document():
+    item = {"input_ids": np.arange(1, 4), "labels": np.arange(1, 4), "position_ids": np.array([0, 1, 0])}
+    longer = {"input_ids": np.arange(5), "labels": np.arange(5), "position_ids": np.arange(5)}
+    batch = collate([item, longer], 0)
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 4]] and "attention_mask" not in batch
+    assert batch["labels"][0].tolist() == [1, 2, 3, IGNORE, IGNORE]
+
+
+def test_mixture_keeps_its_shares(tmp_path, tokenizer, small):
+    paths = [str(small.write_rows(tmp_path / f"{name}.jsonl", small.chats(size))) for name, size in (("a", 60), ("b", 7))]
+    prepare(Data(train=paths, weights=[3.0, 1.0], length=64), tokenizer, "assistant", tmp_path / "out")
+    rows = Rows(tmp_path / "out" / "train")
+    order = Ordered(rows, 4, 0, epochs=1.0, steps=50, tokens=None)
+    share = rows.lengths[order.order[order.order >= 60]].sum() / order.seen[-1]
+    assert share == pytest.approx(0.25, abs=0.01)  # although the second source is a tenth of the rows
+    again = Ordered(rows, 8, 0, epochs=1.0, steps=25, tokens=None)
+    assert (again.order == order.order).all()
+    assert set(order.order.tolist()) >= set(range(60, 67))
+    budget = Ordered(rows, 4, 0, epochs=1.0, steps=None, tokens=2000)
+    assert budget.seen[-1] >= 2000 > budget.seen[-5]
+
+
+def test_streaming_reads_what_the_stage_needs(tmp_path, tokenizer, small):
+    path = small.write_rows(tmp_path / "in.jsonl", small.chats(400))
+    data = Data(train=str(path), streaming=True, length=64)
+    found = prepare(data, tokenizer, "assistant", tmp_path / "out", limit=1000)["train"][0]
+    assert 1000 <= found["tokens"] < 1064 and found["rows"] < 400
 
 
 def test_assistant_targets(tmp_path, tokenizer):
@@ -167,7 +254,7 @@ def test_template_by_file_must_write_what_the_model_reads(small, tmp_path, token
     marked.write_text(marked.read_text().replace("bos_token", "''"))
     with pytest.raises(ValueError, match="differently from the tokenizer's own template"):
         Tokenizer(Data(train="x", template=str(marked)), plain, "assistant")("here", CHAT)
-    with pytest.raises(ValueError, match=r"data.template must be a file or one of \['llama3'\], got 'llama9'"):
+    with pytest.raises(ValueError, match=r"data.template must be a file or one of \['llama3', .*'zephyr'\], got 'llama9'"):
         Tokenizer(Data(train="x", template="llama9"), plain, "assistant")
 
 

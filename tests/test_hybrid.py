@@ -191,7 +191,7 @@ def test_cache_of_an_all_recurrent_model_knows_its_length(mixer: str) -> None:
     assert cache.get_seq_length() == 10
     for layer in cache.layers:
         assert layer.state.dtype == torch.float64 and layer.state.shape[0] == 2
-        assert layer.length.tolist() == [10, 10] == layer.folded.tolist()
+        assert layer.batch_size == 2 and layer.get_seq_length() == 10
 
 
 def test_state_is_fp32_in_a_bf16_model() -> None:

@@ -22,7 +22,9 @@ def make(**changes) -> Recipe:
 
 def test_round_trip():
     data = Data(train=["a.jsonl", "b"], eval="c.jsonl")
-    recipe = make(student=Student(attention=[1, 3]), data=data, stages=[Distill(steps=3), Distill()])
+    recipe = make(
+        student=Student(attention=[1, 3]), data=data, stages=[Distill(steps=3, data=Data(train="d.jsonl")), Distill(attention=0.25)]
+    )
     assert from_dict(to_dict(recipe)) == recipe
 
 
@@ -41,7 +43,7 @@ def test_round_trip():
         (lambda: Distill(kl=0.0, ce=0.0), "greater than 0"),
         (lambda: Distill(betas=(0.9, 1.0)), "distill.betas"),
         (lambda: Distill(batch=True), "distill.batch must be a whole number, got True"),
-        (lambda: Distill(train="heads"), "distill.train must be 'mixers' or 'all', got 'heads'"),
+        (lambda: Distill(train="heads"), "distill.train must be 'mixers' or 'all' or 'all_but_mlps', got 'heads'"),
         (lambda: Distill(steps=1, tokens=1), "give steps or tokens, not both"),
         (lambda: make(teacher=""), "recipe.teacher"),
         (lambda: make(stages=["distill"]), "recipe.stages must be a list of"),
@@ -69,6 +71,9 @@ def test_refuses(make_part, words):
         ("stages.0.betas=0.8,0.9", lambda r: r.stages[0].betas, (0.8, 0.9)),
         ("stages.0.gradient_checkpointing=true", lambda r: r.stages[0].gradient_checkpointing, True),
         ("stages.0.steps=7", lambda r: r.stages[0].steps, 7),
+        ("stages.0.data.length=64", lambda r: r.stages[0].data.length, 64),
+        ("stages.distill.data.train=b.jsonl", lambda r: r.stages[0].data.train, "b.jsonl"),
+        ("stages.0.attention=0.25", lambda r: r.stages[0].attention, 0.25),
         ("output=runs/a=b", lambda r: r.output, "runs/a=b"),
     ],
 )
@@ -87,7 +92,7 @@ def test_override(assignment, get, value):
         ("stages.0.lr=fast", "stages.0.lr must be a number, got 'fast'"),
         ("stages.0.batch=2.5", "stages.0.batch must be a whole number, got '2.5'"),
         ("stages.0.gradient_checkpointing=1", "stages.0.gradient_checkpointing must be true or false, got '1'"),
-        ("stages.0.train=heads", "stages.0.train must be 'mixers' or 'all', got 'heads'"),
+        ("stages.0.train=heads", "stages.0.train must be 'mixers' or 'all' or 'all_but_mlps', got 'heads'"),
         ("stages.0.betas=0.9", "stages.0.betas must be (a number, a number), got '0.9'"),
         ("stages.0.steps=none5", "stages.0.steps must be a whole number or none, got 'none5'"),
         ("stages.0.lr=-1", "distill.lr must be a number > 0, got -1.0"),

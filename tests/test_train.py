@@ -1,5 +1,6 @@
 """Training: the run folder, the trainer's loss, what is frozen, resume, and every way in which it may end badly."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -20,16 +21,17 @@ import torch.distributed as dist
 from accelerate import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from llamba import checkpoints, run
-from llamba.data import Ordered, Prepared, collate, prepare
+from llamba.batches import Ordered, Rows, collate
+from llamba.data import Prepared, prepare
 from llamba.log import METRICS, read_metrics
 from llamba.losses import IGNORE
 from llamba.overrides import override
-from llamba.recipe import Data, Distill, Recipe, Student
+from llamba.recipe import Data, Distill, Recipe, Student, layers_of
 from llamba.stages import distill
-from llamba.train import DistillTrainer, accumulation, freeze, inside, place_teacher, training_arguments
+from llamba.train import DistillTrainer, accumulation, freeze, inside, mixer_names, place_teacher, training_arguments
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -38,8 +40,9 @@ SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
     folder = tmp_path_factory.mktemp("data")
-    prepare(Data(train=str(chat_file), length=48), tokenizer, "assistant", folder / "assistant")
-    return Prepared(folder, 0)
+    config = Data(train=str(chat_file), length=48)
+    prepare(config, tokenizer, "assistant", folder / "assistant")
+    return Prepared(config, 0, folder / "assistant")
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +57,9 @@ def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
 
 
 def trainer_of(stage: Distill, data: Prepared, student: str, teacher: str, out: Path) -> DistillTrainer:
-    rows = data.rows("train", "assistant")
+    rows = data.rows("train")
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
-    args = training_arguments(stage, 0, out / "checkpoints")
+    args = training_arguments(stage, stage.steps or 1, 0, out / "checkpoints")
     pupil, guide = distill._load(stage, student, teacher)
     return DistillTrainer(pupil, guide, partial(distill.objective, stage), args, ordered, out / METRICS)
 
@@ -107,8 +110,9 @@ def test_everything_can_be_trained(tmp_path, data, teacher_folder, small, tokeni
 def test_held_out_rows(tmp_path, data, student_folder, teacher_folder):
     stage = Distill(**SHORT, steps=1)
     shutil.copytree(data.folder, tmp_path / "data")
-    shutil.copytree(data.folder / "assistant" / "train", tmp_path / "data" / "assistant" / "eval")
-    metrics = distill.run(stage, student_folder, str(teacher_folder), Prepared(tmp_path / "data", 0), tmp_path / "out")
+    shutil.copytree(data.folder / "train", tmp_path / "data" / "eval")
+    own = data._replace(folder=tmp_path / "data")
+    metrics = distill.run(stage, student_folder, str(teacher_folder), own, tmp_path / "out")
     whole = Distill(**{**SHORT, "batch": 64, "micro_batch": 64, "lr": 1e-30}, steps=1)
     expected = distill.run(whole, str(tmp_path / "out"), str(teacher_folder), data, tmp_path / "again")
     for key in ("loss", "kl", "ce"):
@@ -186,7 +190,7 @@ def test_inside_restores_forward():
 
 def test_fully_sharded_models_give_the_same_sums(tmp_path, data, student_folder, teacher_folder):
     """FSDP2 on one process: the loss inside the root's forward pass, the teacher's layers sharded too."""
-    stage, rows = Distill(**SHORT, train="all"), data.rows("train", "assistant")
+    stage, rows = Distill(**SHORT, train="all"), data.rows("train")
     student, teacher = distill._load(stage, student_folder, str(teacher_folder))
     batch = collate([rows[index] for index in range(4)], pad=2)
     expected = distill.objective(stage, student, teacher, batch)
@@ -350,7 +354,8 @@ def test_run_folder(tmp_path, monkeypatch, teacher_folder, chat_file, tokenizer)
     assert AutoTokenizer.from_pretrained(last).chat_template == tokenizer.chat_template
     report = json.loads((last / "stage.json").read_text())
     assert report["config"]["lr"] == SHORT["lr"] and report["results"]["step"] == 2 and report["versions"]["torch"] == torch.__version__
-    assert json.loads((tmp_path / "run" / "data.json").read_text())["assistant"]["train"][0]["rows"] == 64
+    (manifest,) = (tmp_path / "run" / "data").glob("assistant-*/data.json")
+    assert json.loads(manifest.read_text())["train"][0]["rows"] == 64
     assert "converted" in json.loads((tmp_path / "run" / "0-convert" / "conversion.json").read_text())
     stamps = {path: path.stat().st_mtime_ns for path in last.iterdir()}
     run.run(recipe)
@@ -366,6 +371,103 @@ def test_folder_of_another_recipe(tmp_path, teacher_folder, chat_file):
     with pytest.raises(ValueError, match=r"another recipe \(seed: 0 -> 3; student.attention: 0.5 -> 0.25\); give the old values, choose"):
         run.run(other)
     assert (tmp_path / "run" / "recipe.json").read_text() == before
+
+
+def test_stages_that_have_not_begun_may_change(tmp_path, teacher_folder, chat_file):
+    recipe = recipe_of(teacher_folder, chat_file, tmp_path / "run")
+    run.run(recipe)
+    with pytest.raises(ValueError, match=r"another recipe \(stages.0.lr: "):
+        run.run(dataclasses.replace(recipe, stages=[Distill(**{**SHORT, "lr": 1e-4}, steps=2)]))
+    assert run.run(dataclasses.replace(recipe, stages=[*recipe.stages, Distill(**SHORT, steps=1)])).name == "2-distill"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_progressive_conversion_resets_nothing(tmp_path, small, chat_file, tokenizer):
+    """Half, quarter, none: what one stage trained is what the next starts from, bit for bit."""
+    small.llama(len(tokenizer), num_hidden_layers=4).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    stages = [Distill(**SHORT, steps=1, train="all"), *(Distill(**SHORT, steps=1, train="all", attention=part) for part in (0.25, 0.0))]
+    run.run(dataclasses.replace(recipe_of(tmp_path / "teacher", chat_file, tmp_path / "run"), stages=stages))
+    for number, (old, new) in enumerate((([0, 2], [1]), ([0, 1, 2], [3])), 1):
+        before, after = (weights_of(tmp_path / "run" / name) for name in (f"{number}-distill", f"{number + 1}-convert"))
+        converted = tuple(f"model.layers.{layer}.self_attn." for layer in new)
+        kept = {name for name in before if not name.startswith(converted)}
+        assert kept == {name for name in after if not name.startswith(converted)}
+        assert all(torch.equal(before[name], after[name]) for name in kept)
+        assert any(name.startswith(f"model.layers.{old[0]}.self_attn.") for name in kept)
+        assert set(after) - kept and not set(after) - kept & set(before)
+    assert json.loads((tmp_path / "run" / "3-distill" / "config.json").read_text())["layer_types"] == ["linear_attention"] * 4
+
+
+def test_stage_with_data_of_its_own(tmp_path, teacher_folder, chat_file, small):
+    own = Data(train=str(small.write_rows(tmp_path / "own.jsonl", small.chats(9))), length=32)
+    recipe = recipe_of(teacher_folder, chat_file, tmp_path / "run")
+    run.run(dataclasses.replace(recipe, stages=[*recipe.stages, Distill(**SHORT, steps=1, data=own)]))
+    read = [json.loads(path.read_text()) for path in (tmp_path / "run" / "data").glob("*/data.json")]
+    assert sorted((part["length"], part["train"][0]["rows"]) for part in read) == [(32, 9), (48, 64)]
+
+
+def test_source_of_a_stage_that_is_not_there(tmp_path, teacher_folder):
+    recipe = recipe_of(teacher_folder, "stage:pseudo_label", tmp_path / "run")
+    with pytest.raises(ValueError, match="stage:pseudo_label needs an earlier stage 'pseudo_label', and stage 1 has none before it"):
+        run.run(recipe)
+
+
+def test_packed_rows_train_as_rows_apart(tmp_path, student_folder, teacher_folder, chat_file, tokenizer):
+    """Summed loss and gradients of all rows: packed, where neither model sees over a boundary, and padded."""
+    found = []
+    for packing in (False, True):
+        prepare(Data(train=str(chat_file), length=96, packing=packing), tokenizer, "assistant", tmp_path / str(packing))
+        rows = Rows(tmp_path / str(packing) / "train")
+        student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64) for name in (student_folder, teacher_folder))
+        sums = distill.objective(Distill(**SHORT), student, teacher, collate([rows[i] for i in range(len(rows))], 0))
+        sums.loss.backward()
+        found.append((len(rows), sums, {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}))
+    (apart, one, gradients), (together, other, packed) = found
+    assert together < apart / 2 and one.targets == other.targets and set(gradients) == set(packed)
+    torch.testing.assert_close(other.loss, one.loss, rtol=1e-10, atol=0)
+    for name, gradient in gradients.items():
+        assert (packed[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-14, name
+
+
+def test_two_learning_rates(tmp_path, data, student_folder, teacher_folder):
+    stage = Distill(**{**SHORT, "lr": 1e-3}, steps=2, train="all", rest_lr=1e-30)
+    distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "out")
+    before, after = weights_of(Path(student_folder)), weights_of(tmp_path / "out")
+    student = AutoModelForCausalLM.from_pretrained(student_folder)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved <= mixer_names(student) and any("in_proj" in name for name in moved)
+
+
+def test_everything_but_mlps(tmp_path, data, student_folder, teacher_folder):
+    distill.run(Distill(**SHORT, steps=2, train="all_but_mlps"), student_folder, str(teacher_folder), data, tmp_path / "out")
+    before, after = weights_of(Path(student_folder)), weights_of(tmp_path / "out")
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if ".mlp." in name} <= still
+    assert not {"model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"} & still
+
+
+def test_schedules():
+    def rates(stage: Distill, steps: int) -> list[float]:
+        args = training_arguments(stage, steps, 0, Path("unused"))
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        more = args.lr_scheduler_kwargs or {}
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, stage.warmup, steps, scheduler_specific_kwargs=more)
+        seen = []
+        for _ in range(steps):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    wsd = rates(Distill(schedule="wsd", warmup=10, decay=0.2), 100)
+    assert wsd[:11] == pytest.approx([step / 10 for step in range(11)]) and wsd[10:81] == [1.0] * 71
+    assert wsd[80:] == pytest.approx([1 - step / 20 for step in range(20)])
+    assert rates(Distill(schedule="cosine", warmup=0, floor=0.1), 1000)[-1] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_recipe_may_change_while_nothing_is_done(tmp_path, chat_file, teacher_folder):
@@ -386,8 +488,10 @@ def test_folder_with_other_things(tmp_path, teacher_folder, chat_file):
 def test_data_that_changed(tmp_path, teacher_folder, small):
     rows = small.write_rows(tmp_path / "rows.jsonl", small.chats(16))
     recipe = recipe_of(teacher_folder, rows, tmp_path / "run")
-    run.run(recipe)
+    last = run.run(recipe)
     small.write_rows(rows, small.chats(17))
+    assert run.run(recipe) == last  # what is done needs its data no more
+    (last / "DONE").unlink()
     with pytest.raises(ValueError, match="rows.jsonl is not what it was when this run began"):
         run.run(recipe)
 
@@ -395,12 +499,12 @@ def test_data_that_changed(tmp_path, teacher_folder, small):
 def test_layers_from_a_file(tmp_path, teacher_folder, chat_file):
     (tmp_path / "layers.json").write_text("[0, 3]")
     recipe = recipe_of(teacher_folder, chat_file, tmp_path, student=Student(attention=str(tmp_path / "layers.json")))
-    assert recipe.student.layers() == [0, 3]
+    assert layers_of(recipe.student.attention) == [0, 3]
     (tmp_path / "layers.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="must hold a JSON list of layer indices"):
-        recipe.student.layers()
+        layers_of(recipe.student.attention)
     with pytest.raises(ValueError, match="or a JSON file with such a list, got 'half'"):
-        Student(attention="half").layers()
+        layers_of("half")
 
 
 def test_resolve_model(tmp_path, teacher_folder):
@@ -415,6 +519,9 @@ def test_resolve_model(tmp_path, teacher_folder):
     for number in (2, 10):
         (tmp_path / "x" / f"{number}-sft").mkdir()
         (tmp_path / "x" / f"{number}-sft" / "DONE").touch()
+        (tmp_path / "x" / f"{number}-sft" / "config.json").touch()
+    (tmp_path / "x" / "11-pseudo_label").mkdir()
+    (tmp_path / "x" / "11-pseudo_label" / "DONE").touch()  # done, and no model
     assert run.resolve_model(tmp_path / "x") == str(tmp_path / "x" / "10-sft")
 
 

@@ -12,7 +12,7 @@ from .absent import final_window, pack, unpack
 from .reference import sequential
 from .shifted import shifted
 
-__all__ = ["causal_conv1d", "causal_conv1d_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_span", "causal_conv1d_step"]
 
 FORMS = ("torch", "sequential")
 
@@ -70,6 +70,22 @@ def causal_conv1d_step(
     if bias is not None:
         y = y + bias
     return (y if activation is None else torch.nn.functional.silu(y)).to(x.dtype), window[:, 1:]
+
+
+def causal_conv1d_span(span: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """`causal_conv1d` of the few tokens behind a window: span [B, W - 1 + T, C] raw inputs, oldest first -> [B, T, C].
+
+    weight [C, W]; bias [C]. The work is done at once in memory W times that of the span. Raises `ValueError` where the channels
+    differ or the span holds no token.
+    """
+    (_, L, C), W = span.shape, weight.shape[1]
+    check_shape("weight", weight, C, W)
+    check_positive("T", L - W + 1)
+    _check_activation(activation)
+    y = (span.unfold(1, W, 1) * weight.to(accumulator(span.dtype))).sum(-1)  # [B, T, C]
+    if bias is not None:
+        y = y + bias
+    return (y if activation is None else torch.nn.functional.silu(y)).to(span.dtype)
 
 
 def _check_activation(activation: str | None) -> None:

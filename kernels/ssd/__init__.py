@@ -12,8 +12,9 @@ from ..common import accumulator, check_positive, check_rank, check_shape, docum
 from .chunked import chunked
 from .matrix import matrix
 from .reference import sequential
+from .resume import resume
 
-__all__ = ["ssd", "ssd_matrix", "ssd_step"]
+__all__ = ["ssd", "ssd_matrix", "ssd_resume", "ssd_step"]
 
 FORMS = ("torch", "sequential", "triton")
 TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
@@ -89,6 +90,33 @@ def ssd_step(
     if D is not None:
         y = torch.addcmul(y, value, D.to(acc).view(G, H // G, 1))
     return y.view(B, H, P).to(x.dtype), new
+
+
+def ssd_resume(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    firsts: Tensor | int,
+    dt: Tensor | None = None,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+) -> Tensor:
+    """The outputs of `ssd` for T tokens of a short sequence of S: those at firsts .. firsts + T - 1, a row its own if firsts is [B].
+
+    x [B, S, G, P]; a [B, S, H]; b [B, S, G, N]; c [B, T, H, N] of the tokens; dt [B, S, H]; D [H]; state [B, H, P, N] before the
+    sequence. What stands behind a row's tokens does not matter. Memory and work grow with T S. Returns y [B, T, H, P].
+    Raises `ValueError` for shapes that do not fit together.
+    """
+    check_rank("x", x, "BSGP")
+    check_rank("c", c, "BTHN")
+    (B, S, G, P), (H, N) = x.shape, c.shape[2:]
+    _check_groups(H, G)
+    for name, tensor, shape in (("a", a, (B, S, H)), ("b", b, (B, S, G, N)), ("dt", dt, (B, S, H)), ("state", state, (B, H, P, N))):
+        check_shape(name, tensor, *shape)
+    with no_autocast(x):
+        return resume(x, a, b, c, firsts, dt, D, state)
 
 
 def ssd_matrix(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.cache import RecurrentLayer
-from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_step
+from llamba.cache import KEPT, RecurrentLayer, columns, write
+from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
 from llamba.kernels.gated_norm import gated_head_norm
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
@@ -131,6 +131,7 @@ class Mixer(nn.Module):
     its output becomes heads (`heads_of`), and the recurrence itself (`scan` over a sequence, `step` for one token).
     """
 
+    fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter
     A_log: nn.Parameter  # not in discrete Mamba-2
@@ -215,40 +216,70 @@ class Mixer(nn.Module):
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["conv"]
 
-    def _run(
-        self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        conv_out, _ = causal_conv1d(
+    def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, state and convolution window after the tokens."""
+        conv_out, window = causal_conv1d(
             self._conv_in(parts), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
             state=window, seq_idx=rec.seq_idx, mask=rec.mask,
         )  # fmt: skip
         x, b, c = self.heads_of(conv_out, parts)
         y, state = self.scan(x, b, c, parts["dt"], state, rec)
-        return y, state, (x, b)
+        return y, state, window
 
     def _cached_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
-        state = self._advance(layer.pending(), layer.state) if layer.is_recording else layer.state
-        y, state, (x, b) = self._run(parts, rec, layer.window(), state)
-        layer.extend(self._conv_in(parts), (x, b, parts["dt"]), rec.mask, state, self._advance)
+        tokens = parts["conv"].shape[1]
+        recent = min(tokens, KEPT) if layer.is_recording else 0
+        if recent and rec.mask is not None and not bool(rec.mask[:, tokens - recent :].all()):
+            recent = 0  # absent tokens among them: folded at once, so that what is held has no holes
+        if recent == tokens:
+            return self._held_run(parts, layer)
+        layer.fold_all(self._advance)
+        if recent == 0:
+            return self._folded_run(parts, rec, layer)
+        early = {name: part[:, : tokens - recent] for name, part in parts.items()}
+        mask = None if rec.mask is None else rec.mask[:, : tokens - recent]
+        first = self._folded_run(early, Recurrence(mask), layer)
+        return torch.cat((first, self._held_run({name: part[:, tokens - recent :] for name, part in parts.items()}, layer)), 1)
+
+    def _folded_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
+        y, state, window = self._run(parts, rec, layer.window(), layer.state)
+        layer.settle(window, state, y.shape[1])
         return y
+
+    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
+        span = layer.note(self._conv_in(parts), self._advance, self.fold_after)
+        conv_out = causal_conv1d_span(span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation)
+        x, b, c = self.heads_of(conv_out, parts)
+        inputs, firsts = layer.hold((x, b, parts["dt"]))
+        return self.resume(inputs, c, layer.state, firsts)
+
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int]) -> Tensor:
+        """Output [B, T, H, P] of the tokens that stand in slots firsts[b] .. firsts[b] + T - 1.
+
+        `inputs`: x, B and dt of the slots [B, S, ...] in order; c [B, T, ...] of the tokens; `state` before slot 0. What stands behind a
+        row's tokens is garbage and changes nothing.
+        """
+        x, b, dt = inputs
+        read = c.new_zeros(x.shape[0], x.shape[1], *c.shape[2:])
+        write(read, firsts, c)
+        return columns(self.scan(x, b, read, dt, state, Recurrence())[0], firsts, c.shape[1])
 
     def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
         if layer.state is None or layer.is_recording:
             return self._cached_run(parts, Recurrence(), layer)
-        raw, window = self._conv_in(parts), layer.window()
+        window = layer.window()
         assert window is not None, "a layer with a state has a window"
-        conv_out, _ = causal_conv1d_step(
-            raw[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation, state=window
-        )
+        conv_out, window = causal_conv1d_step(
+            self._conv_in(parts)[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            activation=self.config.conv_activation, state=window,
+        )  # fmt: skip
         x, b, c = self.heads_of(conv_out, {name: part[:, 0] for name, part in parts.items()})
         y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
-        layer.extend_one(raw, state)
+        layer.settle(window, state, 1)
         return y.unsqueeze(1)
 
-    def _advance(self, pending: tuple[tuple[Tensor, ...], Tensor] | None, state: Tensor | None) -> Tensor | None:
-        if pending is None:
-            return state
-        (x, b, dt), mask = pending
+    def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
+        x, b, dt = inputs
         return self.scan(x, b, None, dt, state, Recurrence(mask))[1]
 
     def _apply(self, fn, recurse: bool = True):

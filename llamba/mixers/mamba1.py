@@ -18,6 +18,8 @@ class Mamba1(Mixer):
     With N = P the whole head is one group, and the layer can express linear attention.
     """
 
+    fold_after = 1  # its replay costs as much as folding
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.head_dim % config.state:
             raise ValueError(f"mamba1 needs head_dim to be a multiple of state; got head_dim {config.head_dim} and state {config.state}")

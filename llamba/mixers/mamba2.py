@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.kernels.ssd import ssd, ssd_step
+from llamba.kernels.ssd import ssd, ssd_resume, ssd_step
 from llamba.mixers.base import Mixer, MixerConfig, Recurrence, at_least_fp32
 
 
@@ -67,6 +67,13 @@ class Mamba2(Mixer):
         if c is None:
             c = b.new_zeros(*b.shape[:-2], self.config.heads, b.shape[-1])
         return ssd(x, a, b, c, dt=step, D=self.D, state=state, seq_idx=rec.seq_idx, mask=rec.mask)
+
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int]) -> Tensor:
+        """The dual form over the held tokens; see `llamba.kernels.ssd.ssd_resume`."""
+        x, b, dt = inputs
+        a, step = self.decay(dt)
+        first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
+        return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state)
 
     def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token; see `llamba.kernels.ssd.ssd_step`."""

@@ -8,17 +8,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llamba import checkpoints
-from llamba.data import Ordered, Prepared
+from llamba.batches import Batch, Ordered
+from llamba.data import Prepared
+from llamba.folders import resolve_model
 from llamba.log import METRICS, append_metrics, read_metrics
 from llamba.losses import Sums, head_sums
-from llamba.recipe import Distill
-from llamba.train import Batch, DistillTrainer, freeze, training_arguments
+from llamba.settings import Distill
+from llamba.train import DistillTrainer, freeze, model_inputs, training_arguments
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states after the final norm, [B, T, D]."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
     return hidden
 
 
@@ -48,20 +49,20 @@ def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -
     `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained. Raises ValueError for a loss that is
     not finite, a full disk, or vocabularies that differ.
     """
-    rows = data.rows("train", stage.targets)
+    rows = data.rows("train")
     assert rows is not None
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
     folder = out / "checkpoints"
-    args = training_arguments(stage, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
-    pupil, guide = _load(stage, student, teacher)
+    args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
+    pupil, guide = _load(stage, student, resolve_model(stage.teacher or teacher))
     args.use_cache = pupil.config.use_cache
-    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS)
+    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr)
     if args.should_save:
         checkpoints.remove_incomplete(folder)
     found = checkpoints.complete(folder)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     last = (read_metrics(out / METRICS) or [{}])[-1]
-    held_out = data.rows("eval", stage.targets)
+    held_out = data.rows("eval")
     scores = trainer.held_out(held_out) if held_out else {}
     trainer.save_model(str(out))
     if args.should_save:

@@ -1,0 +1,36 @@
+"""SSD for a few tokens behind a few others: the dual form, without a new state.
+
+Shapes: B batch, S tokens of the sequence, T tokens asked for, H query heads, G key/value heads, R = H // G, P head width, N state width.
+"""
+
+import torch
+from torch import Tensor
+
+from ..common import accumulator
+
+
+def resume(
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor, firsts: Tensor | int, dt: Tensor | None, D: Tensor | None, state: Tensor | None
+) -> Tensor:
+    """y_t = e^{cum_t} S c_t + sum_{s <= t} e^{cum_t - cum_s} dt_s (b_s . c_t) x_s + D x_t; arguments as in `ssd_resume`."""
+    (B, S, G, P), (T, H, N), acc = x.shape, c.shape[1:], accumulator(x.dtype)
+    cum = a.to(acc).transpose(1, 2).cumsum(-1)  # [B, H, S]
+    slots = torch.arange(S, device=x.device)
+    at = torch.as_tensor(firsts, device=x.device).view(-1, 1) + slots[:T]  # [1 or B, T]
+    if isinstance(firsts, int):
+        here, own = cum[..., firsts : firsts + T], x[:, firsts : firsts + T]
+    else:
+        here, own = cum.gather(-1, at[:, None].expand(B, H, T)), x[torch.arange(B, device=x.device)[:, None], at]
+    decay = (here[..., None] - cum[:, :, None]).masked_fill_(slots > at[:, None, :, None], -torch.inf).exp_()  # [B, H, T, S]
+    if dt is not None:
+        decay = decay.mul_(dt.to(acc).transpose(1, 2)[:, :, None])
+    read = c.to(acc).transpose(1, 2)  # [B, H, T, N]
+    keys, values = (t.to(acc).transpose(1, 2) for t in (b, x))  # [B, G, S, N], [B, G, S, P]
+    scores = torch.matmul(read.reshape(B, G, -1, N), keys.mT).view(B, H, T, S).mul_(decay)
+    y = torch.matmul(scores.view(B, G, -1, S), values).view(B, H, T, P)
+    if state is not None:
+        y = y.addcmul_(torch.matmul(read, state.to(acc).mT), here.exp()[..., None])
+    y = y.transpose(1, 2)  # [B, T, H, P]
+    if D is not None:
+        y = torch.addcmul(y.reshape(B, T, G, -1, P), own.to(acc)[:, :, :, None], D.to(acc).view(G, -1, 1)).view(B, T, H, P)
+    return y.to(x.dtype)

@@ -1,0 +1,57 @@
+"""The report's curves: what is read, what is drawn, and the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamba import curves
+from llamba.cli import main
+
+
+def write_stage(folder: Path, lines: list[dict], seconds: float | None = None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "lo')
+    if seconds is not None:
+        (folder / "stage.json").write_text(json.dumps({"seconds": seconds}))
+        (folder / "DONE").touch()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Ten stages' worth of order: 2-hidden comes before 10-distill; the last one is still running."""
+    distances = [{"layers": {"0": 4.0 / step, "10": 3.0 / step, "2": 2.0 / step}} for step in (1, 2, 4)]
+    lines = [{"step": i, "loss": 9.0 / i, "tokens": 100 * i, "tokens_per_s": 50.0 * i} | distances[i - 1] for i in (1, 2, 3)]
+    write_stage(tmp_path / "2-hidden", lines, seconds=90)
+    numbers = [{"step": i, "loss": 2.0 / i, "kl": 1.0 / i, "lr": 1e-3, "tokens": 10 * i, "tokens_per_s": 7.0} for i in (1, 2)]
+    write_stage(tmp_path / "10-distill", [*numbers, {"step": 2, "eval_loss": 1.5}])
+    write_stage(tmp_path / "11-dpo", [{"step": 1, "loss": 0.7, "margin": -0.1}])
+    (tmp_path / "0-convert").mkdir()
+    return tmp_path
+
+
+def test_curves(run):
+    hidden, distill, dpo = curves.curves_of(run)
+    assert [stage.name for stage in (hidden, distill, dpo)] == ["2-hidden", "10-distill", "11-dpo"]
+    assert (hidden.done, distill.done) == (True, False)
+    assert hidden.layers() == ["0", "2", "10"] and hidden.losses() == ["loss"]
+    assert hidden.curve("layers", "10") == ([100, 200, 300], [3.0, 1.5, 0.75])
+    assert distill.losses() == ["loss", "kl", "eval_loss"] and distill.layers() == []
+    assert distill.curve("eval_loss") == ([20], [1.5])
+    assert dpo.axis == "step" and dpo.losses() == ["loss", "margin"]
+
+
+def test_report_prints_a_table_and_draws(run, capsys):
+    main(["report", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["2-hidden", "3", "300", "9.0000", "3.0000", "-", "100", "1.5"]
+    assert lines[3].split() == ["10-distill", "2", "20", "2.0000", "1.0000", "1.5000", "7", "-", "not", "finished"]
+    assert lines[4].split() == ["11-dpo", "1", "-", "0.7000", "0.7000", "-", "-", "-", "not", "finished"]
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    with pytest.raises(ValueError, match="must be a run folder with a stage that has begun to train"):
+        curves.curves_of(tmp_path / "nowhere")
