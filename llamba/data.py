@@ -49,8 +49,8 @@ class Count:
         return ", ".join(part for part in (head, packed, f"{self.cut} cut" if self.cut else "", skips) if part)
 
 
-def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
-    """The chat template to tokenise with, or None where there is none."""
+def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
     template = tokenizer.chat_template
     if data.template is not None:
         known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -58,6 +58,11 @@ def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -
         if not path.is_file():
             raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
         template = path.read_text(encoding="utf-8")
+    return template
+
+
+def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
+    template = chat_template(data, tokenizer)
     if assistant and not (template and _GENERATION.search(template)):
         raise ValueError(
             "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "

@@ -1,6 +1,7 @@
 """A small random Llama with a trained tokenizer, chat rows, and a recipe file: what the training tests run on."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton; "auto" still means PyTorch on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,6 +83,15 @@ def teacher_folder(tmp_path_factory, tokenizer) -> Path:
     small_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The folder of public benchmark data, which is not shipped."""
+    folder = os.environ.get("LLAMBA_TEST_DATA")
+    if not folder:
+        pytest.skip("needs public data: set LLAMBA_TEST_DATA to a folder with mt_bench/, alpaca_eval/, lm/")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill
+from llamba.stages import distill, pseudo_label, select
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run}
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+    "distill": distill.run,
+    "pseudo_label": pseudo_label.run,
+    "select": select.run,
+}
