@@ -57,6 +57,9 @@ class Plan:
         lines += [_layers(self.config, student.attention), *_parameters(self.counts)]
         config, counts = self.config, self.counts
         for number, stage in enumerate(self.recipe.stages, 1):
+            if stage.skip:
+                lines.append(f"stage {number}   {stage.name}: left out")
+                continue
             if stage.attention is not None:
                 config = student_config(config, student.mixer, layers_of(stage.attention))
                 counts = count(self.teacher, config)

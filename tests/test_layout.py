@@ -98,6 +98,21 @@ def test_kernels_import_only_torch_and_each_other() -> None:
                 assert node.module.split(".")[0] in {"torch", *sys.stdlib_module_names}, (path, node.module)
 
 
+def test_only_triton_files_import_triton() -> None:
+    """A door imports them inside the function that needs them, so that a CPU box needs no triton."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        names = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "triton" not in names or path.name.startswith("triton_") or path.name == "launch.py", path
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("triton_", "launch")):
+                assert path.name.startswith("triton_"), path
+
+
 def test_the_kernels_folder_has_no_init_and_the_rooms_are_links() -> None:
     """With kernels/__init__.py on sys.path, Hugging Face's own `kernels` package is shadowed and transformers breaks."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -33,6 +33,8 @@ INITS = {
     "attention": Init(),
     # Mamba-in-Llama: random gate, convolution and step, Mamba's own decay, D = 1.
     "paper": Init(open_gate=False, identity_conv=False, decay="paper", skip=1.0),
+    # MOHAWK: open gate and identity convolution, nothing from attention, D = 1.
+    "mohawk": Init(copy_attention=False, decay="paper", skip=1.0),
     # The papers' ablation: nothing from attention.
     "random": Init(copy_attention=False, open_gate=False, identity_conv=False, decay="paper", skip=1.0),
     # Exactly linear attention where the mixer has no output norm, no activation after the convolution and N = P.
@@ -119,7 +121,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if name in ("z", "dt") and rule.open_gate:
+    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
