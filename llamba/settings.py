@@ -1,7 +1,7 @@
 """What a recipe is made of: data and stages, as frozen values that are checked against annotation and range when made.
 
 `batch` counts sequences per optimizer step over all processes, `micro_batch` those in one forward pass of one process;
-`warmup`, `save_every` and `log_every` count optimizer steps.
+`warmup`, `save_every` and `log_every` count optimizer steps; a `warmup` below 1 is a part of all steps.
 """
 
 import math
@@ -119,7 +119,7 @@ class Training(Stage):
     weight_decay: float = 0.0
     clip: float = 0.1
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: int = 63
+    warmup: float = 63
     decay: float = 0.1
     floor: float = 0.0
     batch: int = 64

@@ -19,6 +19,7 @@ from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.hybrid import mixer_layers
 from llamba.log import LAYERS, Metrics
 from llamba.losses import IGNORE, Sums
+from llamba.reporters import reporters
 from llamba.settings import Training
 from llamba.wrapped import inside
 
@@ -93,7 +94,8 @@ def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> 
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),
         disable_tqdm=True,
-        report_to=stage.report_to or "none",
+        report_to=reporters(stage.report_to, folder.parent),
+        run_name=f"{folder.parent.parent.name}/{folder.parent.name}",
         use_cpu=on_cpu(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel

@@ -37,7 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
-    "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
+    "reporters": set(),
+    "train": {"reporters", "alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
     "engines": {"chat"},
     "stages": set(
         "alignment batches chat checkpoints convert data engines folders hybrid log losses mixers record select settings sources train "
