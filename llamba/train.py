@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -20,6 +20,8 @@ from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 _CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
@@ -59,13 +61,16 @@ def schedule(stage: Training, steps: int) -> dict[str, Any]:
     return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
 
 
-def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> TrainingArguments:
+def training_arguments(
+    stage: Training, steps: int, seed: int, folder: Path, kind: type[Arguments] = TrainingArguments, **more: Any
+) -> Arguments:
     """The stage of `steps` optimizer steps in the Trainer's words; checkpoints go to `folder`.
 
-    Raises ValueError where `batch` does not divide.
+    `kind` is the arguments' class, `more` what it takes beyond the Trainer's. Raises ValueError where `batch` does not
+    divide.
     """
     renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
-    args = TrainingArguments(
+    args = kind(
         output_dir=str(folder),
         seed=seed,
         per_device_train_batch_size=stage.micro_batch,
@@ -92,6 +97,7 @@ def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> 
         disable_tqdm=True,
         report_to=stage.report_to or "none",
         use_cpu=on_cpu(),
+        **more,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel
     return args
@@ -176,7 +182,55 @@ def _split(group: dict[str, Any], mixers: set[int], rest_lr: float) -> list[dict
     return [part for part in ({**group, "params": own}, {**group, "params": rest, "lr": rest_lr}) if part["params"]]
 
 
-class DistillTrainer(Trainer):
+class StageTrainer(Trainer):
+    """The Trainer of every stage: decays matrices only, and leaves complete checkpoints with finite weights.
+
+    A subclass sets `student`, `rest_lr` (learning rate of all but the mixers) and `folder` (of the checkpoints).
+    """
+
+    student: nn.Module
+    rest_lr: float | None
+    folder: Path
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: no biases, norms, `A_log`, `D`."""
+        # under ZeRO-3 a weight is an empty shard and ds_shape its true shape
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+        return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.rest_lr is not None:
+            mixers = mixer_names(self.student)
+            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
+        return optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete checkpoint, or an error and the last complete one untouched."""
+        target = self.folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
+        self._require_finite_weights()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.mark_complete(target)
+
+    def _require_finite_weights(self) -> None:
+        trained = ((name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad)
+        broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
+        if broken:
+            raise ValueError(
+                f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
+                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+            )
+
+
+class DistillTrainer(StageTrainer):
     """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
 
     The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
@@ -243,43 +297,6 @@ class DistillTrainer(Trainer):
             logs |= {"loss": loss / targets, "kl": kl / targets, "ce": ce / targets}
             self._logged.zero_()
         super().log(logs, start_time)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices only: no biases, norms, `A_log`, `D`."""
-        # under ZeRO-3 a weight is an empty shard and ds_shape its true shape
-        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
-        matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
-        return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if new and self.rest_lr is not None:
-            mixers = mixer_names(self.student)
-            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
-            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
-        return optimizer
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete checkpoint, or an error and the last complete one untouched."""
-        target = self.folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
-        self._require_finite_weights()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.mark_complete(target)
-
-    def _require_finite_weights(self) -> None:
-        trained = ((name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad)
-        broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
-        if broken:
-            raise ValueError(
-                f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
-            )
 
     @torch.no_grad()
     def held_out(self, rows: Rows) -> dict[str, float]:
