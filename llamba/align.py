@@ -33,10 +33,13 @@ class Aligner(StageTrainer):
     """
 
     source: str
-    pads: tuple[Any, Any]
+    lora: Any
 
     def begin(self, stage: Aligning, source: str, rows: Ordered, held_out: Any) -> None:
-        """Give the trainer its rows. `source`: the folder of the model that it was made with. Raises ValueError for LoRA on a sharded model."""
+        """Give the trainer its rows. `source`: the folder of the model that it was made with.
+
+        Raises ValueError for LoRA on a model that is spread over several devices.
+        """
         self.pop_callback(PrinterCallback)
         self.source, self.student, self.rest_lr = source, self.model, stage.rest_lr
         self.folder = Path(self.args.output_dir or "")
@@ -54,9 +57,8 @@ class Aligner(StageTrainer):
             total = float(self.accelerator.reduce(self._step_loss, "sum"))
             self._step_loss.zero_()
             if not math.isfinite(total):
-                raise ValueError(
-                    f"the loss must be finite, got {total} at step {self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {CALMER}"
-                )
+                good = checkpoints.last_good(self.folder)
+                raise ValueError(f"the loss must be finite, got {total} at step {self.state.global_step + 1}; {good}; {CALMER}")
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

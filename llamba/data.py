@@ -132,7 +132,9 @@ def _is_empty(row: sources.Row, whole: bool) -> bool:
     """Whether a row has no words, or (where answers count whole) an answer without words."""
     if not any(row.values()):
         return True
-    answers = [message["content"] for message in sources.messages(row) if message["role"] == "assistant"] if whole and "text" not in row else []
+    answers = (
+        [message["content"] for message in sources.messages(row) if message["role"] == "assistant"] if whole and "text" not in row else []
+    )
     return not all(answer.strip() for answer in answers)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,19 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
 
 
 def _show(line: dict[str, Any], steps: int, left: float) -> str:
-    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "kl", "ce"))
+    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in list(line)[1:5])
     speed = f"lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s  {int(left) // 60}:{int(left) % 60:02d} left"
     return f"step {line['step']}/{steps}  {numbers}  {speed}"
 
 
 class Metrics(TrainerCallback):
-    """Writes loss, kl, ce (nats per target token), lr, gradient norm, tokens so far and tokens per second."""
+    """Writes what is logged under `keys`, gradient norm, lr, tokens so far and tokens per second.
 
-    def __init__(self, path: Path, rows: Ordered) -> None:
-        self.path, self.rows = path, rows
+    The keys of distillation are loss, kl and ce, in nats per target token.
+    """
+
+    def __init__(self, path: Path, rows: Ordered, keys: Sequence[str] = ("loss", "kl", "ce")) -> None:
+        self.path, self.rows, self.keys = path, rows, keys
         self.step, self.time = 0, 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -61,7 +65,7 @@ class Metrics(TrainerCallback):
             return
         now, tokens = time.monotonic(), self.rows.tokens_at(state.global_step)
         seconds, steps = now - self.time, state.global_step - self.step
-        line = {"step": state.global_step} | {key: logs[key] for key in ("loss", "kl", "ce", "grad_norm")}
+        line = {"step": state.global_step} | {key: logs[key] for key in (*self.keys, "grad_norm") if key in logs}
         line |= {"lr": logs["learning_rate"], "tokens": tokens}
         line["tokens_per_s"] = round((tokens - self.rows.tokens_at(self.step)) / seconds, 1)
         append_metrics(self.path, line)

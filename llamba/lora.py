@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from llamba.settings import Lora
-from llamba.train import mixer_names, on_cpu, processes
+from llamba.train import mixer_names, on_cpu
 
 _NEEDS = {"peft": "peft: pip install 'llamba[lora]'", "bitsandbytes": "bitsandbytes: pip install 'llamba[qlora]'"}
 
@@ -44,7 +44,7 @@ def targets(student: PreTrainedModel, train: str) -> list[str]:
 
 
 def config(student: PreTrainedModel, lora: Lora, train: str) -> Any:
-    """The `peft.LoraConfig` of a stage. Raises ValueError under several processes that share one model's weights out."""
+    """The `peft.LoraConfig` of a stage. Raises ValueError where the student has no projection that `train` names."""
     from peft import LoraConfig
 
     found = targets(student, train)

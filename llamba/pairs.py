@@ -39,17 +39,18 @@ class PairTokenizer:
         self.inner: Any = tokenizer
         self.checked = False
 
-    def _write(self, where: str, messages: list[sources.Message], header: bool = False) -> list[int]:
-        """Ids of a conversation. `header`: it ends with the header of an answer; otherwise with its last answer's end token."""
-        if self.template is None:
-            raise ValueError(f"{where}: pairs need a chat template and the tokenizer has none; set data.template")
-        marks = self.marked and not header
+    def _render(self, where: str, messages: list[sources.Message], header: bool, marks: bool = False) -> Any:
         try:
-            found = self.inner.apply_chat_template(
+            return self.inner.apply_chat_template(
                 messages, chat_template=self.template, return_dict=True, add_generation_prompt=header, return_assistant_tokens_mask=marks
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
+
+    def _write(self, where: str, messages: list[sources.Message], header: bool = False) -> list[int]:
+        """Ids of a conversation. `header`: it ends with the header of an answer; otherwise with its last answer's end token."""
+        marks = self.marked and not header
+        found = self._render(where, messages, header, marks)
         ids = list(found["input_ids"])
         if marks:  # what follows the last answer (a line's end, say) is not the assistant's
             ids = ids[: len(ids) - list(found["assistant_masks"])[::-1].index(1)]
@@ -57,10 +58,10 @@ class PairTokenizer:
         return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
     def _check(self, where: str, prompt: list[sources.Message]) -> None:
-        """Raises ValueError for a template that does not open an answer."""
-        plain = self.inner.apply_chat_template(prompt, chat_template=self.template, tokenize=False)
-        opened = self.inner.apply_chat_template(prompt, chat_template=self.template, tokenize=False, add_generation_prompt=True)
-        if plain == opened:
+        """Raises ValueError for a template that is missing or does not open an answer."""
+        if self.template is None:
+            raise ValueError(f"{where}: pairs need a chat template and the tokenizer has none; set data.template")
+        if self._render(where, prompt, header=True) == self._render(where, prompt, header=False):
             raise ValueError(
                 f"{where}: the chat template must open the assistant's answer where add_generation_prompt is true, and this one does not; "
                 "set data.template to one that does"

@@ -198,14 +198,14 @@ class Lora:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     bits: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
         require(self.rank > 0, "lora.rank", "a number > 0", self.rank)
-        require(0 < self.alpha < math.inf, "lora.alpha", "a number > 0", self.alpha)
+        require(self.alpha > 0, "lora.alpha", "a number > 0", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "a number from 0 to below 1", self.dropout)
         require(self.bits in (None, 4), "lora.bits", "4 or none", self.bits)
 

@@ -74,7 +74,9 @@ def _pair(row: dict[str, Any], where: str) -> Row:
     if any(message["role"] == "user" for message in sides["chosen"]):  # both sides repeat the prompt
         prompt = sides["chosen"][:-1]
         if sides["rejected"][:-1] != prompt:
-            raise ValueError(f"{where}: 'chosen' and 'rejected' must differ in the last message alone, got different conversations before it")
+            raise ValueError(
+                f"{where}: 'chosen' and 'rejected' must differ in the last message alone, got different conversations before it"
+            )
     return {"prompt": prompt, "chosen": sides["chosen"][-1:], "rejected": sides["rejected"][-1:]}
 
 

@@ -3,10 +3,10 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -15,15 +15,13 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from llamba import checkpoints
 from llamba.batches import Batch, Ordered, Rows, collate
-from llamba.log import Metrics
+from llamba.log import METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
-
-_CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
+CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -62,8 +60,8 @@ def schedule(stage: Training, steps: int) -> dict[str, Any]:
 
 
 def training_arguments(
-    stage: Training, steps: int, seed: int, folder: Path, kind: type[Arguments] = TrainingArguments, **more: Any
-) -> Arguments:
+    stage: Training, steps: int, seed: int, folder: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> Any:
     """The stage of `steps` optimizer steps in the Trainer's words; checkpoints go to `folder`.
 
     `kind` is the arguments' class, `more` what it takes beyond the Trainer's. Raises ValueError where `batch` does not
@@ -188,7 +186,7 @@ class StageTrainer(Trainer):
     A subclass sets `student`, `rest_lr` (learning rate of all but the mixers) and `folder` (of the checkpoints).
     """
 
-    student: nn.Module
+    student: Any  # a PreTrainedModel, or peft's wrapper of one
     rest_lr: float | None
     folder: Path
 
@@ -226,7 +224,7 @@ class StageTrainer(Trainer):
         if broken:
             raise ValueError(
                 f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+                f"{checkpoints.last_good(self.folder)}; {CALMER}"
             )
 
 
@@ -287,7 +285,7 @@ class DistillTrainer(StageTrainer):
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss must be finite, got {loss} (kl {kl}, ce {ce}) at step {self.state.global_step + 1}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+                f"{checkpoints.last_good(self.folder)}; {CALMER}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -303,13 +301,39 @@ class DistillTrainer(StageTrainer):
         """Mean loss, kl and ce (nats per target token) on held-out rows."""
         self.student.eval()
         sums = torch.zeros(4, device=self.args.device)
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size * self.accelerator.num_processes):
-            first = start + size * self.accelerator.process_index
-            own = [rows[index] for index in range(first, min(first + size, len(rows)))]
-            batch = collate(own or [rows[0]], 0)
-            if not own:  # every process takes part in every forward pass
-                batch["labels"].fill_(IGNORE)
-            sums += torch.stack([value.float() for value in self._sums(self.model_wrapped, self._prepare_inputs(batch))])
+        for batch in held_out_batches(self, rows):
+            sums += torch.stack([value.float() for value in self._sums(self.model_wrapped, batch)])
         loss, kl, ce, targets = self.accelerator.reduce(sums, "sum").tolist()
         return {"eval_loss": loss / targets, "eval_kl": kl / targets, "eval_ce": ce / targets}
+
+
+def held_out_batches(trainer: StageTrainer, rows: Rows) -> Iterator[Batch]:
+    """This process's share of held-out rows, in the same number of batches on every process; a spare one has no targets."""
+    size, accelerator = trainer.args.per_device_train_batch_size, trainer.accelerator
+    for start in range(0, len(rows), size * accelerator.num_processes):
+        first = start + size * accelerator.process_index
+        own = [rows[index] for index in range(first, min(first + size, len(rows)))]
+        batch = collate(own or [rows[0]], 0)
+        if not own:  # every process takes part in every forward pass
+            batch["labels"].fill_(IGNORE)
+        yield trainer._prepare_inputs(batch)
+
+
+def carry_out(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Train from the newest complete checkpoint on, score, and leave the model in `out`.
+
+    Returns the last line of `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained.
+    """
+    if trainer.args.should_save:
+        checkpoints.remove_incomplete(trainer.folder)
+    found = checkpoints.complete(trainer.folder)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    last = (read_metrics(out / METRICS) or [{}])[-1]
+    scores = score()
+    trainer.save_model(str(out))
+    if trainer.args.should_save:
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        if scores:
+            append_metrics(out / METRICS, {"step": trainer.state.global_step, **scores})
+    trainer.accelerator.wait_for_everyone()
+    return {**last, **scores, "processes": trainer.accelerator.num_processes}

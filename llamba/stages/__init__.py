@@ -7,4 +7,17 @@ from typing import Any
 from llamba.data import Prepared
 from llamba.stages import distill
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run}
+
+def _sft(*args: Any) -> dict[str, float]:
+    from llamba.stages import sft  # here, so that other stages need not import TRL
+
+    return sft.run(*args)
+
+
+def _dpo(*args: Any) -> dict[str, float]:
+    from llamba.stages import dpo
+
+    return dpo.run(*args)
+
+
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run, "sft": _sft, "dpo": _dpo}

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba import checkpoints
 from llamba.batches import Batch, Ordered
 from llamba.data import Prepared
 from llamba.folders import resolve_model
-from llamba.log import METRICS, append_metrics, read_metrics
+from llamba.log import METRICS
 from llamba.losses import Sums, head_sums
 from llamba.settings import Distill
-from llamba.train import DistillTrainer, freeze, model_inputs, training_arguments
+from llamba.train import DistillTrainer, carry_out, freeze, model_inputs, training_arguments
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -57,17 +56,5 @@ def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -
     pupil, guide = _load(stage, student, resolve_model(stage.teacher or teacher))
     args.use_cache = pupil.config.use_cache
     trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr)
-    if args.should_save:
-        checkpoints.remove_incomplete(folder)
-    found = checkpoints.complete(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    last = (read_metrics(out / METRICS) or [{}])[-1]
     held_out = data.rows("eval")
-    scores = trainer.held_out(held_out) if held_out else {}
-    trainer.save_model(str(out))
-    if args.should_save:
-        (out / "training_args.bin").unlink()  # a pickle that nothing here reads
-        if scores:
-            append_metrics(out / METRICS, {"step": ordered.steps, **scores})
-    trainer.accelerator.wait_for_everyone()
-    return {**last, **scores, "processes": trainer.accelerator.num_processes}
+    return carry_out(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedType
+from accelerate.utils import is_peft_model
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
@@ -31,7 +32,7 @@ PROBE = 16  # pairs on whose answers the KL to the reference is measured
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Last hidden states [B, T, D] of a model or of a `PeftModel`."""
-    inner = model.get_base_model() if "peft_config" in vars(model) else model
+    inner = model.get_base_model() if is_peft_model(model) else model
     hidden: Tensor = inner.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
     return hidden
 
@@ -39,7 +40,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
 class DpoStage(Aligner, DPOTrainer):
     """TRL's trainer on pairs that are tokenised already, with the reference's part done before training."""
 
-    head: nn.Module | None = None
+    head: Any = None  # the reference's
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
@@ -81,7 +82,7 @@ class DpoStage(Aligner, DPOTrainer):
         pairs = [rows[index] for index in used if index < len(rows)]
         size = self.args.per_device_train_batch_size
         batches = [self._prepare_inputs(self.data_collator(pairs[start : start + size])) for start in range(0, len(pairs), size)]
-        model = self.ref_model or self.model
+        model: Any = self.ref_model or self.model
         plain = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             self.probe = [(batch, inside(model, plain, lambda batch: _hidden(plain, batch), batch)) for batch in batches]
@@ -90,13 +91,12 @@ class DpoStage(Aligner, DPOTrainer):
     @torch.no_grad()
     def _kl(self) -> float:
         """KL(student || reference) over the whole vocabulary, a mean over the probe's answer tokens, in nats."""
-        plain, total, count = self.accelerator.unwrap_model(self.model_wrapped), 0.0, 0.0
+        plain, head, total, count = self.accelerator.unwrap_model(self.model_wrapped), self.head, 0.0, 0.0
         for batch, guide in self.probe:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
 
             def sums(batch: Batch, guide: Tensor = guide, labels: Tensor = labels) -> Any:
-                heads: Any = (self.head, plain.get_output_embeddings())
-                return head_sums(guide, _hidden(plain, batch), *heads, labels, kl=1.0, ce=0.0, temperature=1.0)
+                return head_sums(guide, _hidden(plain, batch), head, plain.get_output_embeddings(), labels, kl=1.0, ce=0.0, temperature=1.0)
 
             with self.accelerator.autocast():
                 found = inside(self.model_wrapped, plain, sums, batch)

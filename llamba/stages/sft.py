@@ -29,7 +29,7 @@ class SftStage(Aligner, SFTTrainer):
         """Mean cross-entropy (nats per target token) and share of target tokens that come first, on held-out rows."""
         if rows is None:
             return {}
-        self.model.eval()
+        self.student.eval()
         sums = torch.zeros(3, device=self.args.device)
         for batch in held_out_batches(self, rows):
             sums += self._sums(batch)
