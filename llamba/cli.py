@@ -92,6 +92,21 @@ def _bench(args: argparse.Namespace) -> None:
     BENCHES[args.what](args)
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from llamba.eval.commands import main
+
+    main(args.arguments)
+
+
+def _select(args: argparse.Namespace) -> None:
+    from llamba.settings import Data, Select
+    from llamba.stages.select import select
+
+    stage = Select(keep=args.keep, method=args.method, heads=args.heads, rows=args.rows, micro_batch=args.batch, targets=args.targets)
+    data = Data(train=args.data, length=args.length, template=args.template, streaming=True)
+    select(args.teacher, args.student, data, stage, Path(args.out), args.mixer, args.seed)
+
+
 def _report(args: argparse.Namespace) -> None:
     from llamba.curves import report
 
@@ -134,11 +149,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("ops",))
+    command.add_argument("what", choices=("losses", "ops"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
     command.set_defaults(action=_bench)
+    command = commands.add_parser("eval", help="benchmarks: MT-Bench, AlpacaEval, lm-eval and more", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+    command.set_defaults(action=_eval)
+    command = commands.add_parser("select", help="rank layers by how much they need attention; writes what student.attention accepts")
+    command.add_argument("teacher", help="run folder, model folder or hub name")
+    command.add_argument("--student", help="the teacher with mixers in every layer (default: converted here, untrained)")
+    command.add_argument("--mixer", default="mamba2", help="of a student that is converted here (default mamba2)")
+    command.add_argument("--data", required=True, nargs="+", help="files, folders or hub sets to measure on")
+    command.add_argument("--keep", type=float, default=0.25, help="part of layers that keep attention (default 0.25)")
+    command.add_argument("--method", choices=("restore", "swap"), default="restore", help="put attention back (default), or take it away")
+    command.add_argument("--heads", action="store_true", help="score every head, too")
+    command.add_argument("--rows", type=int, default=64, help="sequences to measure on (default 64)")
+    command.add_argument("--batch", type=int, default=1, help="sequences in one forward pass (default 1)")
+    command.add_argument("--length", type=int, default=2048, help="tokens at which sequences are cut (default 2048)")
+    command.add_argument("--targets", choices=("assistant", "all"), default="assistant", help="tokens that count")
+    command.add_argument("--template", help="chat template that marks the assistant's words, e.g. llama3")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", required=True, help="JSON file to write; the picture stands beside it")
+    command.set_defaults(action=_select)
     command = commands.add_parser("report", help="a run's training as a table and as report.png in its folder")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(action=_report)

@@ -13,7 +13,7 @@ from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT
 from llamba.mixers import build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Stage, Training
+from llamba.settings import Attention, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -62,6 +62,10 @@ class Plan:
                 counts = count(self.teacher, config)
                 lines.append(f"then      {_layers(config, stage.attention)}")
             lines += _stage(self.recipe, number, stage, config, counts)
+            if isinstance(stage, Select):  # which layers is not known yet, but how many
+                config = student_config(self.teacher, student.mixer, stage.keep)
+                counts = count(self.teacher, config)
+                lines.append(f"    attention back in {len(_kept(config))} of {config.num_hidden_layers} layers, those that measure best")
         return "\n".join(lines)
 
 

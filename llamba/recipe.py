@@ -18,15 +18,19 @@ __all__ = ["STAGE_CONFIGS", "Data", "Distill", "Recipe", "Stage", "Student", "la
 
 
 def layers_of(attention: Attention) -> float | list[int]:
-    """The fraction, or the list of layers, which may stand in a JSON file. Raises ValueError for a file that does not hold one."""
+    """The fraction, or the list of layers, which may stand in a JSON file, alone or as the `layers` of what `llamba select` wrote.
+
+    Raises ValueError for a file that holds no such list.
+    """
     if not isinstance(attention, str):
         return attention
     path = Path(attention)
     if not path.is_file():
         raise ValueError(f"attention must be a fraction, a list of layers or a JSON file with such a list, got {attention!r}")
-    layers = json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    layers = found.get("layers") if isinstance(found, dict) else found
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError(f"{path} must hold a JSON list of layer indices, got {str(layers)[:80]}")
+        raise ValueError(f"{path} must hold a JSON list of layer indices, got {str(found)[:80]}")
     return layers
 
 
@@ -35,7 +39,8 @@ class Student:
     """What the teacher becomes.
 
     `attention` is the part of layers that keep attention (0 to 1), or the list of those layers, or the path of a JSON
-    file that holds such a list. `mixer` names what stands in the other layers, `init` where its weights come from.
+    file that holds such a list, as `llamba select` writes it.
+    `mixer` names what stands in the other layers, `init` where its weights come from.
     """
 
     mixer: str = "mamba2"

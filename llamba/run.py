@@ -31,7 +31,7 @@ from llamba.data import Prepared
 from llamba.errors import one_line_errors
 from llamba.folders import DONE, ROWS, finished, resolve_model
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Sft, TokenTraining, Training
+from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
 
 RECIPE = "recipe.json"
 STAGE = "stage.json"
@@ -136,10 +136,12 @@ def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
 
-def _limit(data: Data, stage: Training) -> int | None:
+def _limit(data: Data, stage: TokenTraining | Select | Sft | Dpo) -> int | None:
     """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
     if not data.streaming:
         return None
+    if isinstance(stage, Select):
+        return stage.rows * data.length
     if stage.tokens is None and stage.steps is None:
         raise ValueError(f"data.streaming needs {stage.name}.tokens or {stage.name}.steps, to know how much to read; got neither")
     return stage.tokens or (stage.steps or 0) * stage.batch * data.length
@@ -149,7 +151,7 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
     """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
     stage = recipe.stages[number - 1]
     config = _sources(stage.data or recipe.data, out, number)
-    if not isinstance(stage, (TokenTraining, Sft, Dpo)):
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         return Prepared(config, recipe.seed)
     limit, prepare = _limit(config, stage), pairs.prepare if stage.targets == "pairs" else data.prepare
     folder = out / "data" / data.set_name(config, stage.targets, limit)

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llamba.batches import Batch
 from llamba.convert import kept_layers
 from llamba.families import family_of
 from llamba.hybrid import RECURRENT
 from llamba.losses import head_sums
+from llamba.train import model_inputs
 
 Method = Literal["restore", "swap"]
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: [B, T]
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iter
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Last hidden states [B, T, D]."""
-    hidden: Tensor = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
+    hidden: Tensor = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
     return hidden
 
 

@@ -181,6 +181,30 @@ class Hidden(TokenTraining):
 
 
 @dataclass(frozen=True)
+class Select(Stage):
+    """Measures which layers need attention and gives the student, which has mixers everywhere, the teacher's back in the best.
+
+    `keep` is the part of layers that get attention, `method` how a layer is scored, `heads` whether heads are scored as
+    well (see `llamba.select`). Scores are means over `rows` sequences of the data, `micro_batch` in one forward pass.
+    Nothing is trained; the layers and their scores stand in `layers.json`, which `attention` accepts, and in a picture.
+    """
+
+    name: ClassVar[str] = "select"
+
+    keep: float = 0.25
+    method: Literal["restore", "swap"] = "restore"
+    heads: bool = False
+    rows: int = 64
+    micro_batch: int = 1
+    targets: Literal["assistant", "all"] = "assistant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rows", "micro_batch")
+        require(0 <= self.keep <= 1, "select.keep", "a fraction from 0 to 1", self.keep)
+
+
+@dataclass(frozen=True)
 class PseudoLabel(Stage):
     """The teacher answers the prompts of `data`; the student stays as it is."""
 
@@ -294,4 +318,4 @@ class Draft(TokenTraining):
     name: ClassVar[str] = "draft"
 
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {"distill": Distill, "sft": Sft, "dpo": Dpo}
+STAGE_CONFIGS: dict[str, type[Stage]] = {"distill": Distill, "select": Select, "sft": Sft, "dpo": Dpo}

@@ -18,6 +18,7 @@ from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.log import METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
+from llamba.wrapped import inside
 
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
 
@@ -123,29 +124,6 @@ def freeze(student: PreTrainedModel, train: str) -> None:
 def model_inputs(batch: Batch) -> Batch:
     """What a model's forward pass takes of a batch."""
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-
-
-def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` run as the forward pass of `module`, called through `wrapper` (DDP, DeepSpeed, FSDP or itself).
-
-    So the wrapper's hooks see one ordinary forward pass, whatever the function computes from the module's parts.
-    """
-    own = module.__dict__.pop("forward", None)  # accelerate may have put a wrapper of its own here
-
-    def restore() -> None:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    def once(*inputs: Any) -> Any:
-        restore()
-        return function(*inputs)
-
-    module.__dict__["forward"] = once
-    try:
-        return wrapper(*args)
-    finally:
-        restore()
 
 
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:

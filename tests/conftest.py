@@ -1,6 +1,7 @@
 """A small random Llama with a trained tokenizer, chat rows, and a recipe file: what the training tests run on."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,15 @@ def teacher_folder(tmp_path_factory, tokenizer) -> Path:
     small_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The folder of public benchmark data, which is not shipped."""
+    folder = os.environ.get("LLAMBA_TEST_DATA")
+    if not folder:
+        pytest.skip("needs public data: set LLAMBA_TEST_DATA to a folder with mt_bench/, alpaca_eval/, lm/")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

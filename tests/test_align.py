@@ -157,10 +157,10 @@ def test_sft_accumulation_and_held_out_rows(tmp_path, chats, student):
 
 
 def products(trainer) -> set[torch.dtype]:
-    """The dtypes of what the model's projections and its mixers' return in a step."""
+    """The dtypes of what the projections of the model's layers return in a step."""
     seen: set[torch.dtype] = set()
     for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and module is not trainer.model.lm_head:
             module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     one_step(trainer)
     return seen

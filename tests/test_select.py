@@ -1,15 +1,23 @@
 """Selection: scores against plainly built hybrids, what it leaves behind, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from models import ids, teacher
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
+from llamba import run
+from llamba.cli import main
 from llamba.convert import convert
+from llamba.plan import plan
+from llamba.recipe import Recipe, Student, layers_of
 from llamba.select import Ranking, divergence, lent, rank, restore, save, table
+from llamba.settings import Data, Select
 
 LAYERS = 4
 
@@ -169,10 +177,48 @@ def test_refuses():
         rank(guide, converted(), silent)
 
 
-def test_the_file(tmp_path):
+def test_the_file_is_a_value_of_attention(tmp_path):
     found = Ranking("restore", 2.0, [0.1, 0.7, 0.3, 0.6], [[0.1, 0.2]] * 4, 100)
     save(found, found.kept(0.5), tmp_path / "new" / "layers.json", {"teacher": "org/model"})
+    assert layers_of(str(tmp_path / "new" / "layers.json")) == [1, 3]
     written = json.loads((tmp_path / "new" / "layers.json").read_text())
     assert written["order"] == [1, 3, 2, 0] and written["teacher"] == "org/model" and len(written["heads"]) == 8
     assert (tmp_path / "new" / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert table(found, [1, 3]).splitlines()[1].split() == ["1", "1", "0.7", "keeps", "attention"]
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_stage_gives_the_teachers_attention_back(tmp_path, teacher_folder, chat_file):
+    """Half of the layers: the teacher's own attention, bit for bit; the others: what the student had."""
+    stages = [Select(keep=0.5, rows=8, micro_batch=4)]
+    recipe = Recipe(str(teacher_folder), Student(attention=0), Data(train=str(chat_file), length=48), stages, str(tmp_path / "run"))
+    last = run.run(recipe)
+    found = json.loads((last / "layers.json").read_text())
+    assert last.name == "1-select" and len(found["layers"]) == 2 and len(found["scores"]) == LAYERS
+    made, old, source = weights_of(last), weights_of(last.parent / "0-convert"), weights_of(teacher_folder)
+    for name, value in made.items():
+        restored = any(f".layers.{layer}.self_attn." in name for layer in found["layers"])
+        assert torch.equal(value, (source if restored else old)[name].float()), name
+    model = AutoModelForCausalLM.from_pretrained(last)
+    kinds = ["full_attention" if layer in found["layers"] else "linear_attention" for layer in range(LAYERS)]
+    assert model.config.layer_types == kinds
+    assert found["kl_with_attention_in"]["selected"] < found["kl_with_attention_in"]["none"] == found["start"]
+    assert f"attention back in 2 of {LAYERS} layers" in str(plan(recipe))
+
+
+def test_the_command(tmp_path, teacher_folder, chat_file, capsys):
+    """Without a student: a fresh conversion. The file goes straight into a conversion."""
+    out = tmp_path / "layers.json"
+    common = [str(teacher_folder), "--data", str(chat_file), "--length", "48", "--rows", "4", "--out", str(out)]
+    main(["select", *common, "--keep", "0.25", "--method", "swap", "--heads", "--mixer", "mamba1"])
+    found = json.loads(out.read_text())
+    assert found["method"] == "swap" and len(found["layers"]) == 1 and len(found["heads"]) == 16
+    assert f"student.attention={out}" in capsys.readouterr().out and out.with_suffix(".png").exists()
+    half = convert(str(teacher_folder), attention=layers_of(str(out)))
+    assert half.conversion.kept == found["layers"]
+    with pytest.raises(SystemExit):
+        main(["select", *common, "--student", str(teacher_folder)])
+    assert "needs a student with every layer converted" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from transformers import BambaConfig, DynamicCache, MambaConfig
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from llamba.bench.memory import forget_peak, mib
 from llamba.cache import RecurrentLayer
 from llamba.mixers import build_mixer, initialise, mixer_config
 
@@ -119,20 +120,14 @@ def _side(own: bool, kind: str, what: str) -> Run:
     return WORK[what](_ours(kind) if own else _theirs(kind), own, kind)
 
 
-def _status(key: str) -> int:
-    """A memory figure of this process in KiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def _peak(own: bool, kind: str, what: str, queue: Any) -> None:
     """Peak memory of one run beyond what stood before it, in MiB, put into `queue`. Runs in a fresh process."""
     torch.set_num_threads(THREADS)
     run = _side(own, kind, what)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
-    before = _status("VmRSS")
+    forget_peak()  # of the imports
+    before = mib("VmRSS")
     run()
-    queue.put((_status("VmHWM") - before) / 1024)
+    queue.put(mib("VmHWM") - before)
 
 
 def _peak_apart(own: bool, kind: str, what: str) -> float:

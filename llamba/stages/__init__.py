@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill
+from llamba.stages import distill, select
 
 
 def _sft(*args: Any) -> dict[str, float]:
@@ -20,4 +20,9 @@ def _dpo(*args: Any) -> dict[str, float]:
     return dpo.run(*args)
 
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run, "sft": _sft, "dpo": _dpo}
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+    "distill": distill.run,
+    "select": select.run,
+    "sft": _sft,
+    "dpo": _dpo,
+}

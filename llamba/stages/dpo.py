@@ -24,7 +24,8 @@ from llamba.log import METRICS, Metrics
 from llamba.losses import IGNORE, head_sums
 from llamba.pairs import Pairs
 from llamba.settings import Dpo
-from llamba.train import carry_out, inside, model_inputs, training_arguments
+from llamba.train import carry_out, model_inputs, training_arguments
+from llamba.wrapped import inside
 
 KEYS = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 PROBE = 16  # pairs on whose answers the KL to the reference is measured
@@ -96,7 +97,8 @@ class DpoStage(Aligner, DPOTrainer):
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
 
             def sums(batch: Batch, guide: Tensor = guide, labels: Tensor = labels) -> Any:
-                return head_sums(guide, _hidden(plain, batch), head, plain.get_output_embeddings(), labels, kl=1.0, ce=0.0, temperature=1.0)
+                heads = plain.get_output_embeddings(), head
+                return head_sums(_hidden(plain, batch), guide, *heads, labels, kl=1.0, ce=0.0, divergence="reverse_kl")
 
             with self.accelerator.autocast():
                 found = inside(self.model_wrapped, plain, sums, batch)

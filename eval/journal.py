@@ -1,0 +1,94 @@
+"""A file of JSON lines that only grows while work goes on: what stands in it survives a kill, a full disk and a second start."""
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+BALLAST = 1 << 20  # bytes kept aside, given back when the disk is full, so that replies on their way can still be written
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of JSON lines; a last line that was cut off is left out, a missing file has none.
+
+    Raises ValueError for a line in the middle that is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} must be a JSON object, got {line[:60]!r}; repair or delete the file")
+        found.append(row)
+    return found
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a file by these rows, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Journal:
+    """An append-only file of rows, for one process at a time; `rows` holds what stands in it.
+
+    Raises ValueError where another process has it open, and OSError (once, by the `append` that met it) where the disk is full;
+    the row of that call is written all the same if the ballast makes the room for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = read_lines(path)
+        self.file = path.open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path} is being written by another process; wait for it, or choose another --out") from error
+        self._cut_torn_line()
+        self.ballast = path.with_name(path.name + ".ballast")
+        self.ballast.write_bytes(bytes(BALLAST))
+
+    def _cut_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        self.file.truncate(content.rfind(b"\n") + 1)
+        self.file.seek(0, os.SEEK_END)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row, down to the disk."""
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with self.lock:
+            end = self.file.seek(0, os.SEEK_END)
+            try:
+                self._write(line)
+            except OSError:
+                self.file.truncate(end)
+                self.ballast.unlink(missing_ok=True)
+                self._write(line)
+                self.rows.append(row)
+                raise
+            self.rows.append(row)
+
+    def _write(self, line: bytes) -> None:
+        written = 0
+        while written < len(line):
+            written += os.write(self.file.fileno(), line[written:])
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.ballast.unlink(missing_ok=True)
+        self.file.close()

@@ -1,0 +1,366 @@
+"""MT-Bench: 80 two-turn questions, answers with the checkpoint's own template, FastChat's judge prompts and files, any judge.
+
+    OUT/data/mt_bench/model_answer/MODEL.jsonl            answers
+    OUT/data/mt_bench/model_judgment/JUDGE_single.jsonl   judgments that could be read (JUDGE_pair.jsonl: pairwise)
+    OUT/data/mt_bench/model_judgment/JUDGE_single_failed.jsonl
+    OUT/judge/JUDGE.jsonl                                 every reply, from the moment it was there
+
+`cd OUT && python -m fastchat.llm_judge.show_result --judge-model JUDGE` reads them.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamba.eval import fetch, stats
+from llamba.eval.answers import Question, Settings, answer_all, say_what_stopped
+from llamba.eval.fastchat import JudgeName, modules
+from llamba.eval.journal import Journal, read_lines, write_lines
+from llamba.eval.judge import Asker, Failure, Judge, Messages, Reply, Request, escape
+from llamba.eval.local_judge import transport
+from llamba.eval.scores import model_name, save, save_items, score
+
+PARAMETERS: dict[str, Any] = {"temperature": 0, "max_tokens": 2048, "n": 1}  # FastChat's
+OUTPUT_TOKENS = 200  # of a judgment, for the estimate: GPT-4's had 780 characters
+_FAILED = (-1, "error")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do. `against`: the model (or FastChat answer file) to compare with, in pairwise mode."""
+
+    mode: str = "single"
+    against: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    repeats: int = 1
+    max_failed: float = 0.05
+    estimate_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("single", "pairwise"):
+            raise ValueError(f"--mode must be single or pairwise, got {self.mode}")
+        if (self.mode == "pairwise") != (self.against is not None):
+            raise ValueError("--mode pairwise and --against MODEL belong together; give both or neither")
+        if self.repeats < 1:
+            raise ValueError(f"--judge-repeats must be at least 1, got {self.repeats}")
+
+
+@dataclass
+class Play:
+    """One judgment to be had: a FastChat match; `swap`: in pairwise mode, the second model's answer is shown first."""
+
+    match: Any
+    swap: bool = False
+    repeat: int = 0
+
+    def judge(self, common: Any, complete: Any) -> tuple[Any, str, str]:
+        """FastChat's verdict (rating or winner), its prompt and the judgment, with `complete(messages)` for the judge."""
+        m = self.match
+        judge = dataclasses.replace(m.judge, model_name=JudgeName(m.judge.model_name, complete))
+        if isinstance(m, common.MatchSingle):
+            return common.run_judge_single(m.question, m.answer, judge, m.ref_answer, multi_turn=m.multi_turn)
+        first, second = (m.answer_2, m.answer_1) if self.swap else (m.answer_1, m.answer_2)
+        return common.run_judge_pair(m.question, first, second, judge, m.ref_answer, multi_turn=m.multi_turn)
+
+    def request(self, common: Any) -> Request:
+        """What the judge is asked."""
+        asked: list[Messages] = []
+
+        def note(messages: Messages) -> str:
+            asked.append(messages)
+            return ""
+
+        self.judge(common, note)
+        return Request(asked[0], PARAMETERS, self.repeat)
+
+    def verdict(self, common: Any, text: str) -> tuple[Any, str, str]:
+        """What FastChat reads in a judgment: a rating from 0 to 10 or -1; in pairwise mode A, B, tie or error."""
+        found, prompt, judgment = self.judge(common, lambda messages: text)
+        return (-1 if isinstance(found, (int, float)) and not 0 <= found <= 10 else found), prompt, judgment
+
+
+@dataclass
+class Judged:
+    """What a judge said of models: FastChat rows that could be read, those that could not, and what was counted twice in a file."""
+
+    rows: list[dict[str, Any]]
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: int = 0
+
+    @property
+    def models(self) -> list[str]:
+        """Names in single judgments."""
+        return sorted({row["model"] for row in self.rows})
+
+    def of(self, model: str, turn: int | None = None, questions: set[Any] | None = None) -> dict[Any, list[float]]:
+        """Scores of a model by question: both turns, or one; all questions, or these."""
+        found: dict[Any, list[float]] = defaultdict(list)
+        for row in self.rows:
+            if row["model"] == model and turn in (None, row["turn"]) and (questions is None or row["question_id"] in questions):
+                found[row["question_id"]].append(float(row["score"]))
+        return dict(found)
+
+
+def read_judgments(path: Path) -> Judged:
+    """FastChat's single judgments from a file: of duplicates the last that could be read counts; rows with -1 are failures.
+
+    Raises ValueError for a row without FastChat's keys.
+    """
+    rows, best, duplicates = read_lines(path), {}, 0
+    for row in rows:
+        if missing := {"question_id", "model", "judge", "turn", "score"} - set(row):
+            raise ValueError(f"{path} must hold FastChat's single judgments; a row has no {', '.join(sorted(missing))}")
+        key = (row["question_id"], row["model"], tuple(row["judge"]), row["turn"])
+        duplicates += key in best
+        if key not in best or row["score"] != -1:
+            best[key] = row
+    return Judged([r for r in best.values() if r["score"] != -1], [r for r in best.values() if r["score"] == -1], duplicates)
+
+
+def load_questions(data: str | None, limit: int | None) -> list[dict[str, Any]]:
+    """The questions, in order; `limit` takes the first of each category, so that all stay represented."""
+    rows = fetch.read_json_rows(fetch.data_file("mt_bench/question.jsonl", data))
+    if limit is None:
+        return rows
+    if limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    categories = list(dict.fromkeys(row["category"] for row in rows))
+    turn_by_turn = [
+        row for place in range(len(rows)) for c in categories for row in [r for r in rows if r["category"] == c][place : place + 1]
+    ]
+    return sorted(turn_by_turn[:limit], key=lambda row: row["question_id"])
+
+
+def answer(name: str, out: Path, questions: Sequence[dict[str, Any]], settings: Settings) -> tuple[str, list[dict[str, Any]]]:
+    """Answers of a model, made or read; `name` may be a FastChat answer file. Returns the model's name and the rows."""
+    if name.endswith(".jsonl"):
+        rows = read_lines(Path(name))
+        have = {row["question_id"] for row in rows}
+        if lacking := [q["question_id"] for q in questions if q["question_id"] not in have]:
+            raise ValueError(f"{name} must answer every question; it has none for {lacking[:5]} ({len(lacking)} in all)")
+        return Path(name).stem, rows
+    common, _ = modules()
+    temperature = common.temperature_config
+    asked = [
+        Question(q["question_id"], tuple(q["turns"]), float(q.get("required_temperature", temperature.get(q["category"], 0.7))))
+        for q in questions
+    ]
+    model = model_name(name)
+    rows = answer_all(name, model, asked, settings, out / "data/mt_bench/model_answer" / f"{model}.jsonl")
+    if cut := say_what_stopped(rows):
+        print(f"{model}: {cut}")
+    return model, rows
+
+
+def _safe(row: dict[str, Any]) -> dict[str, Any]:
+    """An answer whose control tokens no judge can mistake for its own."""
+    return row | {"choices": [{"index": 0, "turns": [escape(text) for text in row["choices"][0]["turns"]]}]}
+
+
+def plays(questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], judge: Judge, options: Options) -> list[Play]:
+    """Every judgment to be had: FastChat's four prompts by category and turn, both orders in pairwise mode, all repeats."""
+    common, generate = modules()
+    prompts = common.load_judge_prompts(str(fetch.data_file("mt_bench/judge_prompts.jsonl", options.data)))
+    path = fetch.data_file("mt_bench/reference_answer/gpt-4.jsonl", options.data)
+    references = {judge.model: {row["question_id"]: row for row in read_lines(path)}}
+    models = list(answers)
+    pairwise = options.mode == "pairwise"
+    judges = (generate.make_judge_pairwise if pairwise else generate.make_judge_single)(judge.model, prompts)
+    by_model = {model: {row["question_id"]: _safe(row) for row in rows} for model, rows in answers.items()}
+    common.check_data(questions, by_model, references, models, judges)
+    make = generate.make_match if pairwise else generate.make_match_single
+    plain = [q for q in questions if q["category"] not in common.NEED_REF_CATS]
+    with_reference = [q for q in questions if q["category"] in common.NEED_REF_CATS]
+    matches: list[Any] = []
+    for suffix, turns in (("", False), ("-mt", True)):
+        matches += make(plain, models, by_model, judges["default" + suffix], models[-1], multi_turn=turns)
+        matches += make(with_reference, models, by_model, judges["math" + suffix], models[-1], references, multi_turn=turns)
+    return [
+        Play(m, swap, repeat) for repeat in range(options.repeats) for m in matches for swap in ((False, True) if pairwise else (False,))
+    ]
+
+
+def judge_all(wanted: Sequence[Play], judge: Judge, out: Path, estimate_only: bool = False) -> tuple[list[Reply | Failure], str]:
+    """A reply or a failure for each play, and a line on what it took. Raises ValueError as `Asker.ask`."""
+    common, _ = modules()
+    requests = [play.request(common) for play in wanted]
+    keys = [request.key(judge) for request in requests]
+
+    def usable(reply: Reply) -> bool:
+        return wanted[0].verdict(common, reply["text"])[0] not in _FAILED
+
+    with Journal(out / "judge" / f"{judge.slug}.jsonl") as journal:
+        asker = Asker(judge, journal, lambda: transport(judge), OUTPUT_TOKENS)
+        todo = asker.missing(requests, usable)
+        inputs, outputs, dollars = asker.estimate(todo)
+        price = f", about ${dollars:.2f}" if judge.price else ""
+        print(
+            f"{judge.model}: {len(todo)} of {len(requests)} judgments to ask for, about {inputs:,.0f} + {outputs:,.0f} tokens{price}",
+            flush=True,
+        )
+        if estimate_only:
+            return [], ""
+        failures = asker.ask(requests, usable)
+        spent = f", ${asker.spent:.2f}" if judge.price else ""
+        found = [failures[key] if key in failures else asker.known[key] for key in keys]
+        return found, f"{asker.asked} judgments asked for, {len(failures)} failed{spent}"
+
+
+def _row(common: Any, play: Play, reply: Reply | Failure) -> dict[str, Any]:
+    """FastChat's row of a single judgment; score -1 and a reason where it failed."""
+    m, failed = play.match, isinstance(reply, Failure)
+    verdict, prompt, judgment = play.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
+    row = {
+        "question_id": m.question["question_id"], "model": m.model, "judge": [m.judge.model_name, m.judge.prompt_template["name"]],
+        "user_prompt": prompt, "judgment": judgment, "score": verdict, "turn": 2 if m.multi_turn else 1, "tstamp": time.time(),
+    }  # fmt: skip
+    return row | ({"reason": reply.reason} if isinstance(reply, Failure) and failed else {})
+
+
+def _pair_row(common: Any, games: Sequence[tuple[Play, Reply | Failure]]) -> dict[str, Any]:
+    """FastChat's row of a match: both orders; a winner is "error" where a game failed."""
+    m = games[0][0].match
+    row: dict[str, Any] = {"question_id": m.question["question_id"], "model_1": m.model_1, "model_2": m.model_2}
+    for number, (play, reply) in enumerate(games, 1):
+        winner, prompt, judgment = play.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
+        names = {"A": "model_2", "B": "model_1"} if play.swap else {"A": "model_1", "B": "model_2"}
+        row |= {f"g{number}_winner": names.get(winner, winner), f"g{number}_user_prompt": prompt, f"g{number}_judgment": judgment}
+        row |= {"reason": reply.reason} if isinstance(reply, Failure) else {}
+    judge = [m.judge.model_name, m.judge.prompt_template["name"]]
+    return row | {"judge": judge, "turn": 2 if m.multi_turn else 1, "tstamp": time.time()}
+
+
+def _write(out: Path, stem: str, rows: list[dict[str, Any]], failed: list[dict[str, Any]], models: set[str]) -> None:
+    """Put these models' rows into the judgment files, in the place of their earlier ones; rows of other models stay."""
+    for name, new in ((stem, rows), (f"{stem}_failed", failed)):
+        path = out / "data/mt_bench/model_judgment" / f"{name}.jsonl"
+        asked = {_identity(row) for row in [*rows, *failed]}
+        kept = [row for row in read_lines(path) if _identity(row) not in asked]
+        if kept or new or path.exists():
+            write_lines(path, sorted([*kept, *new], key=lambda row: [str(part).zfill(8) for part in _identity(row)]))
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key, "") for key in ("question_id", "turn", "model", "model_1", "model_2"))
+
+
+def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options) -> str:
+    """Answer, judge, report; returns the report. Everything that is there already is used.
+
+    Raises ValueError as the steps do, and, after everything is written, where more than `max_failed` of the judgments failed.
+    """
+    common, _ = modules()
+    questions = load_questions(options.data, options.limit)
+    model, rows = answer(name, out, questions, settings)
+    answers = {model: rows}
+    if options.against is not None:
+        other, other_rows = answer(options.against, out, questions, settings)
+        if other == model:
+            raise ValueError(f"--against must be another model than {model}")
+        answers[other] = other_rows
+    wanted = plays(questions, answers, judge, options)
+    replies, took = judge_all(wanted, judge, out, options.estimate_only)
+    if options.estimate_only:
+        return "nothing was asked"
+    categories = {q["question_id"]: q["category"] for q in questions}
+    made = _pairwise if options.mode == "pairwise" else _single
+    text, failed = made(common, list(zip(wanted, replies, strict=True)), judge, out, categories, model)
+    if failed > options.max_failed * len(wanted):
+        raise ValueError(
+            f"{failed} of {len(wanted)} judgments failed, above --max-failed {options.max_failed} "
+            f"(reasons in {out}/data/mt_bench/model_judgment/{judge.slug}_*_failed.jsonl); run again to ask for those alone"
+        )
+    return f"{text}\n{took}"
+
+
+def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], model: str) -> tuple[str, int]:
+    rows = [(play.repeat, _row(common, play, reply)) for play, reply in played]
+    repeats = 1 + max(repeat for repeat, _ in rows)
+    for repeat in range(repeats):
+        mine = [row for r, row in rows if r == repeat]
+        stem = f"{judge.slug}_single" + (f"_repeat{repeat + 1}" if repeat else "")
+        _write(out, stem, [r for r in mine if r["score"] != -1], [r for r in mine if r["score"] == -1], {model})
+    judged = Judged([r for _, r in rows if r["score"] != -1], [r for _, r in rows if r["score"] == -1])
+    table, text = report_single(judged, categories, judge.slug)
+    if repeats > 1:
+        means = [np.mean([r["score"] for i, r in rows if i == repeat and r["score"] != -1]) for repeat in range(repeats)]
+        text += f"\njudged {repeats} times: means {', '.join(f'{m:.2f}' for m in means)}, standard deviation {np.std(means, ddof=1):.3f}"
+    save(out, [row | {"judge_is": judge.identity} for row in table])
+    save_items(out, "mt_bench", model, judge.slug, judged.of(model))
+    return text, len(judged.failed)
+
+
+def report_single(judged: Judged, categories: dict[Any, str], judge: str) -> tuple[list[dict[str, Any]], str]:
+    """Score rows and a table of single judgments: average, each turn, each category, with intervals, n and failures."""
+    table, lines = [], []
+    for model in judged.models:
+        failed = sum(row["model"] == model for row in judged.failed)
+        parts: dict[str, dict[Any, list[float]]] = {"average": judged.of(model)}
+        parts |= {f"turn {turn}": judged.of(model, turn) for turn in (1, 2)}
+        for category in dict.fromkeys(categories.values()):
+            parts[category] = judged.of(model, questions={q for q, c in categories.items() if c == category})
+        lines.append(f"MT-Bench of {model}, judged by {judge}")
+        for metric, values in parts.items():
+            if not values:
+                continue
+            interval = stats.bootstrap(values)
+            table.append(score("mt_bench", metric, model, interval, judge, failed=failed))
+            lines.append(f"  {metric:<12} {interval.mean:5.2f}  [{interval.low:5.2f}, {interval.high:5.2f}]  {interval.n} questions")
+        lines.append(f"  {failed} judgments failed and {judged.duplicates} duplicates were left out" if judged.duplicates else
+                     f"  {failed} judgments failed")  # fmt: skip
+    return table, "\n".join(lines)
+
+
+def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], model: str) -> tuple[str, int]:
+    games: dict[Any, list[Any]] = defaultdict(list)
+    for play, reply in played:
+        games[(play.repeat, play.match.question["question_id"], play.match.multi_turn)].append((play, reply))
+    rows = [(key[0], _pair_row(common, pair)) for key, pair in games.items()]
+    for repeat in sorted({r for r, _ in rows}):
+        mine = [row for r, row in rows if r == repeat]
+        stem = f"{judge.slug}_pair" + (f"_repeat{repeat + 1}" if repeat else "")
+        _write(out, stem, [r for r in mine if "reason" not in r], [r for r in mine if "reason" in r], {model})
+    good = [row for _, row in rows if "reason" not in row]
+    failed = sum(isinstance(reply, Failure) for _, reply in played)
+    text, table, values = report_pairs(good, judge.slug)
+    save(out, [row | {"judge_is": judge.identity, "failed": failed} for row in table])
+    if good:
+        save_items(out, "mt_bench_pairwise", f"{good[0]['model_1']}_vs_{good[0]['model_2']}", judge.slug, values)
+    return f"{text}\n  {failed} judgments failed", failed
+
+
+def _points(row: dict[str, Any]) -> float:
+    """1 for a win of model_1 in both orders, 0 for a loss in both, 0.5 for the rest (FastChat's reading)."""
+    if row["g1_winner"] != row["g2_winner"]:
+        return 0.5
+    return {"model_1": 1.0, "model_2": 0.0}.get(row["g1_winner"], 0.5)
+
+
+def report_pairs(rows: Sequence[dict[str, Any]], judge: str) -> tuple[str, list[dict[str, Any]], dict[Any, list[float]]]:
+    """Win rate of model_1 (ties and contradictions half), how often both orders agree, how often the first shown wins."""
+    values: dict[Any, list[float]] = defaultdict(list)
+    for row in rows:
+        values[row["question_id"]].append(100 * _points(row))
+    if not rows:
+        return "no pair could be judged", [], {}
+    model, other = rows[0]["model_1"], rows[0]["model_2"]
+    rate = stats.bootstrap(values)
+    agree = 100 * float(np.mean([row["g1_winner"] == row["g2_winner"] for row in rows]))
+    decided = [row["g1_winner"] == "model_1" for row in rows if row["g1_winner"] != "tie"]
+    decided += [row["g2_winner"] == "model_2" for row in rows if row["g2_winner"] != "tie"]
+    first = 100 * float(np.mean(decided)) if decided else 50.0
+    more = {"against": other, "orders_agree": agree, "first_shown_wins": first}
+    table = [score("mt_bench_pairwise", f"win rate against {other}", model, rate, judge, **more)]
+    text = (
+        f"MT-Bench pairwise, judged by {judge}: {model} against {other}\n"
+        f"  win rate     {rate}  {rate.n} questions, ties and contradictions half\n"
+        f"  both orders agree in {agree:.0f}%, the answer shown first wins {first:.0f}% of the decided games"
+    )
+    return text, table, dict(values)

@@ -1,0 +1,113 @@
+"""Selection as a stage and as a command: score the layers, write the list, and give the student the best layers' attention back."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamba.batches import Batch, Ordered, Rows, collate
+from llamba.convert import convert, kept_layers
+from llamba.data import Prepared, prepare
+from llamba.folders import resolve_model
+from llamba.select import Ranking, divergence, rank, restore, save, table
+from llamba.settings import Data, Select
+from llamba.train import on_cpu
+
+LAYERS = "layers.json"
+
+
+def _device() -> torch.device:
+    found = None if on_cpu() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None else found
+
+
+def _pair(teacher: str, student: str | None, mixer: str, seed: int) -> tuple[Any, Any]:
+    """The teacher as a hybrid with attention everywhere, and the student (fresh from conversion where none is named).
+
+    In the teacher's own dtype on an accelerator, in fp32 on a CPU.
+    """
+    if student is None:
+        pupil = convert(teacher, mixer=mixer, attention=0, seed=seed)
+    else:
+        pupil = AutoModelForCausalLM.from_pretrained(student, dtype="auto").eval()
+    guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
+    device = _device()
+    dtype = torch.float32 if device.type == "cpu" else guide.dtype
+    return guide.to(device, dtype), pupil.to(device, dtype)
+
+
+def _mixer(student: Any, name: str | None) -> str:
+    stored = student.config.to_dict().get("mixer")
+    if not stored:
+        raise ValueError(f"selection needs a student with every layer converted (student.attention=0); {name} is no hybrid")
+    kind: str = stored["kind"]
+    return kind
+
+
+def _choose(
+    stage: Select, guide: Any, pupil: Any, batches: Sequence[Batch], path: Path, facts: dict[str, Any]
+) -> tuple[Ranking, list[int]]:
+    """Rank, pick, write `path` and its picture, print the table and the KL that is left with the picked and with uniform layers."""
+    ranking = rank(guide, pupil, batches, stage.method, stage.heads)
+    layers = ranking.kept(stage.keep)
+    uniform = kept_layers(stage.keep, len(ranking.scores))
+    kl = {name: divergence(guide, pupil, batches, chosen) for name, chosen in (("none", []), ("selected", layers), ("uniform", uniform))}
+    save(ranking, layers, path, {**facts, "keep": stage.keep, "kl_with_attention_in": kl})
+    print(table(ranking, layers))
+    print(f"KL with attention in no layer {kl['none']:.4g}, in these {kl['selected']:.4g}, in every n-th {kl['uniform']:.4g}", flush=True)
+    return ranking, layers
+
+
+def _batches(stage: Select, rows: Rows, seed: int) -> list[Batch]:
+    steps = max(1, min(stage.rows, len(rows)) // stage.micro_batch)
+    ordered = Ordered(rows, stage.micro_batch, seed, epochs=1, steps=steps, tokens=None)
+    size, device = stage.micro_batch, _device()
+    made = [collate([ordered[index] for index in range(start, start + size)], 0) for start in range(0, len(ordered), size)]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in made]
+
+
+def run(stage: Select, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+    """Score the layers of the model folder `student`, restore the best of them from `teacher`, and leave the result in `out`.
+
+    The first process works; the others have nothing to do. Returns the KL before and after. Raises ValueError where the student
+    has attention already, or is not made of this teacher.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return {}
+    rows = data.rows("train")
+    assert rows is not None
+    guide, pupil = _pair(teacher, student, "", data.seed)
+    ranking, layers = _choose(stage, guide, pupil, _batches(stage, rows, data.seed), out / LAYERS, {"teacher": teacher, "student": student})
+    kind = _mixer(pupil, student)
+    del guide, pupil  # may be in 16 bit: what is saved is read again
+    result = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    restore(result, convert(teacher, mixer=kind, attention=1.0).float(), layers)
+    result.save_pretrained(out)
+    return {"start_kl": ranking.start, "target_tokens": ranking.targets}
+
+
+def select(teacher: str, student: str | None, data: Data, stage: Select, path: Path, mixer: str = "mamba2", seed: int = 0) -> None:
+    """`llamba select`: score the layers of `student`, or of a fresh conversion of `teacher`, and write `path` and its picture.
+
+    Raises ValueError for names, data or models that do not serve.
+    """
+    guide_name = resolve_model(teacher)
+    pupil_name = None if student is None else resolve_model(student)
+    tokenizer = AutoTokenizer.from_pretrained(guide_name)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
+        batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)
+    guide, pupil = _pair(guide_name, pupil_name, mixer, seed)
+    _choose(
+        stage,
+        guide,
+        pupil,
+        batches,
+        path,
+        {"teacher": teacher, "student": student or f"{teacher}, converted to {mixer}", "data": data.train},
+    )
+    print(f"saved: {path} (student.attention={path}), {path.with_suffix('.png')}")

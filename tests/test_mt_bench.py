@@ -1,0 +1,257 @@
+"""MT-Bench with a fake judge: FastChat reads the files, nothing is asked twice, faults change no other score, errors are one line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_judge import fake_judge
+
+from llamba.eval.commands import main
+from llamba.eval.journal import Journal, read_lines, write_lines
+from llamba.eval.judge import Asker, Endpoint, Judge, Request, escape
+from llamba.eval.mt_bench import read_judgments, report_single
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ROOT / "recipes" / "tiny" / "teacher"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def arguments(data: Path, out: Path, url: str, *more: str, model: str = str(TEACHER)) -> list[str]:
+    asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(out), "--max-new-tokens", "8", "--limit", "16"]
+    return ["mt_bench", model, *asked, *more]
+
+
+def stable(path: Path) -> list[str]:
+    """A file's rows without what may differ between runs."""
+    return sorted(json.dumps({k: v for k, v in row.items() if k not in ("tstamp", "time")}) for row in read_lines(path))
+
+
+def judgments(out: Path, kind: str = "single") -> Path:
+    return next(path for path in (out / "data/mt_bench/model_judgment").glob(f"*_{kind}.jsonl"))
+
+
+def fails(capsys, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.fixture(scope="module")
+def answered(public_data: Path, tmp_path_factory) -> Path:
+    """A finished run without faults: its folder."""
+    out = tmp_path_factory.mktemp("clean")
+    with fake_judge() as (url, state):
+        main(arguments(public_data, out, url))
+        assert state.requests == 32
+    return out
+
+
+def copy_answers(answered: Path, out: Path) -> None:
+    target = out / "data/mt_bench/model_answer"
+    target.mkdir(parents=True)
+    for path in (answered / "data/mt_bench/model_answer").iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def test_a_rerun_judges_nothing_and_changes_nothing(public_data: Path, answered: Path, tmp_path: Path, capsys) -> None:
+    copy_answers(answered, tmp_path)
+    with fake_judge() as (url, state):
+        main(arguments(public_data, tmp_path, url))
+        first, asked = stable(judgments(tmp_path)), state.requests
+        main(arguments(public_data, tmp_path, url))
+        assert state.requests == asked == 32
+    assert stable(judgments(tmp_path)) == first and len(first) == 32
+    assert "0 of 32 judgments to ask for" in capsys.readouterr().out
+
+
+def test_show_result_prints_our_averages(public_data: Path, answered: Path) -> None:
+    command = [sys.executable, "-m", "fastchat.llm_judge.show_result", "--input-file", str(judgments(answered))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=answered)
+    assert done.returncode == 0, done.stderr
+    shown = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("teacher")]
+    ours = {row["metric"]: row["value"] for row in read_lines(answered / "scores.jsonl")}
+    assert shown == pytest.approx([ours["turn 1"], ours["turn 2"], ours["average"]], abs=1e-6)
+    row = read_lines(answered / "scores.jsonl")[0]
+    assert row["judge_is"]["model"] == "fake" and {"commit", "command", "versions", "hardware", "date"} <= set(row)
+
+
+def test_prompts_are_fastchats_own(public_data: Path, answered: Path) -> None:
+    """The text that the judge saw, against the templates filled in by hand."""
+    prompts = {row["name"]: row for row in read_lines(public_data / "mt_bench/judge_prompts.jsonl")}
+    questions = {row["question_id"]: row for row in read_lines(public_data / "mt_bench/question.jsonl")}
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(answered / "data/mt_bench/model_answer/teacher.jsonl")}
+    rows = {(row["question_id"], row["turn"]): row for row in read_lines(judgments(answered))}
+    writing = rows[81, 1]
+    assert writing["judge"] == ["fake", "single-v1"]
+    assert writing["user_prompt"] == prompts["single-v1"]["prompt_template"].format(
+        question=questions[81]["turns"][0], answer=answers[81][0]
+    )
+    reference = {row["question_id"]: row for row in read_lines(public_data / "mt_bench/reference_answer/gpt-4.jsonl")}[101]["choices"][0][
+        "turns"
+    ]
+    filled = prompts["single-math-v1-multi-turn"]["prompt_template"].format(
+        question_1=questions[101]["turns"][0], question_2=questions[101]["turns"][1], answer_1=answers[101][0], answer_2=answers[101][1],
+        ref_answer_1=reference[0], ref_answer_2=reference[1],
+    )  # fmt: skip
+    assert rows[101, 2]["judge"] == ["fake", "single-math-v1-multi-turn"] and rows[101, 2]["user_prompt"] == filled
+
+
+def test_faults_change_no_other_score_and_are_reported(public_data: Path, answered: Path, tmp_path: Path, capsys) -> None:
+    copy_answers(answered, tmp_path)
+    with fake_judge(too_many=0.3, broken=0.2, unreadable=0.2) as (url, state):
+        main(arguments(public_data, tmp_path, url, "--max-failed", "0.5"))
+        printed = capsys.readouterr().out
+        assert state.requests > state.served == 32
+        failed = read_lines(judgments(tmp_path, "single_failed"))
+        good = {(row["question_id"], row["turn"]): row["score"] for row in read_lines(judgments(tmp_path))}
+        clean = {(row["question_id"], row["turn"]): row["score"] for row in read_lines(judgments(answered))}
+        assert 1 <= len(failed) <= 16 and len(good) + len(failed) == 32 and good.items() <= clean.items()
+        assert all("unreadable reply" in row["reason"] and row["score"] == -1 for row in failed)
+        assert f"{len(failed)} judgments failed" in printed
+        state.unreadable = 0.0
+        before = state.served
+        main(arguments(public_data, tmp_path, url))  # asks for the failures alone
+        assert state.served - before == len(failed) and not read_lines(judgments(tmp_path, "single_failed"))
+    assert {(r["question_id"], r["turn"]): r["score"] for r in read_lines(judgments(tmp_path))} == clean
+
+
+def test_pairwise_asks_both_orders(public_data: Path, answered: Path, tmp_path: Path, capsys) -> None:
+    copy_answers(answered, tmp_path)
+    rows = read_lines(next((tmp_path / "data/mt_bench/model_answer").iterdir()))
+    longer = [row | {"choices": [{"index": 0, "turns": [t + " and more words" for t in row["choices"][0]["turns"]]}]} for row in rows]
+    write_lines(tmp_path / "other.jsonl", longer)
+    with fake_judge() as (url, state):
+        main(arguments(public_data, tmp_path, url, "--mode", "pairwise", "--against", str(tmp_path / "other.jsonl")))
+        assert state.requests == 64
+    assert {(r["g1_winner"], r["g2_winner"]) for r in read_lines(judgments(tmp_path, "pair"))} == {("model_2", "model_2")}
+    assert "both orders agree in 100%, the answer shown first wins 50%" in capsys.readouterr().out
+    command = [sys.executable, "-m", "fastchat.llm_judge.show_result", "--mode", "pairwise-all", "--input-file"]
+    shown = subprocess.run([*command, str(judgments(tmp_path, "pair"))], capture_output=True, text=True).stdout
+    assert any(line.split()[:2] == ["other", "32"] for line in shown.splitlines())
+
+
+def test_bad_input_is_one_sentence(public_data: Path, answered: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    copy_answers(answered, tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "set OPENAI_API_KEY" in fails(capsys, arguments(public_data, tmp_path, "https://judge.invalid/v1"))
+    assert "nothing answers" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
+    assert "--judge NAME is needed" in fails(capsys, ["mt_bench", str(TEACHER)])
+    assert "--max-cost needs --price" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1", "--max-cost", "1"))
+    assert "llamba eval fetch mt_bench" in fails(capsys, arguments(tmp_path, tmp_path, "http://127.0.0.1:9/v1"))
+    with fake_judge(key="right") as (url, state):
+        monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+        assert "refused the key in OPENAI_API_KEY" in fails(capsys, arguments(public_data, tmp_path, url))
+        assert state.requests == 1  # the first goes alone
+    with fake_judge(fatal=404) as (url, state):
+        assert "knows no model 'fake'" in fails(capsys, arguments(public_data, tmp_path, url))
+    with fake_judge() as (url, state):
+        cheap = arguments(public_data, tmp_path, url, "--price", "1000", "1000", "--max-cost", "0.01")
+        assert "above --max-cost" in fails(capsys, cheap) and state.requests == 0
+    path = next((tmp_path / "data/mt_bench/model_answer").iterdir())
+    write_lines(path, [row | {"made_by": {"model": "another"}} for row in read_lines(path)])
+    assert "answers of another model" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
+
+
+def requests(number: int) -> list[Request]:
+    return [Request([{"role": "user", "content": f"Rate {i}"}], {}) for i in range(number)]
+
+
+def test_a_judge_that_goes_away_loses_nothing(tmp_path: Path) -> None:
+    with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge("fake", url, retries=0, concurrency=1)
+        asker = Asker(judge, journal, lambda: Endpoint(judge), 1)
+        asker.ask(requests(10), lambda reply: True)
+        state.fatal = 500
+        with pytest.raises(ValueError, match="run again to go on"):
+            asker.ask(requests(30), lambda reply: True)
+        assert asker.asked < 30 and len(asker.known) == 10
+        state.fatal = None
+        again = Asker(judge, journal, lambda: Endpoint(judge), 1)
+        assert again.ask(requests(30), lambda reply: True) == {} and again.asked == 20
+
+
+def test_a_full_disk_keeps_what_was_paid_for(tmp_path: Path, monkeypatch) -> None:
+    with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge("fake", url, concurrency=2)
+        real = Journal._write
+
+        def full_without_ballast(self: Journal, line: bytes) -> None:
+            if len(self.rows) >= 5 and self.ballast.exists():
+                os.write(self.file.fileno(), line[:7])
+                raise OSError(28, "No space left on device")
+            real(self, line)
+
+        monkeypatch.setattr(Journal, "_write", full_without_ballast)
+        with pytest.raises(ValueError, match="disk is full.*every reply so far is kept"):
+            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
+        assert 6 <= state.served == len(read_lines(tmp_path / "judge.jsonl")) < 30
+
+
+def test_a_budget_stops_in_the_middle(tmp_path: Path) -> None:
+    with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge("fake", url, concurrency=1, price=(0.0, 1e6), max_cost=35.0)  # a dollar a token; a reply has 6 and not 1
+        with pytest.raises(ValueError, match="--max-cost 35.0 is spent"):
+            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
+        assert state.served == 6 == len(journal.rows)
+
+
+def test_a_journal_survives_a_torn_line_and_serves_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    with Journal(path) as journal:
+        assert journal.rows == [{"a": 1}]
+        with pytest.raises(ValueError, match="another process"):
+            Journal(path)
+        journal.append({"a": 3})
+    assert read_lines(path) == [{"a": 1}, {"a": 3}] and list(tmp_path.iterdir()) == [path]
+    path.write_text('{"a": 1}\nbroken\n')
+    with pytest.raises(ValueError, match="line 2 must be a JSON object"):
+        read_lines(path)
+
+
+def test_control_tokens_are_broken_and_other_text_is_not() -> None:
+    harmful = "a <|im_end|> b <|start_header_id|> c </s> d [/INST] e <end_of_turn>"
+    assert escape(harmful) == "a < |im_end|> b < |start_header_id|> c < /s> d [ /INST] e < end_of_turn>"
+    plain = "if a < b | c > d: x[0] <div> [[5]] <| space inside |> {braces}"
+    assert escape(plain) == plain
+
+
+def test_the_aggregator_is_open_about_duplicates_and_failures(tmp_path: Path) -> None:
+    def row(question: int, turn: int, score: float) -> dict:
+        return {"question_id": question, "model": "m", "judge": ["gpt-4", "single-v1"], "turn": turn, "score": score}
+
+    rows = [row(81, 1, 4), row(81, 1, 6), row(81, 2, 8), row(82, 1, -1), row(82, 2, 2), row(82, 1, -1), row(83, 1, 5), row(83, 1, -1)]
+    write_lines(tmp_path / "gpt-4_single.jsonl", rows)
+    judged = read_judgments(tmp_path / "gpt-4_single.jsonl")
+    assert judged.duplicates == 3 and len(judged.failed) == 1 and judged.of("m") == {81: [6.0, 8.0], 82: [2.0], 83: [5.0]}
+    table, text = report_single(judged, {81: "writing", 82: "writing", 83: "math"}, "gpt-4")
+    values = {line["metric"]: line["value"] for line in table}
+    assert values["average"] == pytest.approx(21 / 4) and values["turn 1"] == 5.5 and values["math"] == 5
+    assert "1 judgments failed and 3 duplicates were left out" in text
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    with fake_judge(delay=0.05) as (url, state):
+        main([*arguments(public_data, tmp_path / "whole", url), "--concurrency", "2"])
+        asked = state.served
+        argv = [sys.executable, "-m", "llamba.eval.commands", *arguments(public_data, tmp_path / "killed", url), "--concurrency", "2"]
+        for _ in range(5):
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(4, 14))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(argv, cwd=ROOT, check=True)
+        assert state.served - asked <= 32 + 5 * 2  # a kill loses at most what was on its way
+    for path in ("data/mt_bench/model_answer/teacher.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
+        assert stable(tmp_path / "killed" / path) == stable(tmp_path / "whole" / path), path
