@@ -54,8 +54,8 @@ def marks_answers(template: str | None) -> bool:
     return bool(template and _GENERATION.search(template))
 
 
-def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
-    """The chat template to tokenise with, or None where there is none."""
+def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
     template = tokenizer.chat_template
     if data.template is not None:
         known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -63,6 +63,11 @@ def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: boo
         if not path.is_file():
             raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
         template = path.read_text(encoding="utf-8")
+    return template
+
+
+def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
+    template = chat_template(data, tokenizer)
     if assistant and not marks_answers(template):
         raise ValueError(
             "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "
@@ -76,7 +81,7 @@ class Tokenizer:
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, targets: str) -> None:
         self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
-        self.template = chat_template(data, tokenizer, self.assistant)
+        self.template = _template(data, tokenizer, self.assistant)
         self.own = data.template is None
         self.inner: Any = tokenizer
         self.length = data.length

@@ -34,7 +34,7 @@ class PairTokenizer:
     """Rows to pairs. Prompt and answer are written as one conversation, so nothing stands between them but what the template puts there."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.template = chat_template(data, tokenizer, False)
+        self.template = chat_template(data, tokenizer)
         self.marked = marks_answers(self.template)
         self.inner: Any = tokenizer
         self.checked = False

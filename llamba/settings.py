@@ -206,11 +206,35 @@ class Select(Stage):
 
 @dataclass(frozen=True)
 class PseudoLabel(Stage):
-    """The teacher answers the prompts of `data`; the student stays as it is."""
+    """The teacher answers the prompts of `data`; the student stays as it is. Later stages read `stage:pseudo_label`.
+
+    A prompt is a row's conversation up to its last user turn, in which earlier answers stay the row's own; with
+    `turns="all"` each user turn is asked in succession, and all answers are the teacher's. `rows` limits how many rows
+    are read. `teacher` stands in for the recipe's. `engine` auto is vLLM where that is installed and there is one
+    process and an accelerator, else transformers; `batch` counts prompts in one call. `temperature` 0 is greedy.
+    Prompts of more than `max_prompt` tokens are skipped, as are those that leave no room for `max_new_tokens`.
+    `unfinished` says what becomes of an answer that was cut off at that length: a student that learns from it learns to
+    stop there.
+    """
 
     name: ClassVar[str] = "pseudo_label"
 
     teacher: str | None = None
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    turns: Literal["last", "all"] = "last"
+    rows: int | None = None
+    batch: int = 16
+    max_prompt: int | None = None
+    max_new_tokens: int = 2048
+    temperature: float = 0.6
+    top_p: float = 0.9
+    unfinished: Literal["drop", "keep"] = "drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rows", "batch", "max_prompt", "max_new_tokens")
+        self._not_negative("temperature")
+        require(0 < self.top_p <= 1, f"{self.name}.top_p", "a number above 0, at most 1", self.top_p)
 
 
 @dataclass(frozen=True)
@@ -318,4 +342,10 @@ class Draft(TokenTraining):
     name: ClassVar[str] = "draft"
 
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {"distill": Distill, "select": Select, "sft": Sft, "dpo": Dpo}
+STAGE_CONFIGS: dict[str, type[Stage]] = {
+    "distill": Distill,
+    "pseudo_label": PseudoLabel,
+    "select": Select,
+    "sft": Sft,
+    "dpo": Dpo,
+}

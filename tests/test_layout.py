@@ -39,21 +39,10 @@ ARROWS: dict[str, set[str]] = {
     "pairs": {"data", "settings", "sources"},
     "lora": {"settings", "train"},
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
-    "stages": {
-        "align",
-        "batches",
-        "checkpoints",
-        "convert",
-        "data",
-        "folders",
-        "log",
-        "losses",
-        "pairs",
-        "select",
-        "settings",
-        "train",
-        "wrapped",
-    },
+    "engines": {"chat"},
+    "stages": set(
+        "align batches chat checkpoints convert data engines folders log losses pairs select settings sources train wrapped".split()
+    ),
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
@@ -107,6 +96,21 @@ def test_kernels_import_only_torch_and_each_other() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 assert node.module.split(".")[0] in {"torch", *sys.stdlib_module_names}, (path, node.module)
+
+
+def test_only_triton_files_import_triton() -> None:
+    """A door imports them inside the function that needs them, so that a CPU box needs no triton."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        names = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "triton" not in names or path.name.startswith("triton_") or path.name == "launch.py", path
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("triton_", "launch")):
+                assert path.name.startswith("triton_"), path
 
 
 def test_the_kernels_folder_has_no_init_and_the_rooms_are_links() -> None:

@@ -6,12 +6,15 @@ Shapes: B batch, T time, C channels, W conv width.
 import torch
 from torch import Tensor
 
-from ..common import accumulator, check_impl, check_positive, check_rank, check_shape
+from ..choice import choose
+from ..common import accumulator, check_positive, check_rank, check_shape
 from .absent import final_window, pack, unpack
 from .reference import sequential
 from .shifted import shifted
 
 __all__ = ["causal_conv1d", "causal_conv1d_span", "causal_conv1d_step"]
+
+FORMS = ("torch", "sequential")
 
 
 def causal_conv1d(
@@ -35,11 +38,11 @@ def causal_conv1d(
     token, both in the dtype of x.
     Raises `ValueError` for shapes that do not fit together and for an unknown `impl` or `activation`.
     """
-    check_impl(impl)
+    form = choose("conv1d", impl, FORMS, x)
     _check(x, weight, bias, activation, state, seq_idx, mask)
     B, _, C = x.shape
     state = x.new_zeros(B, weight.shape[1] - 1, C) if state is None else state.to(x.dtype)
-    if impl == "sequential":
+    if form == "sequential":
         return sequential(x, weight, bias, activation, state, seq_idx, mask)
     if mask is None:
         return shifted(x, weight, bias, activation, state, seq_idx), final_window(x, state, seq_idx, None)

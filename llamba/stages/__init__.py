@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill, select
+from llamba.stages import distill, pseudo_label, select
 
 
 def _sft(*args: Any) -> dict[str, float]:
@@ -22,6 +22,7 @@ def _dpo(*args: Any) -> dict[str, float]:
 
 STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
     "distill": distill.run,
+    "pseudo_label": pseudo_label.run,
     "select": select.run,
     "sft": _sft,
     "dpo": _dpo,
