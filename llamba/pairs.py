@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def _why_skipped(row: sources.Row) -> str | None:
 
 def _pairs(data: Data, tokenizer: PairTokenizer, count: Count) -> Iterator[Pair]:
     """The usable pairs of a source; the others are counted."""
-    for where, row in sources.rows(count.source, streaming=data.streaming):
+    for where, row in sources.rows(count.source, part=data.part):
         if "chosen" not in row:
             raise ValueError(f"{where}: needed 'prompt', 'chosen' and 'rejected', got {sorted(row)}")
         why = _why_skipped(row)
@@ -114,9 +115,9 @@ def _count(source: str) -> Count:
     return Count(source, files, sources.licence(source), skipped={"empty": 0, "identical": 0, "too_long": 0})
 
 
-def _write(data: Data, given: list[str], weights: list[float] | None, tokenizer: PairTokenizer, folder: Path) -> list[Count]:
+def _write(data: Data, given: list[str], tokenizer: PairTokenizer, folder: Path) -> list[Count]:
     folder.mkdir()
-    counts = [_count(source) for source in given]
+    counts, weights = [_count(source) for source in given], data.weights
     for count, share in zip(counts, weights or [1.0] * len(given), strict=True):
         found = _pairs(data, tokenizer, count)
         while block := list(islice(found, AT_ONCE)):
@@ -146,7 +147,8 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
     manifest: dict[str, Any] = {"length": data.length, "targets": targets}
     for split, given in (("train", data.train), ("eval", data.eval)):
         if given:
-            counts = _write(data, names(given), data.weights if split == "train" else None, reader, partial / split)
+            own = data if split == "train" else replace(data, part=None, weights=None)
+            counts = _write(own, names(given), reader, partial / split)
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -99,7 +99,7 @@ def test_sft_loss_falls_and_frozen_weights_stay(tmp_path, request, rows, student
     metrics = sft.run(stage, student, "", request.getfixturevalue(rows), tmp_path)
     lines = [line for line in read_metrics(tmp_path / METRICS) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    assert {"entropy", "mean_token_accuracy", "grad_norm", "tokens"} <= set(lines[0])
+    assert set(lines[0]) == {"step", "loss", "entropy", "mean_token_accuracy", "grad_norm", "lr", "tokens", "tokens_per_s"}
     before, after = weights(student), weights(tmp_path)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(".layers.0.self_attn." in name or ".layers.2.self_attn." in name for name in moved)

@@ -20,6 +20,9 @@ ARROWS: dict[str, set[str]] = {
     "mixers": {"cache", "kernels"},
     "hybrid": {"mixers", "cache", "kernels"},
     "families": {"hybrid", "mixers"},
+    "wrapped": set(),
+    "record": {"mixers"},
+    "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
     "typed": set(),
@@ -30,18 +33,18 @@ ARROWS: dict[str, set[str]] = {
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "wrapped": set(),
     "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
-    "train": {"batches", "checkpoints", "log", "losses", "settings", "wrapped"},
+    "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
     "pairs": {"data", "settings", "sources"},
     "lora": {"settings", "train"},
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align batches chat checkpoints convert data engines folders log losses pairs select settings sources train wrapped".split()
+        "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
+        "sources train wrapped".split()
     ),
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},

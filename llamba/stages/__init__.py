@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill, pseudo_label, select
+from llamba.stages import distill, hidden, matrix, pseudo_label, select
 
 
 def _sft(*args: Any) -> dict[str, float]:
@@ -21,6 +21,8 @@ def _dpo(*args: Any) -> dict[str, float]:
 
 
 STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+    "matrix": matrix.run,
+    "hidden": hidden.run,
     "distill": distill.run,
     "pseudo_label": pseudo_label.run,
     "select": select.run,

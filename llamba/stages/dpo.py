@@ -27,7 +27,6 @@ from llamba.settings import Dpo
 from llamba.train import carry_out, model_inputs, training_arguments
 from llamba.wrapped import inside
 
-KEYS = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 PROBE = 16  # pairs on whose answers the KL to the reference is measured
 
 
@@ -116,7 +115,7 @@ class DpoStage(Aligner, DPOTrainer):
         if self.eval_dataset is None:
             return {}
         found = self.evaluate()
-        return {f"eval_{key}": found[f"eval_{key}"] for key in KEYS if f"eval_{key}" in found}
+        return {key: value for key, value in found.items() if key == "eval_loss" or key.startswith(("eval_rewards/", "eval_logps/"))}
 
 
 def reference_of(stage: Dpo, student: str, teacher: str) -> PreTrainedModel | None:
@@ -155,7 +154,7 @@ def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path
         args,
         train_dataset=Dataset.from_list([rows[0]]),
         processing_class=AutoTokenizer.from_pretrained(student),
-        callbacks=[Metrics(out / METRICS, ordered, KEYS)],
+        callbacks=[Metrics(out / METRICS, ordered)],
         peft_config=peft_config,
     )
     trainer.begin(stage, student, ordered, held_out)

@@ -15,8 +15,6 @@ from llamba.log import METRICS, Metrics
 from llamba.settings import Sft
 from llamba.train import carry_out, held_out_batches, training_arguments
 
-KEYS = ("loss", "entropy", "mean_token_accuracy")
-
 
 class SftStage(Aligner, SFTTrainer):
     """TRL's trainer on rows that are tokenised and, where the data say so, packed.
@@ -57,7 +55,7 @@ def trainer_of(stage: Sft, student: str, data: Prepared, out: Path) -> SftStage:
         partial(collate, pad=model.config.pad_token_id or 0),
         Dataset.from_list([{"input_ids": ordered[0]["input_ids"].tolist(), "labels": ordered[0]["labels"].tolist()}]),
         processing_class=AutoTokenizer.from_pretrained(student),
-        callbacks=[Metrics(out / METRICS, ordered, KEYS)],
+        callbacks=[Metrics(out / METRICS, ordered)],
         peft_config=peft_config,
     )
     trainer.begin(stage, student, ordered, None)
