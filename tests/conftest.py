@@ -116,6 +116,17 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
+    """The teacher converted, with mixers in layers 0 and 2."""
+    from llamba.convert import convert
+
+    folder = tmp_path_factory.mktemp("student")
+    convert(str(teacher_folder)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def recipe_file(tmp_path, teacher_folder, chat_file) -> Callable[[str], Path]:
     """Writes a recipe file with the given stage arguments."""
