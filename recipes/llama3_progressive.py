@@ -1,8 +1,8 @@
 """Llama-3-8B-Instruct on to a quarter and an eighth of its attention, step by step; 6.25% and none at all by override.
 
-Source: Wang, Paliotta, May, Rush, Dao, "The Mamba in the Llama" (arXiv 2408.15237), its progressive recipe: as `llama3_50pct.py` to 50%, then
-supervised fine-tuning of the whole model; at each further ratio the fine-tuned model is converted and fine-tuned again; DPO ends it.
-Nothing that was trained is reset (the published code resets embeddings, final norm and head at each conversion).
+Source: Wang, Paliotta, May, Rush, Dao, "The Mamba in the Llama" (arXiv 2408.15237), its progressive recipe: as `llama3_50pct.py` to
+50%, then supervised fine-tuning of the whole model; at each further ratio the fine-tuned model is converted and fine-tuned again; DPO
+ends it. Nothing that was trained is reset (the published code resets embeddings, final norm and head at each conversion).
 
 Scores there with Mamba-2 at 50, 25, 12.5 and 0% attention: MT-Bench 7.32, 6.74, 6.48, 5.64; AlpacaEval 2 length-controlled 26.78, 22.75,
 20.25, 14.49. With Mamba-1 (`student.mixer=mamba1`) at 50, 25, 12.5%: 7.35, 6.86, 6.46 and 29.61, 25.85, 20.76. Teacher: 8.00 and 22.90.
