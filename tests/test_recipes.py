@@ -19,6 +19,7 @@ from llamba.plan import plan
 from llamba.recipe import Recipe, Student
 from llamba.settings import Data, Distill, Stage, Training
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 FAST = ("best_practice", "llama3_50pct")
