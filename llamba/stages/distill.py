@@ -1,4 +1,4 @@
-"""Distillation on logits: forward KL to the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3)."""
+"""Distillation on logits: a divergence from the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3)."""
 
 from functools import partial
 from pathlib import Path
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba import checkpoints
-from llamba.batches import Batch, Ordered
+from llamba import checkpoints, offline
+from llamba.batches import KEPT, Batch, Ordered, Rows
 from llamba.data import Prepared
 from llamba.folders import resolve_model
+from llamba.loading import load_teacher, require_same_vocabulary
 from llamba.log import METRICS, append_metrics, read_metrics
-from llamba.losses import Sums, head_sums
+from llamba.losses import Sums, TopK, head_sums
 from llamba.settings import Distill
-from llamba.train import DistillTrainer, freeze, model_inputs, training_arguments
+from llamba.train import DistillTrainer, freeze, model_inputs, on_cpu, own_device, processes, training_arguments
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -23,23 +24,39 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden
 
 
-def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Sums:
-    """kl · Σ KL(teacher || student) + ce · Σ CE over the batch's target tokens."""
-    with torch.no_grad():
-        guide = _hidden(teacher, batch)
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
-    return head_sums(_hidden(student, batch), guide, *heads, batch["labels"], kl=stage.kl, ce=stage.ce, temperature=stage.temperature)
+def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Sums:
+    """kl · Σ divergence + ce · Σ CE over the batch's target tokens; without a teacher, from its kept logits in the batch."""
+    guide: Tensor | TopK
+    if teacher is None:
+        guide, head = TopK(*(batch[key] for key in KEPT)), None
+    else:
+        with torch.no_grad():
+            guide, head = _hidden(teacher, batch), teacher.get_output_embeddings()
+    settings = {key: getattr(stage, key) for key in ("kl", "ce", "temperature", "divergence", "beta", "reduction")}
+    return head_sums(_hidden(student, batch), guide, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
-def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
+def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The student in fp32, and the teacher where it takes part in training: as it was saved, in fp32, or quantised."""
+    require_same_vocabulary(student, teacher)
     pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    guide = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto" if stage.precision == "bf16" else torch.float32)
-    own, other = pupil.config.vocab_size, guide.config.vocab_size
-    if own != other:
-        raise ValueError(f"student and teacher must share a vocabulary, got {own} tokens in {student} and {other} in {teacher}")
     freeze(pupil, stage.train)
-    return pupil, guide
+    if stage.offline:
+        return pupil, None
+    return pupil, load_teacher(teacher, stage.precision, stage.teacher_bits, own_device() if stage.teacher_bits else None)
+
+
+def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path, split: str) -> Rows | None:
+    """A split's rows, with the teacher's kept logits where the stage wants them; the teacher runs here, before all else."""
+    rows = data.rows(split)
+    if rows is None or not stage.offline:
+        return rows
+    require_same_vocabulary(student, teacher)
+    several = processes() == 1 and not on_cpu() and torch.accelerator.device_count() > 1
+    load = partial(load_teacher, teacher, stage.precision, stage.teacher_bits, "auto" if several else own_device())
+    assert data.folder is not None
+    folder = Path(stage.offline_folder) if stage.offline_folder else out.parent / "logits"
+    return offline.prepare(stage, data.folder / split, teacher, load, folder)
 
 
 def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
@@ -47,22 +64,23 @@ def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -
 
     An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of
     `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained. Raises ValueError for a loss that is
-    not finite, a full disk, or vocabularies that differ.
+    not finite, a full disk, vocabularies that differ, or a teacher that cannot be loaded as the stage says.
     """
-    rows = data.rows("train")
+    teacher = resolve_model(stage.teacher or teacher)
+    rows, held_out = (_rows(stage, student, teacher, data, out, split) for split in ("train", "eval"))
     assert rows is not None
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
     folder = out / "checkpoints"
     args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
-    pupil, guide = _load(stage, student, resolve_model(stage.teacher or teacher))
+    pupil, guide = _load(stage, student, teacher)
     args.use_cache = pupil.config.use_cache
-    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr)
+    legacy = stage.reduction == "batchmean_legacy"
+    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr, legacy)
     if args.should_save:
         checkpoints.remove_incomplete(folder)
     found = checkpoints.complete(folder)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     last = (read_metrics(out / METRICS) or [{}])[-1]
-    held_out = data.rows("eval")
     scores = trainer.held_out(held_out) if held_out else {}
     trainer.save_model(str(out))
     if args.should_save:
