@@ -9,6 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton; "auto" still means PyTorch on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llamba import checkpoints, offline
-from llamba.batches import KEPT, Batch, Ordered, Rows
+from llamba import offline
+from llamba.batches import KEPT, Batch, Rows
 from llamba.data import Prepared
 from llamba.folders import resolve_model
 from llamba.loading import load_teacher, require_same_vocabulary
-from llamba.log import METRICS, append_metrics, read_metrics
 from llamba.losses import Sums, TopK, head_sums
 from llamba.settings import Distill
-from llamba.train import DistillTrainer, freeze, model_inputs, on_cpu, own_device, processes, training_arguments
+from llamba.stages.teach import teach
+from llamba.train import freeze, model_inputs, on_cpu, own_device, processes
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -60,32 +60,11 @@ def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path,
 
 
 def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`.
+    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `teach`.
 
-    An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of
-    `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained. Raises ValueError for a loss that is
-    not finite, a full disk, vocabularies that differ, or a teacher that cannot be loaded as the stage says.
+    Raises ValueError for vocabularies that differ, too, and for a teacher that cannot be loaded as the stage says.
     """
     teacher = resolve_model(stage.teacher or teacher)
-    rows, held_out = (_rows(stage, student, teacher, data, out, split) for split in ("train", "eval"))
-    assert rows is not None
-    ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
-    folder = out / "checkpoints"
-    args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
-    pupil, guide = _load(stage, student, teacher)
-    args.use_cache = pupil.config.use_cache
-    legacy = stage.reduction == "batchmean_legacy"
-    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr, legacy)
-    if args.should_save:
-        checkpoints.remove_incomplete(folder)
-    found = checkpoints.complete(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    last = (read_metrics(out / METRICS) or [{}])[-1]
-    scores = trainer.held_out(held_out) if held_out else {}
-    trainer.save_model(str(out))
-    if args.should_save:
-        (out / "training_args.bin").unlink()  # a pickle that nothing here reads
-        if scores:
-            append_metrics(out / METRICS, {"step": ordered.steps, **scores})
-    trainer.accelerator.wait_for_everyone()
-    return {**last, **scores, "processes": trainer.accelerator.num_processes}
+    rows = {split: _rows(stage, student, teacher, data, out, split) for split in ("train", "eval")}
+    load, legacy = partial(_load, stage, student, teacher), stage.reduction == "batchmean_legacy"
+    return teach(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)
