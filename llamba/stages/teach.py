@@ -14,10 +14,10 @@ from llamba.log import METRICS, append_metrics, read_metrics
 from llamba.settings import TokenTraining
 from llamba.train import DistillTrainer, Objective, training_arguments
 
-Pair = tuple[PreTrainedModel, PreTrainedModel | None]
+Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 
-def load_pair(stage: TokenTraining, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+def load_pair(stage: TokenTraining, student: str, teacher: str) -> Pair:
     """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
     pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     return pupil, load_teacher(teacher, stage.precision)
@@ -25,7 +25,7 @@ def load_pair(stage: TokenTraining, student: str, teacher: str) -> tuple[PreTrai
 
 def teach(
     stage: TokenTraining,
-    load: Callable[[], Pair],
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedModel | None]],
     objective: Objective,
     data: Prepared,
     out: Path,
