@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba import checkpoints
 from llamba.batches import Ordered, Rows
 from llamba.data import Prepared
 from llamba.loading import load_teacher
-from llamba.log import METRICS, append_metrics, read_metrics
+from llamba.log import METRICS
 from llamba.settings import TokenTraining
-from llamba.train import DistillTrainer, Objective, training_arguments
+from llamba.train import DistillTrainer, Objective, carry_out, training_arguments
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -49,17 +48,5 @@ def teach(
     pupil, guide = load()
     args.use_cache = pupil.config.use_cache
     trainer = DistillTrainer(pupil, guide, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
-    if args.should_save:
-        checkpoints.remove_incomplete(folder)
-    found = checkpoints.complete(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    last = (read_metrics(out / METRICS) or [{}])[-1]
     held_out = read("eval")
-    scores = trainer.held_out(held_out) if held_out else {}
-    trainer.save_model(str(out))
-    if args.should_save:
-        (out / "training_args.bin").unlink()  # a pickle that nothing here reads
-        if scores:
-            append_metrics(out / METRICS, {"step": ordered.steps, **scores})
-    trainer.accelerator.wait_for_everyone()
-    return {**last, **scores, "processes": trainer.accelerator.num_processes}
+    return carry_out(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})
