@@ -105,6 +105,7 @@ offline.prepare(Distill(**eval(settings)), Path(rows), teacher, partial(loading.
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, small_shards, capsys, data, teacher_folder):
     make(KEPT5, data, teacher_folder, tmp_path / "whole")
     settings = repr(dict(**SHORT, offline=5, temperature=2.0, steps=2))
@@ -223,18 +224,18 @@ def test_a_missing_teacher(tmp_path, data, student_folder, teacher_folder):
 
 
 @pytest.mark.parametrize("more", [{}, {"offline": 5}])
-def test_the_same_number_of_other_tokens(tmp_path, data, student_folder, teacher_folder, tokenizer, more):
+def test_the_same_number_of_other_tokens(tmp_path, data, student_folder, teacher_folder, more):
+    """Two ordinary tokens have changed places in the teacher's vocabulary."""
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     for path in teacher_folder.iterdir():
         (teacher / path.name).write_bytes(path.read_bytes())
     text = json.loads((teacher / "tokenizer.json").read_text())
     vocabulary = text["model"]["vocab"]
-    vocabulary["red"], vocabulary["Ġgreen"] = vocabulary.pop("Ġgreen"), vocabulary.get("red", 0) or vocabulary["Ġblue"]
     first, second = [token for token, number in vocabulary.items() if number in (100, 101)]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (teacher / "tokenizer.json").write_text(json.dumps(text))
-    with pytest.raises(ValueError, match="must share a vocabulary, got .* ids with different tokens: "):
+    with pytest.raises(ValueError, match="must share a vocabulary, got 2 ids with different tokens: "):
         distill.run(Distill(**SHORT, steps=1, **more), student_folder, str(teacher), data, tmp_path / "out")
 
 
