@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "typed": set(),
     "errors": set(),
     "folders": set(),
+    "provenance": set(),
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
@@ -38,14 +39,14 @@ ARROWS: dict[str, set[str]] = {
     "train": {"batches", "checkpoints", "log", "losses", "settings", "wrapped"},
     "engines": {"chat"},
     "stages": set("batches chat checkpoints convert data engines folders log losses select settings sources train".split()),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
+    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "provenance", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels"},
+    "eval": {"chat", "errors", "folders", "provenance", "speculative"},
+    "bench": {"cache", "losses", "mixers", "kernels", "provenance"},
 }
 
 
