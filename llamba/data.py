@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def _pieces(tokens: Tokens, length: int) -> Iterator[Tokens]:
 
 def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
-    for where, row in sources.rows(count.source, streaming=data.streaming):
+    for where, row in sources.rows(count.source, data.streaming, data.part):
         if count.tokens >= limit:
             return
         if not any(row.values()):
@@ -204,7 +204,12 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
         if given:
             train = split == "train"
             counts = _write(
-                data, _names(given), data.weights if train else None, reader, limit if train and limit else float("inf"), partial / split
+                data if train else replace(data, part=None),
+                _names(given),
+                data.weights if train else None,
+                reader,
+                limit if train and limit else float("inf"),
+                partial / split,
             )
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]

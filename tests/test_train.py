@@ -84,7 +84,7 @@ def test_everything_can_be_trained(tmp_path, data, teacher_folder, small, tokeni
     distill.run(stage, str(tmp_path / "student"), str(teacher_folder), data, tmp_path / "out")
     before, after = weights(tmp_path / "student"), weights(tmp_path / "out")
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(ValueError, match="needs a student with converted layers"):
+    with pytest.raises(ValueError, match="needs a student whose mixers have weights"):
         freeze(student, "mixers")
 
 

@@ -127,13 +127,14 @@ def ssd_matrix(
     dt: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
-    rows: slice | None = None,
+    rows: slice | Tensor | None = None,
 ) -> Tensor:
     """The mixing matrix of `ssd`: y = M x for each head, without the skip and the initial state.
 
     M[i, j] = (c_i . b_j) exp(a_{j+1} + ... + a_i) dt_j for j <= i in one document, both real; 0 elsewhere.
     a [B, T, H]; b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H]; seq_idx and mask [B, T] as in `ssd`.
-    Returns [B, H, T, T], or [B, H, rows, T] for the given `rows`, which then bound the memory; fp32 (fp64 for fp64 inputs).
+    Returns [B, H, T, T], or [B, H, I, T] for the given `rows` (a slice or I indices), which then bound the memory; fp32, or fp64
+    for fp64 inputs.
     Raises `ValueError` for shapes that do not fit together.
     """
     check_rank("b", b, "BTGN")

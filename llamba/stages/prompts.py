@@ -70,7 +70,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises ValueError that names the place for a row of text, and for one that the template refuses."""
-        every = (row for name in source_names(self.data) for row in sources.rows(name, streaming=self.data.streaming))
+        every = (row for name in source_names(self.data) for row in sources.rows(name, self.data.streaming, self.data.part))
         for index, (where, row) in enumerate(islice(every, self.stage.rows)):
             prompt = self._prompt(index, where, row)
             if isinstance(prompt, str):
