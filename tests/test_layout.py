@@ -40,7 +40,10 @@ ARROWS: dict[str, set[str]] = {
     "checkpoints": set(),
     "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
     "engines": {"chat"},
-    "stages": {},
+    "stages": set(
+        "alignment batches chat checkpoints convert data engines folders hybrid log losses mixers record select settings sources train "
+        "wrapped".split()
+    ),
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "provenance", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
