@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "typed": set(),
     "errors": set(),
     "folders": set(),
+    "provenance": set(),
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
@@ -48,14 +49,27 @@ ARROWS: dict[str, set[str]] = {
         "align alignment batches chat checkpoints convert data engines folders hybrid loading log losses mixers offline pairs record "
         "select settings sources train wrapped".split()
     ),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
+    "run": {
+        "checkpoints",
+        "convert",
+        "data",
+        "errors",
+        "folders",
+        "overrides",
+        "pairs",
+        "plan",
+        "provenance",
+        "recipe",
+        "settings",
+        "stages",
+    },
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels"},
+    "eval": {"chat", "errors", "folders", "provenance", "speculative"},
+    "bench": {"cache", "losses", "mixers", "kernels", "provenance"},
 }
 
 
