@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "typed": set(),
     "errors": set(),
     "folders": set(),
+    "provenance": set(),
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
@@ -47,14 +48,27 @@ ARROWS: dict[str, set[str]] = {
         "align alignment batches chat checkpoints convert data draft engines folders hybrid log losses mixers pairs record select settings "
         "sources train wrapped".split()
     ),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
+    "run": {
+        "checkpoints",
+        "convert",
+        "data",
+        "errors",
+        "folders",
+        "overrides",
+        "pairs",
+        "plan",
+        "provenance",
+        "recipe",
+        "settings",
+        "stages",
+    },
     "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels", "mixers"},
-    "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": set("cache chat convert draft hybrid kernels losses mixers speculative teachers".split()),
+    "eval": {"chat", "errors", "folders", "provenance", "speculative"},
+    "bench": set("cache chat convert draft hybrid kernels losses mixers provenance speculative teachers".split()),
 }
 
 
