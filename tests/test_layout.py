@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
+    "draft": {"families"},
     "typed": set(),
     "errors": set(),
     "folders": set(),
@@ -46,8 +47,8 @@ ARROWS: dict[str, set[str]] = {
     "offline": {"batches", "losses", "settings", "sources", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data engines folders hybrid loading log losses mixers offline pairs record "
-        "select settings sources train wrapped".split()
+        "align alignment batches chat checkpoints convert data draft engines folders hybrid loading log losses mixers offline pairs "
+        "record select settings sources train wrapped".split()
     ),
     "run": {
         "checkpoints",
@@ -63,13 +64,13 @@ ARROWS: dict[str, set[str]] = {
         "settings",
         "stages",
     },
-    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
-    "chat": {"folders"},
+    "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
+    "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
-    "speculative": {"cache", "hybrid", "kernels"},
+    "speculative": {"cache", "hybrid", "kernels", "mixers"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels", "provenance"},
+    "bench": set("cache chat convert draft hybrid kernels losses mixers provenance speculative teachers".split()),
 }
 
 
