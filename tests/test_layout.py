@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
+    "draft": {"families"},
     "typed": set(),
     "errors": set(),
     "folders": set(),
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
+        "align alignment batches chat checkpoints convert data draft engines folders hybrid log losses mixers pairs record select settings "
         "sources train wrapped".split()
     ),
     "run": {
@@ -61,13 +62,13 @@ ARROWS: dict[str, set[str]] = {
         "settings",
         "stages",
     },
-    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
-    "chat": {"folders"},
+    "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
+    "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
-    "speculative": {"cache", "hybrid", "kernels"},
+    "speculative": {"cache", "hybrid", "kernels", "mixers"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels", "provenance"},
+    "bench": set("cache chat convert draft hybrid kernels losses mixers provenance speculative teachers".split()),
 }
 
 
