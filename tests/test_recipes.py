@@ -28,7 +28,7 @@ LAYERS = {"llama3_stepwise": 32, "phi_mohawk_hybrid": 24}
 TEXTS = ("c4", "fineweb", "pg19")
 SHORT = {
     "steps": "2", "tokens": "none", "batch": "2", "micro_batch": "1", "warmup": "0", "precision": "fp32", "gradient_checkpointing": "false",
-    "log_every": "1", "rows": "40", "max_prompt": "none", "max_new_tokens": "4", "unfinished": "keep",
+    "log_every": "1", "rows": "40", "max_prompt": "none", "max_new_tokens": "4", "unfinished": "keep", "head": "none",
 }  # fmt: skip
 
 
@@ -130,14 +130,15 @@ def test_two_steps_of_every_stage(name, tmp_path, monkeypatch, teachers, local, 
             continue
         if stage.attention is not None:
             check_conversion(previous, out / f"{number}-convert")
+            previous = out / f"{number}-convert"
         check_stage(stage, out / f"{number}-{stage.name}")
-        previous = out / f"{number}-{stage.name}" if (out / f"{number}-{stage.name}" / "config.json").exists() else previous
+        previous = previous if isinstance(stage, run.BESIDE) else out / f"{number}-{stage.name}"
     assert f"done: {previous}" in capsys.readouterr().out and finished(out)[-1] == previous
     last = AutoModelForCausalLM.from_pretrained(previous)
     assert "linear_attention" in last.config.layer_types and last.config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_draft")])
 def test_a_recipe_says_where_it_comes_from(name):
     """Its source, the published scores and the cost; and it is a recipe whose every key can be named."""
     recipe = load(name)
