@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "families": {"hybrid", "mixers"},
     "wrapped": set(),
     "record": {"mixers"},
+    "structured": {"kernels"},
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
@@ -50,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
     "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels"},
+    "bench": {"cache", "losses", "mixers", "kernels", "data", "folders", "record", "settings", "sources", "structured"},
 }
 
 
