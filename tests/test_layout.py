@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "typed": set(),
     "errors": set(),
     "folders": set(),
+    "provenance": set(),
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
@@ -47,14 +48,27 @@ ARROWS: dict[str, set[str]] = {
         "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
         "sources train wrapped".split()
     ),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
+    "run": {
+        "checkpoints",
+        "convert",
+        "data",
+        "errors",
+        "folders",
+        "overrides",
+        "pairs",
+        "plan",
+        "provenance",
+        "recipe",
+        "settings",
+        "stages",
+    },
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels", "data", "folders", "record", "settings", "sources", "structured"},
+    "eval": {"chat", "errors", "folders", "provenance", "speculative"},
+    "bench": set("cache data folders kernels losses mixers provenance record settings sources structured".split()),
 }
 
 

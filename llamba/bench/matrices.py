@@ -4,8 +4,6 @@ Shapes: M matrices, T time, N state width. Attention comes from pieces of real t
 """
 
 import argparse
-import json
-import platform
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from llamba import structured
 from llamba.data import Tokenizer
 from llamba.folders import resolve_model
 from llamba.mixers import Recurrence
+from llamba.provenance import append_row
 from llamba.record import HEARD, record
 from llamba.settings import Data
 from llamba.sources import rows
@@ -127,8 +126,6 @@ def main(args: argparse.Namespace) -> None:
     print("\n".join([f"{args.matrices} attention matrices, T = {args.length}", table(found), *remarks(found)]), flush=True)
     if args.picture:
         draw(found, Path(args.picture))
-    stamp = {"model": args.model, "data": args.data, "matrices": args.matrices, "length": args.length, "steps": args.steps}
-    if args.out:
-        with Path(args.out).open("a") as file:
-            for row in found:
-                file.write(json.dumps(row | stamp | {"torch": torch.__version__, "machine": platform.machine()}) + "\n")
+    settings = {"model": args.model, "data": args.data, "matrices": args.matrices, "length": args.length, "steps": args.steps}
+    for row in found if args.out else []:
+        append_row(args.out, row | settings)
