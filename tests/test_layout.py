@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
+    "draft": {"families"},
     "typed": set(),
     "errors": set(),
     "folders": set(),
@@ -45,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
+        "align alignment batches chat checkpoints convert data draft engines folders hybrid log losses mixers pairs record select settings "
         "sources train wrapped".split()
     ),
     "run": {
@@ -62,13 +63,16 @@ ARROWS: dict[str, set[str]] = {
         "settings",
         "stages",
     },
-    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
-    "chat": {"folders"},
+    "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
+    "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
-    "speculative": {"cache", "hybrid", "kernels"},
+    "speculative": {"cache", "hybrid", "kernels", "mixers"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
-    "bench": set("cache data folders kernels losses mixers provenance record settings sources structured".split()),
+    "bench": set(
+        "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative structured "
+        "teachers".split()
+    ),
 }
 
 
