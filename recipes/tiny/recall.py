@@ -119,9 +119,8 @@ def main() -> None:
     draw_needle(needles, OUT / "needle.png")
     (OUT / scores.MODELS).write_text(json.dumps({n: {"path": f, "attention": scores.attention_of(f)} for n, f in models.items()}, indent=1))
     scores.save(OUT, rows)
-    print(
-        f"\npictures: {OUT}/recall.png (by facts), {OUT}/needle.png (by facts and depth); {time.time() - started:.0f} s; `llamba report {OUT}`"
-    )
+    pictures = f"{OUT}/recall.png (by facts), {OUT}/needle.png (by facts and depth)"
+    print(f"\npictures: {pictures}; {time.time() - started:.0f} s; `llamba report {OUT}`")
 
 
 if __name__ == "__main__":
