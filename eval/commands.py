@@ -154,6 +154,21 @@ def mt_bench(argv: list[str]) -> None:
     print(run(args.model, results_folder(args.model, args.out), _settings(args), _judge(args), options))
 
 
+def judgments(argv: list[str]) -> None:
+    """Averages of a FastChat judgment file."""
+    about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
+    parser = _parser("llamba eval judgments", about)
+    parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
+    parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
+    args = parser.parse_args(argv)
+    from pathlib import Path
+
+    from llamba.eval.mt_bench import load_questions, read_judgments, report_single
+
+    categories = {row["question_id"]: row["category"] for row in load_questions(args.data, None)}
+    print(report_single(read_judgments(Path(args.file)), categories, Path(args.file).stem)[1])
+
+
 def alpaca(argv: list[str]) -> None:
     """AlpacaEval 2 (`run_alpaca.sh`)."""
     parser = _parser("run_alpaca.sh", ALPACA, JUDGE_HELP + ALPACA_FILES)

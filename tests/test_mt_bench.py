@@ -1,6 +1,8 @@
 """MT-Bench with a fake judge: FastChat reads the files, nothing is asked twice, faults change no other score, errors are one line."""
 
+import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 from fake_judge import fake_judge
 
+from llamba.eval import scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
-from llamba.eval.judge import Asker, Endpoint, Judge, Request, escape
+from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
+from llamba.eval.local_judge import transport
 from llamba.eval.mt_bench import read_judgments, report_single
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +241,54 @@ def test_the_aggregator_is_open_about_duplicates_and_failures(tmp_path: Path) ->
     values = {line["metric"]: line["value"] for line in table}
     assert values["average"] == pytest.approx(21 / 4) and values["turn 1"] == 5.5 and values["math"] == 5
     assert "1 judgments failed and 3 duplicates were left out" in text
+
+
+def test_the_aggregator_is_a_command(public_data: Path, answered: Path, capsys) -> None:
+    main(["judgments", str(judgments(answered)), "--data", str(public_data)])
+    average = next(row for row in read_lines(answered / "scores.jsonl") if row["metric"] == "average")
+    assert f"average       {average['value']:.2f}" in capsys.readouterr().out
+
+
+def test_a_local_model_judges(tmp_path: Path) -> None:
+    judge = Judge("tiny", f"local:{TEACHER}")
+    local = transport(judge)
+    asked = [Request([{"role": "user", "content": text}], {"max_tokens": 4}) for text in ("hello", "What is 3 + 4?", "word " * 2000)]
+    together, alone = local(asked), [local([request])[0] for request in asked]
+    assert [r["text"] for r in together[:2]] == [r["text"] for r in alone[:2]] and isinstance(together[2], Failure)
+    assert together[1]["text"] == "7" and "does not fit the judge's context of 1024" in together[2].reason
+    top = together[1]["logprobs"]["content"][0]["top_logprobs"]
+    assert len(top) == 20 and top[0]["token"] == "7" and top[0]["logprob"] > math.log(0.5)
+    with Journal(tmp_path / "judge.jsonl") as journal:
+        failures = Asker(judge, journal, lambda: local, 4).ask(asked, lambda reply: True)
+        assert len(journal.rows) == 2 and len(failures) == 1
+
+
+@pytest.mark.parametrize("script", ["run_mtbench.sh", "run_alpaca.sh", "run_lm_eval.sh"])
+def test_help_tells_a_newcomer_all(script: str, capsys, monkeypatch) -> None:
+    text = (ROOT / "eval" / script).read_text()
+    assert subprocess.run(["bash", "-n", str(ROOT / "eval" / script)]).returncode == 0 and os.access(ROOT / "eval" / script, os.X_OK)
+    name = text.split("llamba.eval.commands ")[1].split()[0]
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    for part in ("pip install", "llamba eval fetch", f"eval/{script} runs/", "OUT/scores.jsonl", "--data DIR"):
+        assert part in shown, part
+    assert name == "lm_eval" or all(part in shown for part in ("--max-cost", "OPENAI_API_KEY", "local:FOLDER", "same command again"))
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable}
+    script = [str(ROOT / "eval" / "run_mtbench.sh")]
+    done = subprocess.run([*script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "first time:" in done.stdout
+    done = subprocess.run([*script, "nowhere/at/all", "--judge", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere/at/all must be a model folder")
+
+
+def test_a_missing_package_is_a_sentence(public_data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(scores, "version", lambda package: None)
+    assert "needs fschat, openai, not installed; pip install" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
 
 
 @pytest.mark.slow
