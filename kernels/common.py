@@ -8,14 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "torch", "sequential")
-
-
-def check_impl(impl: str) -> None:
-    """Raise `ValueError` unless `impl` names a form that the kernels have."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-
 
 def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
     """Raise `ValueError` unless `tensor` is None or has exactly this `shape`."""

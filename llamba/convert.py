@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llamba.families import Family, family_of
 from llamba.folders import resolve_model
-from llamba.hybrid import RECURRENT
-from llamba.mixers import MixerConfig, Origin, build_mixer, initialise, mixer_config
+from llamba.hybrid import RECURRENT, mixer_layers
+from llamba.mixers import ATTENTION, MixerConfig, Origin, build_mixer, initialise, mixer_config
 
 Attention = float | Sequence[int]
 
@@ -71,18 +72,20 @@ def kept_layers(attention: Attention, layers: int) -> list[int]:
 def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, options: dict[str, Any] | None = None) -> PreTrainedConfig:
     """The student's configuration; needs no weights. `options` override single values of the mixer's configuration.
 
-    Raises ValueError for an unsupported family, or where a layer that is already recurrent should have attention again.
+    Raises ValueError for an unsupported family, or where a layer that has the student's mixer already should keep attention.
     """
     family = family_of(teacher)
     values = teacher.to_dict()
     kept = kept_layers(attention, teacher.num_hidden_layers)
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
     types = list(values.get("layer_types") or [plain] * teacher.num_hidden_layers)
-    lost = [i for i in kept if types[i] == RECURRENT]
+    lost = [i for i in kept if i in mixer_layers(teacher)]
     if lost:
         raise ValueError(f"student.attention keeps layers {_listing(lost)}, but they are recurrent in this model already; name others")
-    values["layer_types"] = [kind if i in kept else RECURRENT for i, kind in enumerate(types)]
+    values["layer_types"] = [kind if i in kept or mixer == ATTENTION else RECURRENT for i, kind in enumerate(types)]
     values["mixer"] = vars(_mixer_config(family, teacher, mixer, options or {}))
+    if mixer == ATTENTION:
+        values["mixer"]["layers"] = [i for i in range(teacher.num_hidden_layers) if i not in kept]
     for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version"):
         values.pop(key, None)
     return family.config(**values, architectures=[family.causal_lm.__name__])
@@ -128,9 +131,12 @@ def convert(
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
-    "mamba1", "mamba2" or "discrete_mamba2". `attention`: the fraction of layers that keep attention, or their indices. `init`: a key
-    of `llamba.mixers.INITS`. `options`: values of the mixer's configuration, e.g. {"conv_activation": None}. Source: Mamba-in-Llama,
-    Algorithm 1. Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
+    "mamba1", "mamba2" or "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
+    that keep attention, or their indices. `init`: a key of `llamba.mixers.INITS`. `options`: values of the mixer's configuration, e.g.
+    {"conv_activation": None}. Source: Mamba-in-Llama, Algorithm 1.
+
+    Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
     """
     if isinstance(teacher, str):  # say what is wrong with the arguments before reading gigabytes
         student_config(_load_config(teacher), mixer, attention, options)
@@ -141,23 +147,40 @@ def convert(
         student = family.causal_lm(config)
     generator = torch.Generator().manual_seed(seed)
     record: dict[int, list[Origin]] = {}
-    for index, layer in enumerate(_layers(source)):
-        if config.layer_types[index] == RECURRENT and not _is_recurrent(source.config, index):
+    for index in sorted(set(mixer_layers(config)) - set(mixer_layers(source.config))):
+        attention_module, place = _layers(source)[index].self_attn, _layers(student)[index]
+        if mixer == ATTENTION:
+            place.self_attn.to_empty(device=source.device).to(source.dtype)
+            record[index] = _attention_anew(place.self_attn, attention_module, init, config.initializer_range, generator)
+        else:
             made = build_mixer(config.mixer, index).to(source.dtype)
-            record[index] = initialise(made, family.read(layer.self_attn), init, generator)
-            _layers(student)[index].self_attn = made.to(source.device)
+            record[index] = initialise(made, family.read(attention_module), init, generator)
+            place.self_attn = made.to(source.device)
     _copy_rest(source, student, share=isinstance(teacher, str))
     student.generation_config = copy.deepcopy(source.generation_config)
-    student.conversion = Conversion([i for i, kind in enumerate(config.layer_types) if kind != RECURRENT], record)
+    student.conversion = Conversion([i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)], record)
     return student.eval()
+
+
+@torch.no_grad()
+def _attention_anew(made: nn.Module, source: nn.Module, init: str, spread: float, generator: torch.Generator) -> list[Origin]:
+    """Fill attention that is the student's mixer: from the teacher's ("attention"), or with the family's random start ("random")."""
+    if init not in ("attention", "random"):
+        raise ValueError(f'student.init must be "attention" or "random" where student.mixer is "attention"; got {init!r}')
+    own, origins = dict(source.named_parameters()), []
+    for name, weight in made.named_parameters():
+        if init == "attention":
+            weight.copy_(own[name])
+        elif weight.ndim > 1:
+            weight.copy_(torch.empty_like(weight, dtype=torch.float32, device="cpu").normal_(0, spread, generator=generator))
+        else:
+            weight.fill_(0 if name.endswith("bias") else 1)
+        origins.append(Origin(name, tuple(weight.shape), name if init == "attention" else "new: random" if weight.ndim > 1 else "new"))
+    return origins
 
 
 def _layers(model: Any) -> Any:
     return model.base_model.layers
-
-
-def _is_recurrent(config: PreTrainedConfig, index: int) -> bool:
-    return (config.to_dict().get("layer_types") or {index: None})[index] == RECURRENT
 
 
 def _copy_rest(source: PreTrainedModel, student: PreTrainedModel, share: bool) -> None:

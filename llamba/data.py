@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +49,8 @@ class Count:
         return ", ".join(part for part in (head, packed, f"{self.cut} cut" if self.cut else "", skips) if part)
 
 
-def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
-    """The chat template to tokenise with, or None where there is none."""
+def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
     template = tokenizer.chat_template
     if data.template is not None:
         known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -58,6 +58,11 @@ def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -
         if not path.is_file():
             raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
         template = path.read_text(encoding="utf-8")
+    return template
+
+
+def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
+    template = chat_template(data, tokenizer)
     if assistant and not (template and _GENERATION.search(template)):
         raise ValueError(
             "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "
@@ -116,7 +121,7 @@ def _pieces(tokens: Tokens, length: int) -> Iterator[Tokens]:
 
 def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
-    for where, row in sources.rows(count.source, streaming=data.streaming):
+    for where, row in sources.rows(count.source, data.streaming, data.part):
         if count.tokens >= limit:
             return
         if not any(row.values()):
@@ -199,7 +204,12 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
         if given:
             train = split == "train"
             counts = _write(
-                data, _names(given), data.weights if train else None, reader, limit if train and limit else float("inf"), partial / split
+                data if train else replace(data, part=None),
+                _names(given),
+                data.weights if train else None,
+                reader,
+                limit if train and limit else float("inf"),
+                partial / split,
             )
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]

@@ -32,6 +32,13 @@ class Parts:
     head_bias: bool = False
 
 
+def mixer_layers(config: PreTrainedConfig) -> list[int]:
+    """Layers that hold the student's own mixer: the recurrent ones, and those whose attention was made anew. A teacher has none."""
+    values = config.to_dict()
+    anew = (values.get("mixer") or {}).get("layers") or []
+    return [index for index, kind in enumerate(values.get("layer_types") or []) if kind == RECURRENT or index in anew]
+
+
 def document_numbers(seq_idx: Tensor | None, position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Document number of each token [B, T], counted from 0, or None where there is one document.
 
@@ -111,22 +118,33 @@ class HybridBackbone(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        past_key_values, calls = self.prepare(hidden, attention_mask, position_ids, seq_idx, past_key_values, use_cache)
+        if self.parts.embed_dropout is not None:
+            hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
+        for layer, call in zip(self.layers, calls, strict=True):
+            hidden = layer(hidden, **call, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        hidden = self.get_submodule(self.parts.final_norm)(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def prepare(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> tuple[Cache | None, list[dict[str, Any]]]:
+        """The cache, and what each layer is called with beside the hidden states [B, T, D] and the cache."""
         mask = padding_mask(attention_mask, hidden.shape[1])
         documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
         past_key_values = self._cache_for(past_key_values, use_cache, documents)
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
         masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
-        if self.parts.embed_dropout is not None:
-            hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden = layer(
-                hidden, attention_mask=masks[kind], position_ids=position_ids, past_key_values=past_key_values,
-                use_cache=use_cache, position_embeddings=rotary, **kwargs,
-            )  # fmt: skip
-        hidden = self.get_submodule(self.parts.final_norm)(hidden)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        shared = {"position_ids": position_ids, "position_embeddings": rotary}
+        return past_key_values, [shared | {"attention_mask": masks[kind]} for kind in self.config.layer_types]
 
     def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None) -> Cache | None:
         if cache is not None:

@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llamba.batches import Ordered
 
 METRICS = "metrics.jsonl"
+LAYERS = "layers/"  # what a layer's own number is logged under, before the layer's
+_NO_PARTS = ("epoch", "learning_rate")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -36,13 +38,13 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
 
 
 def _show(line: dict[str, Any], steps: int, left: float) -> str:
-    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "kl", "ce"))
+    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "kl", "ce") if key in line)
     speed = f"lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s  {int(left) // 60}:{int(left) % 60:02d} left"
     return f"step {line['step']}/{steps}  {numbers}  {speed}"
 
 
 class Metrics(TrainerCallback):
-    """Writes loss, kl, ce (nats per target token), lr, gradient norm, tokens so far and tokens per second."""
+    """Writes the loss and its parts (per target token; of single layers under `layers`), lr, gradient norm, tokens, tokens per second."""
 
     def __init__(self, path: Path, rows: Ordered) -> None:
         self.path, self.rows = path, rows
@@ -61,7 +63,10 @@ class Metrics(TrainerCallback):
             return
         now, tokens = time.monotonic(), self.rows.tokens_at(state.global_step)
         seconds, steps = now - self.time, state.global_step - self.step
-        line = {"step": state.global_step} | {key: logs[key] for key in ("loss", "kl", "ce", "grad_norm")}
+        line: dict[str, Any] = {"step": state.global_step}
+        line |= {key: value for key, value in logs.items() if key not in _NO_PARTS and not key.startswith(LAYERS)}
+        layers = {key.removeprefix(LAYERS): value for key, value in logs.items() if key.startswith(LAYERS)}
+        line |= {"layers": layers} if layers else {}
         line |= {"lr": logs["learning_rate"], "tokens": tokens}
         line["tokens_per_s"] = round((tokens - self.rows.tokens_at(self.step)) / seconds, 1)
         append_metrics(self.path, line)

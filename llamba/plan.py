@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from llamba.convert import student_config
 from llamba.families import family_of
 from llamba.folders import resolve_model
-from llamba.hybrid import RECURRENT
-from llamba.mixers import build_mixer
+from llamba.hybrid import RECURRENT, mixer_layers
+from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
 from llamba.settings import Attention, Select, Stage, Training
 from llamba.teachers import teacher_config
@@ -57,6 +57,9 @@ class Plan:
         lines += [_layers(self.config, student.attention), *_parameters(self.counts)]
         config, counts = self.config, self.counts
         for number, stage in enumerate(self.recipe.stages, 1):
+            if stage.skip:
+                lines.append(f"stage {number}   {stage.name}: left out")
+                continue
             if stage.attention is not None:
                 config = student_config(config, student.mixer, layers_of(stage.attention))
                 counts = count(self.teacher, config)
@@ -70,7 +73,7 @@ class Plan:
 
 
 def _kept(config: PreTrainedConfig) -> list[int]:
-    return [i for i, kind in enumerate(config.layer_types) if kind != RECURRENT]
+    return [i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)]
 
 
 def _layers(config: PreTrainedConfig, asked: Attention) -> str:
@@ -192,8 +195,11 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
         every = student_config(teacher, config.mixer["kind"], 1.0)
         whole, student = family_of(teacher).causal_lm(every), family_of(config).causal_lm(config)
     attention = _numel(whole.model.layers[0].self_attn)
-    mixers = sum(_numel(layer.self_attn) for layer, kind in zip(student.model.layers, config.layer_types, strict=True) if kind == RECURRENT)
+    mixers = sum(_numel(student.model.layers[index].self_attn) for index in mixer_layers(config))
     mlps = sum(_numel(layer.mlp) for layer in student.model.layers)
+    if config.mixer["kind"] == ATTENTION:
+        published = {name: value.numel() for name, value in whole.model.layers[0].self_attn.named_parameters()}
+        return Counts(_numel(student), mixers, mlps, _numel(whole), attention, published, {})
     published, own = _published(config)
     return Counts(_numel(student), mixers, mlps, _numel(whole), attention, published, own)
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamba.settings import STAGE_CONFIGS, Attention, Data, Distill, Stage, check_attention, check_types, require
+from llamba.settings import STAGE_CONFIGS, Attention, Data, Distill, Hidden, Matrix, Stage, check_attention, check_types, require
 from llamba.typed import fits, name_of
 
-__all__ = ["STAGE_CONFIGS", "Data", "Distill", "Recipe", "Stage", "Student", "layers_of"]
+__all__ = ["STAGE_CONFIGS", "Data", "Distill", "Hidden", "Matrix", "Recipe", "Stage", "Student", "layers_of"]
 
 
 def layers_of(attention: Attention) -> float | list[int]:

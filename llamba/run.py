@@ -215,7 +215,7 @@ def run(recipe: Recipe) -> Path:
         last = out / "0-convert"
         first = last
         _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first))
-        for number in range(1, len(recipe.stages) + 1):
+        for number in [number for number, stage in enumerate(recipe.stages, 1) if not stage.skip]:
             last = _stage(recipe, number, last, out)
     return last
 

@@ -45,7 +45,8 @@ class Data:
     distillation reads prompt and chosen. Rows are cut at `length` tokens. `weights` gives each source's share of the
     tokens: rows are drawn in these shares, and a source that is used up starts again. `packing` puts several rows,
     which do not see each other, into one sequence of up to `length` tokens, and splits long texts instead of cutting
-    them. `streaming` reads only as many rows as the stage trains on. `template` replaces the tokenizer's chat template
+    them. `streaming` reads only as many rows as the stage trains on. `part` (3, 32) takes every 32nd training row of each
+    source, from row 3 on. `template` replaces the tokenizer's chat template
     while tokenising: a file, or the name of one that the library brings (`llama3`). It is needed where the model's
     own does not mark the assistant's words with `{% generation %}`.
     """
@@ -56,9 +57,11 @@ class Data:
     weights: list[float] | None = None
     packing: bool = False
     streaming: bool = False
+    part: tuple[int, int] | None = None
     template: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "part", tuple(self.part) if isinstance(self.part, list) else self.part)
         check_types(self, "data")
         require(bool(self.train), "data.train", "at least one source", self.train)
         require(self.length >= 2, "data.length", "at least 2 tokens", self.length)
@@ -66,6 +69,8 @@ class Data:
             sources = 1 if isinstance(self.train, str) else len(self.train)
             require(len(self.weights) == sources, "data.weights", f"one number for each of the {sources} sources", self.weights)
             require(all(0 < weight < math.inf for weight in self.weights), "data.weights", "numbers > 0", self.weights)
+        if self.part is not None:
+            require(0 <= self.part[0] < self.part[1], "data.part", "(k, n) with 0 <= k < n", self.part)
         if self.streaming and isinstance(self.train, list) and len(self.train) > 1 and self.weights is None:
             raise ValueError("data.weights must say how much to read of each source when data.streaming is true, got none")
 
@@ -73,12 +78,14 @@ class Data:
 @dataclass(frozen=True)
 class Stage:
     """What every stage may say. `data` stands in for the recipe's. `attention`: before the stage, further layers are
-    converted, so that this fraction, or these layers, keep attention."""
+    converted, so that this fraction, or these layers, keep attention. `skip` leaves the stage out, conversion and all.
+    """
 
     name: ClassVar[str]
 
     data: Data | None = None
     attention: Attention | None = None
+    skip: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, self.name)
@@ -168,16 +175,59 @@ class Distill(TokenTraining):
 
 @dataclass(frozen=True)
 class Matrix(TokenTraining):
-    """Alignment of mixing matrices (MOHAWK, stage 1)."""
+    """Alignment of mixing matrices (MOHAWK, stage 1): the Frobenius distance of each head to the teacher's attention, for each layer
+    fed with the teacher's hidden states, as a mean over sequences (weighted by their targets), heads and layers.
+
+    What the matrix depends on is trained; that is part of the mixers, and `train` can name nothing else. `squared` takes the squared
+    distance; only that may be estimated, without bias, from `rows` sampled rows instead of all. `teacher` stands in for the recipe's.
+    With `weight_decay`, rows of in_proj that the matrix does not depend on decay too.
+    """
 
     name: ClassVar[str] = "matrix"
+
+    teacher: str | None = None
+    squared: bool = False
+    rows: int | None = None
+    targets: Literal["assistant", "all"] = "all"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rows")
+        require(self.train == "mixers", "matrix.train", "'mixers'", self.train)
+        if self.rows is not None and not self.squared:
+            raise ValueError(f"matrix.rows needs matrix.squared=true: the root of an estimate is biased; got rows={self.rows}")
 
 
 @dataclass(frozen=True)
 class Hidden(TokenTraining):
-    """Alignment of hidden states (MOHAWK, stage 2)."""
+    """Alignment of hidden states (MOHAWK, stage 2): the L2 distance to the teacher's after each converted layer fed with the teacher's
+    hidden states, as a mean over target tokens and layers.
+
+    `target` is the mixer's output, or the block's; `ahead` blocks in a row may run before the comparison. `train` other than `mixers`
+    trains whole converted blocks and needs `target="block"`. `teacher` stands in for the recipe's.
+    """
 
     name: ClassVar[str] = "hidden"
+
+    teacher: str | None = None
+    target: Literal["mixer", "block"] = "mixer"
+    ahead: int = 1
+    targets: Literal["assistant", "all"] = "all"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("ahead")
+        if self.target != "block" and (self.ahead > 1 or self.train != "mixers"):
+            raise ValueError(
+                f"hidden.ahead > 1 and hidden.train other than 'mixers' need hidden.target='block'; got ahead={self.ahead}, "
+                f"train={self.train!r} and target={self.target!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -206,11 +256,35 @@ class Select(Stage):
 
 @dataclass(frozen=True)
 class PseudoLabel(Stage):
-    """The teacher answers the prompts of `data`; the student stays as it is."""
+    """The teacher answers the prompts of `data`; the student stays as it is. Later stages read `stage:pseudo_label`.
+
+    A prompt is a row's conversation up to its last user turn, in which earlier answers stay the row's own; with
+    `turns="all"` each user turn is asked in succession, and all answers are the teacher's. `rows` limits how many rows
+    are read. `teacher` stands in for the recipe's. `engine` auto is vLLM where that is installed and there is one
+    process and an accelerator, else transformers; `batch` counts prompts in one call. `temperature` 0 is greedy.
+    Prompts of more than `max_prompt` tokens are skipped, as are those that leave no room for `max_new_tokens`.
+    `unfinished` says what becomes of an answer that was cut off at that length: a student that learns from it learns to
+    stop there.
+    """
 
     name: ClassVar[str] = "pseudo_label"
 
     teacher: str | None = None
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    turns: Literal["last", "all"] = "last"
+    rows: int | None = None
+    batch: int = 16
+    max_prompt: int | None = None
+    max_new_tokens: int = 2048
+    temperature: float = 0.6
+    top_p: float = 0.9
+    unfinished: Literal["drop", "keep"] = "drop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rows", "batch", "max_prompt", "max_new_tokens")
+        self._not_negative("temperature")
+        require(0 < self.top_p <= 1, f"{self.name}.top_p", "a number above 0, at most 1", self.top_p)
 
 
 @dataclass(frozen=True)
@@ -234,4 +308,4 @@ class Draft(TokenTraining):
     name: ClassVar[str] = "draft"
 
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {"distill": Distill, "select": Select}
+STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, PseudoLabel, Select)}

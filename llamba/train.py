@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from llamba import checkpoints
+from llamba.alignment import Distances
 from llamba.batches import Batch, Ordered, Rows, collate
-from llamba.log import Metrics
+from llamba.hybrid import mixer_layers
+from llamba.log import LAYERS, Metrics
 from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 from llamba.wrapped import inside
 
-Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums]
+Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums | Distances]
 
 _CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
@@ -100,8 +102,7 @@ def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> 
 
 def mixer_names(student: PreTrainedModel) -> set[str]:
     """Names of the parameters of converted layers' mixers."""
-    kinds = getattr(student.config, "layer_types", None) or []
-    converted = tuple(f"layers.{number}.self_attn." for number, kind in enumerate(kinds) if kind == "linear_attention")
+    converted = tuple(f"layers.{number}.self_attn." for number in mixer_layers(student.config))
     return {name for name, _ in student.named_parameters() if converted and name.partition(".")[2].startswith(converted)}
 
 
@@ -112,9 +113,21 @@ def freeze(student: PreTrainedModel, train: str) -> None:
     """
     mixers = mixer_names(student)
     if train == "mixers" and not mixers:
-        raise ValueError("train='mixers' needs a student with converted layers, got one that is all attention; use train='all'")
+        raise ValueError(
+            "train='mixers' needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
+        )
     for name, weight in student.named_parameters():
         weight.requires_grad_(name in mixers if train == "mixers" else train == "all" or ".mlp." not in name)
+
+
+def train_only(student: PreTrainedModel, names: set[str]) -> None:
+    """Leave trainable only the base model's parameters of these names. Raises ValueError where there are none."""
+    if not names:
+        raise ValueError(f"nothing to train: the mixer {student.config.mixer['kind']!r} has no weights; leave the stage out")
+    for weight in student.parameters():
+        weight.requires_grad_(False)
+    for name in names:
+        student.base_model.get_parameter(name).requires_grad_(True)
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -180,21 +193,34 @@ class DistillTrainer(Trainer):
         self.student, self.rest_lr = student, rest_lr
         self.folder = Path(args.output_dir or "")
         self.teacher = place_teacher(teacher, self.accelerator)
-        self._logged = torch.zeros(4, device=args.device)  # Sums since the last log
-        self._step = torch.zeros(4, device=args.device)  # Sums of this optimizer step
+        self._names: tuple[str, ...] = ()  # of the objective's sums
+        self._logged: Tensor | float = 0.0  # sums since the last log
+        self._step: Tensor | float = 0.0  # sums of this optimizer step
 
-    def _sums(self, model: nn.Module, batch: Batch) -> Sums:
+    def _sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, with gradient, and all sums of the objective in one vector, in the order of `_names`."""
         student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            return inside(model, student, partial(self.sums_of, student, self.teacher), batch)
+            sums = inside(model, student, partial(self.sums_of, student, self.teacher), batch)
+        named = sums._asdict()
+        named |= {f"{LAYERS}{number}": value for number, value in named.pop("layers", {}).items()}
+        self._names = tuple(named)
+        return sums.loss, torch.stack([value.detach().float() for value in named.values()])
+
+    def _means(self, sums: Tensor | float) -> dict[str, float]:
+        """Sums by name, as means over target tokens."""
+        assert isinstance(sums, Tensor), "sums are read after a forward pass"
+        values = dict(zip(self._names, sums.tolist(), strict=True))
+        targets = values.pop("targets")
+        return {name: value / targets if targets else math.nan for name, value in values.items()}
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """This forward pass's part of the step's mean, times the processes over which gradients are averaged."""
-        sums = self._sums(model, inputs)
-        self._step += torch.stack([value.detach().float() for value in sums])
-        return sums.loss * self.accelerator.num_processes / num_items_in_batch
+        loss, sums = self._sums(model, inputs)
+        self._step += sums
+        return loss * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Forward and backward. Raises ValueError, on all processes alike and before the optimizer steps, if the loss is not finite."""
@@ -202,24 +228,24 @@ class DistillTrainer(Trainer):
         if self.accelerator.sync_gradients:
             total = self.accelerator.reduce(self._step, "sum")
             self._logged += total
-            self._step.zero_()
-            self._require_finite(total)
+            self._step = 0.0
+            self._require_finite(self._means(total))
         return loss
 
-    def _require_finite(self, sums: Tensor) -> None:
-        loss, kl, ce = (sums[:3] / sums[3]).tolist()
-        if not math.isfinite(loss):
+    def _require_finite(self, means: dict[str, float]) -> None:
+        if not math.isfinite(means["loss"]):
+            parts = ", ".join(f"{name} {value}" for name, value in means.items() if name != "loss" and not name.startswith(LAYERS))
+            broken = [name.removeprefix(LAYERS) for name, value in means.items() if name.startswith(LAYERS) and not math.isfinite(value)]
             raise ValueError(
-                f"the loss must be finite, got {loss} (kl {kl}, ce {ce}) at step {self.state.global_step + 1}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+                f"the loss must be finite, got {means['loss']} ({parts or 'in layers ' + ', '.join(broken)}) at step "
+                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {_CALMER}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The loss and its parts as means over the target tokens since the last log, of all processes."""
         if "loss" in logs:
-            loss, kl, ce, targets = self._logged.tolist()
-            logs |= {"loss": loss / targets, "kl": kl / targets, "ce": ce / targets}
-            self._logged.zero_()
+            logs |= self._means(self._logged)
+            self._logged = 0.0
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -261,9 +287,9 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def held_out(self, rows: Rows) -> dict[str, float]:
-        """Mean loss, kl and ce (nats per target token) on held-out rows."""
+        """The means of `log` on held-out rows, each named eval_..., layers left out."""
         self.student.eval()
-        sums = torch.zeros(4, device=self.args.device)
+        total: Tensor | float = 0.0
         size = self.args.per_device_train_batch_size
         for start in range(0, len(rows), size * self.accelerator.num_processes):
             first = start + size * self.accelerator.process_index
@@ -271,6 +297,6 @@ class DistillTrainer(Trainer):
             batch = collate(own or [rows[0]], 0)
             if not own:  # every process takes part in every forward pass
                 batch["labels"].fill_(IGNORE)
-            sums += torch.stack([value.float() for value in self._sums(self.model_wrapped, self._prepare_inputs(batch))])
-        loss, kl, ce, targets = self.accelerator.reduce(sums, "sum").tolist()
-        return {"eval_loss": loss / targets, "eval_kl": kl / targets, "eval_ce": ce / targets}
+            total += self._sums(self.model_wrapped, self._prepare_inputs(batch))[1]
+        means = self._means(self.accelerator.reduce(total, "sum"))
+        return {f"eval_{name}": value for name, value in means.items() if not name.startswith(LAYERS)}

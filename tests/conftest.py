@@ -9,6 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton; "auto" still means PyTorch on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -110,6 +114,17 @@ recipe = Recipe(
 if __name__ == "__main__":
     launch(recipe)
 """
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
+    """The teacher converted, with mixers in layers 0 and 2."""
+    from llamba.convert import convert
+
+    folder = tmp_path_factory.mktemp("student")
+    convert(str(teacher_folder)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -180,6 +180,19 @@ def test_streaming_reads_what_the_stage_needs(tmp_path, tokenizer, small):
     assert 1000 <= found["tokens"] < 1064 and found["rows"] < 400
 
 
+def test_parts_are_disjoint_and_whole_together(tmp_path, tokenizer, small):
+    """Parts split the training rows of every source; held-out rows stay whole."""
+    path = write_rows(tmp_path / "rows.jsonl", small.chats(11))
+    whole = [where for where, _ in sources.rows(str(path))]
+    parts = [[where for where, _ in sources.rows(str(path), part=(k, 3))] for k in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 3] and sorted(sum(parts, [])) == sorted(whole)
+    manifest = prepare(Data(train=str(path), eval=str(path), part=(1, 3), length=64), tokenizer, "assistant", tmp_path / "out")
+    assert (manifest["train"][0]["rows"], manifest["eval"][0]["rows"]) == (4, 11)
+    assert Data(train="a", part=[1, 3]).part == (1, 3)
+    with pytest.raises(ValueError, match=r"data.part must be \(k, n\) with 0 <= k < n, got \(3, 3\)"):
+        Data(train="a", part=(3, 3))
+
+
 def test_assistant_targets(tmp_path, tokenizer):
     rows, count = prepared(tmp_path, tokenizer, [CHAT])
     row = rows[0]

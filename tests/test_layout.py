@@ -20,6 +20,9 @@ ARROWS: dict[str, set[str]] = {
     "mixers": {"cache", "kernels"},
     "hybrid": {"mixers", "cache", "kernels"},
     "families": {"hybrid", "mixers"},
+    "wrapped": set(),
+    "record": {"mixers"},
+    "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
     "typed": set(),
@@ -30,13 +33,16 @@ ARROWS: dict[str, set[str]] = {
     "overrides": {"recipe", "settings", "typed"},
     "batches": {"losses"},
     "log": {"batches"},
-    "wrapped": set(),
     "losses": {"wrapped"},
     "sources": set(),
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
-    "train": {"batches", "checkpoints", "log", "losses", "settings", "wrapped"},
-    "stages": {"batches", "checkpoints", "convert", "data", "folders", "log", "losses", "select", "settings", "train"},
+    "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
+    "engines": {"chat"},
+    "stages": set(
+        "alignment batches chat checkpoints convert data engines folders hybrid log losses mixers record select settings sources train "
+        "wrapped".split()
+    ),
     "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
@@ -90,6 +96,21 @@ def test_kernels_import_only_torch_and_each_other() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 assert node.module.split(".")[0] in {"torch", *sys.stdlib_module_names}, (path, node.module)
+
+
+def test_only_triton_files_import_triton() -> None:
+    """A door imports them inside the function that needs them, so that a CPU box needs no triton."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        names = {
+            alias.name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "triton" not in names or path.name.startswith("triton_") or path.name == "launch.py", path
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("triton_", "launch")):
+                assert path.name.startswith("triton_"), path
 
 
 def test_the_kernels_folder_has_no_init_and_the_rooms_are_links() -> None:

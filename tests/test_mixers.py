@@ -126,14 +126,14 @@ def test_published_mamba1_behaviour_is_a_switch() -> None:
 
 
 def test_the_gate_starts_open_and_the_published_start_is_there() -> None:
-    assert set(INITS) == {"attention", "paper", "random", "linear_attention"}
+    assert set(INITS) == {"attention", "paper", "mohawk", "random", "linear_attention"}
     assert abs(nn.functional.silu(torch.tensor(OPEN_GATE, dtype=torch.float64)) - 1) < 1e-13
     source = teacher("llama", 2, torch.float32)
     made = {init: convert(source, attention=0.5, init=init).model.layers[0].self_attn for init in INITS}
     v = source.model.layers[0].self_attn.v_proj.weight
     for init, mixer in made.items():
-        assert torch.equal(mixer.in_proj.weight[32:48], v) == (init != "random")
-        assert bool((mixer.D == (1 if init in ("paper", "random") else 0)).all())
+        assert torch.equal(mixer.in_proj.weight[32:48], v) == (init not in ("random", "mohawk"))
+        assert bool((mixer.D == (1 if init in ("paper", "mohawk", "random") else 0)).all())
     steps = nn.functional.softplus(made["paper"].dt_bias)
     assert bool(((steps > 0.99e-3) & (steps < 1.01e-1)).all())
     assert bool(((made["paper"].A_log.exp() >= 1) & (made["paper"].A_log.exp() <= 16)).all())

@@ -1,13 +1,25 @@
 """What sharded training does to the parameters that want fp32: FSDP2's mixed precision computes with them in bf16."""
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from models import ids, rms_error, student
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import softplus
+from transformers import AutoModelForCausalLM
+
+from llamba.batches import Rows, collate
+from llamba.data import prepare
+from llamba.losses import IGNORE
+from llamba.recipe import Data, Distill
+from llamba.stages import distill
+from llamba.train import inside, place_teacher
 
 
 @pytest.fixture
@@ -41,3 +53,56 @@ def test_what_bf16_does_to_decay_rates() -> None:
     bias = step + torch.log(-torch.expm1(-step))
     step_error = (softplus(bias.bfloat16().float()) / step - 1).abs().max().item()
     assert 0.003 < rate_error < 0.009 and 0.01 < step_error < 0.02
+
+
+def sharded_worker(rank: int, rendezvous: str, student: str, teacher: str, rows: str, out: str) -> None:
+    """Three steps of one of two FSDP2 processes, each with half of every batch; then the weights, consolidated."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    stage = Distill(**STEPS)
+    pupil, guide = distill._load(stage, student, teacher)
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=False))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"), state=state)
+    place_teacher(guide, accelerator)
+    for module in (*pupil.model.layers, pupil):
+        fully_shard(module, mesh=mesh)
+    shard = next(pupil.model.layers[0].mlp.parameters()).to_local()
+    assert shard.shape[0] * 2 == pupil.config.intermediate_size
+    train(stage, pupil, guide, Rows(Path(rows)), rank, 2)
+    weights = get_model_state_dict(pupil, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        pupil.save_pretrained(out, state_dict=weights)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+STEPS = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, kl=1.0, ce=0.5, train="all")
+
+
+def train(stage: Distill, pupil, guide, rows: Rows, rank: int, world: int) -> None:
+    """Three plain steps; the rows of each are divided among the processes, and gradients are means over processes."""
+    optimizer = torch.optim.AdamW(pupil.parameters(), lr=stage.lr)
+    for step in range(3):
+        every = [rows[8 * step + index] for index in range(8)]
+        batch = collate(every[rank::world], 0)
+        targets = collate(every, 0)["labels"][:, 1:].ne(IGNORE).sum()
+        sums = inside(pupil, pupil, partial(distill.objective, stage, pupil, guide), batch)
+        (sums.loss * world / targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.slow
+def test_two_fsdp2_processes_train_as_one_and_save_one_model(tmp_path, student_folder, teacher_folder, chat_file, tokenizer) -> None:
+    prepare(Data(train=str(chat_file), length=48), tokenizer, "assistant", tmp_path / "data")
+    rows = tmp_path / "data" / "train"
+    stage = Distill(**STEPS)
+    pupil, guide = distill._load(stage, student_folder, str(teacher_folder))
+    before = {name: value.clone() for name, value in pupil.state_dict().items()}
+    train(stage, pupil, guide, Rows(rows), 0, 1)
+    arguments = (str(tmp_path / "rendezvous"), student_folder, str(teacher_folder), str(rows), str(tmp_path / "out"))
+    torch.multiprocessing.spawn(sharded_worker, arguments, nprocs=2)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in pupil.state_dict().items():
+        assert rms_error(saved[name], value) < 1e-4 and not torch.equal(before[name], saved[name]), name

@@ -3,15 +3,22 @@
 Shapes: B batch, T time, C channels, W conv width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..common import accumulator, check_impl, check_positive, check_rank, check_shape
+from ..choice import choose
+from ..common import accumulator, check_positive, check_rank, check_shape
 from .absent import final_window, pack, unpack
 from .reference import sequential
+from .ring import ring as ring_in_torch
 from .shifted import shifted
 
-__all__ = ["causal_conv1d", "causal_conv1d_span", "causal_conv1d_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_ring", "causal_conv1d_span", "causal_conv1d_step"]
+
+Convolution = Callable[[Tensor, Tensor, Tensor | None, str | None, Tensor, Tensor | None], Tensor]
+FORMS = ("torch", "sequential", "triton")
 
 
 def causal_conv1d(
@@ -33,18 +40,22 @@ def causal_conv1d(
     mask [B, T] bool, True for real tokens: the others are absent, windows skip over them, and their output is 0.
     Returns y [B, T, C] and the last W - 1 real inputs [B, W - 1, C], zero where of an earlier document than the last real
     token, both in the dtype of x.
-    Raises `ValueError` for shapes that do not fit together and for an unknown `impl` or `activation`.
+    impl: see `kernels.choice`.
+    Raises `ValueError` for shapes that do not fit together, an unknown `activation`, and an `impl` that is unknown or cannot run here.
     """
-    check_impl(impl)
+    form = choose("conv1d", impl, FORMS, x)
     _check(x, weight, bias, activation, state, seq_idx, mask)
     B, _, C = x.shape
     state = x.new_zeros(B, weight.shape[1] - 1, C) if state is None else state.to(x.dtype)
-    if impl == "sequential":
+    if form == "sequential":
         return sequential(x, weight, bias, activation, state, seq_idx, mask)
+    convolve: Convolution = shifted
+    if form == "triton":
+        from .triton_op import fused as convolve
     if mask is None:
-        return shifted(x, weight, bias, activation, state, seq_idx), final_window(x, state, seq_idx, None)
+        return convolve(x, weight, bias, activation, state, seq_idx), final_window(x, state, seq_idx, None)
     packed, docs, order = pack(x, seq_idx, mask)
-    y = shifted(packed, weight, bias, activation, state, docs)
+    y = convolve(packed, weight, bias, activation, state, docs)
     return unpack(y, order, mask), final_window(packed, state, docs, mask)
 
 
@@ -83,6 +94,39 @@ def causal_conv1d_span(span: Tensor, weight: Tensor, bias: Tensor | None = None,
     if bias is not None:
         y = y + bias
     return (y if activation is None else torch.nn.functional.silu(y)).to(span.dtype)
+
+
+def causal_conv1d_ring(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    ring: Tensor,
+    length: Tensor,
+    new: Tensor,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolve new[b] of the T tokens x [B, T, C] of each row behind length[b] others, and put their raw inputs into the ring.
+
+    weight [C, W]; bias [C]; ring [B, R, C] holds the raw input of position p in slot p mod R and is changed; length and new [B]
+    integers on the device of x, which a CUDA graph may read. Tokens are taken back by a smaller length the next time.
+    Returns y [B, T, C] in the dtype of x, 0 from new[b] on.
+    Raises `ValueError` for shapes that do not fit, for R < W - 1 + T, and for an `impl` that is unknown or cannot run here.
+    """
+    (B, T, C), (R, W) = x.shape, (ring.shape[1], weight.shape[1])
+    check_shape("weight", weight, C, W)
+    check_shape("ring", ring, B, R, C)
+    check_shape("length", length, B)
+    check_shape("new", new, B)
+    _check_activation(activation)
+    if R < W - 1 + T:
+        raise ValueError(f"the ring needs W - 1 + T = {W - 1 + T} slots, got {R}")
+    if choose("conv1d", impl, ("torch", "triton"), x) == "triton":
+        from .triton_op import fused_ring
+
+        return fused_ring(x, weight, bias, activation, ring, length, new)
+    return ring_in_torch(x, weight, bias, activation, ring, length, new)
 
 
 def _check_activation(activation: str | None) -> None:

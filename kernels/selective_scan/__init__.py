@@ -7,11 +7,14 @@ Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State S
 import torch
 from torch import Tensor
 
-from ..common import accumulator, check_impl, check_positive, check_rank, check_shape, documents, no_autocast
+from ..choice import choose
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .blocked import blocked
 from .reference import sequential
 
 __all__ = ["selective_scan", "selective_scan_step"]
+
+FORMS = ("torch", "sequential")
 
 
 def selective_scan(
@@ -38,14 +41,14 @@ def selective_scan(
     Returns y [B, T, C] in the dtype of x and the state after the last token [B, C, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an unknown `impl`.
     """
-    check_impl(impl)
+    form = choose("selective_scan", impl, FORMS, x)
     check_positive("chunk", chunk)
     _check(x, dt, A, b, c, D, state, seq_idx, mask)
     docs = documents(seq_idx, mask)
     if mask is not None:
         dt = dt.masked_fill(~mask[..., None], 0)
     with no_autocast(x):
-        if impl == "sequential":
+        if form == "sequential":
             y, last = sequential(x, dt, A, b, c, D, state, docs)
         else:
             y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)

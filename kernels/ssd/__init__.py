@@ -7,7 +7,8 @@ Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060).
 import torch
 from torch import Tensor
 
-from ..common import accumulator, check_impl, check_positive, check_rank, check_shape, documents, no_autocast
+from ..choice import Obstacle, choose
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .chunked import chunked
 from .matrix import matrix
 from .reference import sequential
@@ -15,6 +16,8 @@ from .resume import resume
 
 __all__ = ["ssd", "ssd_matrix", "ssd_resume", "ssd_step"]
 
+FORMS = ("torch", "sequential", "triton")
+TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
 CHUNKS = {"cpu": 32}  # tokens of a chunk, by kind of device, as measured
 CHUNK_ELSEWHERE = 64
 
@@ -39,10 +42,11 @@ def ssd(
     D [H] skip (None: no skip); state [B, H, P, N] before the first token (None: 0).
     seq_idx [B, T] non-decreasing document numbers: a document sees itself alone, and `state` belongs to document 0.
     mask [B, T] bool, True for real tokens: the others neither decay nor write the state, and their output is 0.
+    impl: see `kernels.choice`; `chunk` tokens are taken together (None: what suits the device).
     Returns y [B, T, H, P] in the dtype of x and the state after the last token [B, H, P, N], fp32 (fp64 for fp64 inputs).
-    Raises `ValueError` for shapes that do not fit together and for an unknown `impl`.
+    Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    check_impl(impl)
+    form = choose("ssd", impl, FORMS, x, _obstacle(x, b))
     chunk = CHUNKS.get(x.device.type, CHUNK_ELSEWHERE) if chunk is None else chunk
     check_positive("chunk", chunk)
     _check(x, a, b, c, dt, D, state, seq_idx, mask)
@@ -51,8 +55,12 @@ def ssd(
         a = a.masked_fill(~mask[..., None], 0)
         dt = (torch.ones_like(a) if dt is None else dt).masked_fill(~mask[..., None], 0)
     with no_autocast(x):
-        if impl == "sequential":
+        if form == "sequential":
             y, last = sequential(x, a, b, c, dt, D, state, docs)
+        elif form == "triton":
+            from .triton_op import fused
+
+            y, last = fused(x, a, b, c, dt, D, state, docs, chunk)
         else:
             y, last = chunked(x, a, b, c, dt, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None, None], 0)), last
@@ -119,19 +127,27 @@ def ssd_matrix(
     dt: Tensor | None = None,
     seq_idx: Tensor | None = None,
     mask: Tensor | None = None,
-    rows: slice | None = None,
+    rows: slice | Tensor | None = None,
 ) -> Tensor:
     """The mixing matrix of `ssd`: y = M x for each head, without the skip and the initial state.
 
     M[i, j] = (c_i . b_j) exp(a_{j+1} + ... + a_i) dt_j for j <= i in one document, both real; 0 elsewhere.
     a [B, T, H]; b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H]; seq_idx and mask [B, T] as in `ssd`.
-    Returns [B, H, T, T], or [B, H, rows, T] for the given `rows`, which then bound the memory; fp32 (fp64 for fp64 inputs).
+    Returns [B, H, T, T], or [B, H, I, T] for the given `rows` (a slice or I indices), which then bound the memory; fp32, or fp64
+    for fp64 inputs.
     Raises `ValueError` for shapes that do not fit together.
     """
     check_rank("b", b, "BTGN")
     _check(b, a, b, c, dt, None, None, seq_idx, mask)
     with no_autocast(a):
         return matrix(a, b, c, dt, documents(seq_idx, mask), mask, slice(None) if rows is None else rows)
+
+
+def _obstacle(x: Tensor, b: Tensor) -> Obstacle:
+    widest = max(x.shape[-1], b.shape[-1])
+    if widest > TRITON_WIDEST:
+        return f"the Triton kernels of ssd hold P and N up to {TRITON_WIDEST}, got {widest}"
+    return None
 
 
 def _check_groups(H: int, G: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common import accumulator, lowest_exponent
 
 
-def matrix(a: Tensor, b: Tensor, c: Tensor, dt: Tensor | None, docs: Tensor | None, mask: Tensor | None, rows: slice) -> Tensor:
+def matrix(a: Tensor, b: Tensor, c: Tensor, dt: Tensor | None, docs: Tensor | None, mask: Tensor | None, rows: slice | Tensor) -> Tensor:
     """Rows `rows` of the matrix of `ssd_matrix`, [B, H, I, T]; docs [B, T] has absent tokens filled in."""
     (_, T, G, _), H, acc = b.shape, c.shape[2], accumulator(b.dtype)
     if mask is not None:
@@ -25,7 +25,7 @@ def matrix(a: Tensor, b: Tensor, c: Tensor, dt: Tensor | None, docs: Tensor | No
     return scores.view(weight.shape) * weight
 
 
-def _visible(docs: Tensor | None, mask: Tensor | None, T: int, rows: slice, device: torch.device) -> Tensor:
+def _visible(docs: Tensor | None, mask: Tensor | None, T: int, rows: slice | Tensor, device: torch.device) -> Tensor:
     """Where row i may see column j, [B or 1, 1, I, T] bool."""
     index = torch.arange(T, device=device)
     seen = (index[rows, None] >= index)[None, None]

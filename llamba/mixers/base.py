@@ -4,8 +4,9 @@ Shapes: B batch, T time, D model width, H query heads, G key/value heads, P head
 A mixer stands where `self_attn` stood: V -> x, K -> B, Q -> C, O -> out_proj (Mamba-in-Llama, arXiv 2408.15237, Algorithm 1).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class MixerConfig:
     `kind` is a key of `llamba.mixers.MIXERS`. `state` is N (None: P for the Mamba-2 kinds, 16 for Mamba-1). `conv_activation`
     None leaves the convolution linear. `conv_after_repeat`, `double_dt_bias` and `block_gqa` reproduce published weights: the
     convolution behind the GQA repeat, the step bias added twice, and key/value heads expanded in blocks of N coordinates.
+    `layers` lists the layers of a student whose mixer is attention again; `layer_types` cannot tell them.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class MixerConfig:
     conv_after_repeat: bool = False
     double_dt_bias: bool = False
     block_gqa: bool = False
+    layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.heads % self.groups:
@@ -90,6 +93,17 @@ class Recurrence(NamedTuple):
     seq_idx: Tensor | None = None
 
 
+class Mixing(NamedTuple):
+    """A mixing matrix M (y = M x for each head) that is not written out.
+
+    `rows(inputs, index)` gives the rows [B, H, I, T] of M that `index` (a slice or [I] integers) names, differentiable in the
+    inputs. Every input is [B, H, ...], the part of one head of one sequence.
+    """
+
+    inputs: tuple[Tensor, ...]
+    rows: Callable[[Sequence[Tensor], slice | Tensor], Tensor]
+
+
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -131,6 +145,7 @@ class Mixer(nn.Module):
     its output becomes heads (`heads_of`), and the recurrence itself (`scan` over a sequence, `step` for one token).
     """
 
+    matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "q_norm", "k_norm")  # what M depends on
     fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter
@@ -177,6 +192,16 @@ class Mixer(nn.Module):
         """The recurrence for one token: inputs without the time axis, output [B, H, P] and next state."""
         raise NotImplementedError
 
+    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+        """The mixing matrix from x to y for inputs [B, T, D]; norm, gate and out_proj stand outside.
+
+        Raises ValueError for a mixer that has no matrix per head.
+        """
+        raise ValueError(
+            f"the matrix stage needs a mixer with one mixing matrix per head, got mixer={self.config.kind!r}, which mixes every channel in "
+            "its own way; use the hidden stage, which aligns the mixer's output instead"
+        )
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -216,12 +241,15 @@ class Mixer(nn.Module):
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["conv"]
 
-    def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, state and convolution window after the tokens."""
-        conv_out, window = causal_conv1d(
+    def _convolve(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(
             self._conv_in(parts), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
             state=window, seq_idx=rec.seq_idx, mask=rec.mask,
         )  # fmt: skip
+
+    def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, state and convolution window after the tokens."""
+        conv_out, window = self._convolve(parts, rec, window)
         x, b, c = self.heads_of(conv_out, parts)
         y, state = self.scan(x, b, c, parts["dt"], state, rec)
         return y, state, window

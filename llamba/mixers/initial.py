@@ -33,6 +33,8 @@ INITS = {
     "attention": Init(),
     # Mamba-in-Llama: random gate, convolution and step, Mamba's own decay, D = 1.
     "paper": Init(open_gate=False, identity_conv=False, decay="paper", skip=1.0),
+    # MOHAWK: open gate and identity convolution, nothing from attention, D = 1.
+    "mohawk": Init(copy_attention=False, decay="paper", skip=1.0),
     # The papers' ablation: nothing from attention.
     "random": Init(copy_attention=False, open_gate=False, identity_conv=False, decay="paper", skip=1.0),
     # Exactly linear attention where the mixer has no output norm, no activation after the convolution and N = P.
@@ -56,6 +58,8 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     """
     if init not in INITS:
         raise ValueError(f"student.init must be one of {', '.join(INITS)}; got {init!r}")
+    if mixer.config.kind == "none":
+        return []
     rule = INITS[init]
     taken = weights if rule.copy_attention else None
     origins = _projections(mixer, taken, rule, generator)
@@ -117,7 +121,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if name in ("z", "dt") and rule.open_gate:
+    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -157,6 +161,8 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     "paper": Mamba's steps, log-uniform in [0.001, 0.1], with A uniform in [1, 16] (Mamba-2) or 1..N (Mamba-1); discrete Mamba-2: bias 0.
     "none": no decay and step 1, linear attention.
     """
+    if mixer.config.kind in ("low_rank", "toeplitz"):
+        return []
     bias, discrete = mixer.dt_bias, mixer.config.kind == "discrete_mamba2"
     a_log = None if discrete else torch.zeros_like(mixer.A_log)
     if decay == "log_spaced":

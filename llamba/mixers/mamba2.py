@@ -3,12 +3,15 @@
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N = P state width.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.kernels.ssd import ssd, ssd_resume, ssd_step
-from llamba.mixers.base import Mixer, MixerConfig, Recurrence, at_least_fp32
+from llamba.kernels.ssd import ssd, ssd_matrix, ssd_resume, ssd_step
+from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 
 
 class Mamba2(Mixer):
@@ -79,6 +82,25 @@ class Mamba2(Mixer):
         """One token; see `llamba.kernels.ssd.ssd_step`."""
         a, step = self.decay(dt)
         return ssd_step(x, a, b, c, dt=step, D=self.D, state=state)
+
+    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+        """M[i, j] = C_i . B_j e^(a_(j+1) + ... + a_i) dt_j, and D on the diagonal (MOHAWK, arXiv 2408.10189, section 4.1)."""
+        parts = self._project(hidden_states)
+        _, b, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
+        a, step = self.decay(parts["dt"])
+        b = b.repeat_interleave(c.shape[2] // b.shape[2], 2)  # [B, T, H, N]
+        by_token = [a, b, c] + ([] if step is None else [step])
+        skip = at_least_fp32(self.D).expand(len(a), -1)  # [B, H]
+        return Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+
+
+def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
+    skip, (a, b, c, *steps) = inputs[0], (value.transpose(1, 2) for value in inputs[1:])
+    made = ssd_matrix(a, b, c, dt=steps[0] if steps else None, seq_idx=rec.seq_idx, mask=rec.mask, rows=rows)
+    index = torch.arange(a.shape[1], device=a.device)
+    own = index[rows][:, None] == index  # [I, T]
+    own = own[None] if rec.mask is None else own & rec.mask[:, None]
+    return made + skip[:, :, None, None] * own[:, None]
 
 
 class DiscreteMamba2(Mamba2):

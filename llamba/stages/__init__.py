@@ -5,6 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill, select
+from llamba.stages import distill, hidden, matrix, pseudo_label, select
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {"distill": distill.run, "select": select.run}
+STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+    "matrix": matrix.run,
+    "hidden": hidden.run,
+    "distill": distill.run,
+    "pseudo_label": pseudo_label.run,
+    "select": select.run,
+}

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llamba import checkpoints
-from llamba.batches import Batch, Ordered
+from llamba.batches import Batch
 from llamba.data import Prepared
 from llamba.folders import resolve_model
-from llamba.log import METRICS, append_metrics, read_metrics
 from llamba.losses import Sums, head_sums
 from llamba.settings import Distill
-from llamba.train import DistillTrainer, freeze, model_inputs, training_arguments
+from llamba.stages.teach import load_pair, teach
+from llamba.train import freeze, model_inputs
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -32,9 +31,7 @@ def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel
 
 
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
-    pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    guide = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto" if stage.precision == "bf16" else torch.float32)
+    pupil, guide = load_pair(stage, student, teacher)
     own, other = pupil.config.vocab_size, guide.config.vocab_size
     if own != other:
         raise ValueError(f"student and teacher must share a vocabulary, got {own} tokens in {student} and {other} in {teacher}")
@@ -43,31 +40,9 @@ def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, 
 
 
 def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`.
+    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `teach`.
 
-    An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of
-    `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained. Raises ValueError for a loss that is
-    not finite, a full disk, or vocabularies that differ.
+    Raises ValueError for vocabularies that differ, too.
     """
-    rows = data.rows("train")
-    assert rows is not None
-    ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
-    folder = out / "checkpoints"
-    args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
-    pupil, guide = _load(stage, student, resolve_model(stage.teacher or teacher))
-    args.use_cache = pupil.config.use_cache
-    trainer = DistillTrainer(pupil, guide, partial(objective, stage), args, ordered, out / METRICS, stage.rest_lr)
-    if args.should_save:
-        checkpoints.remove_incomplete(folder)
-    found = checkpoints.complete(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    last = (read_metrics(out / METRICS) or [{}])[-1]
-    held_out = data.rows("eval")
-    scores = trainer.held_out(held_out) if held_out else {}
-    trainer.save_model(str(out))
-    if args.should_save:
-        (out / "training_args.bin").unlink()  # a pickle that nothing here reads
-        if scores:
-            append_metrics(out / METRICS, {"step": ordered.steps, **scores})
-    trainer.accelerator.wait_for_everyone()
-    return {**last, **scores, "processes": trainer.accelerator.num_processes}
+    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
+    return teach(stage, load, partial(objective, stage), data, out)

@@ -1,0 +1,76 @@
+"""Hidden-state alignment: what each converted layer makes of the teacher's hidden states (MOHAWK, stage 2; arXiv 2408.10189, 4.2).
+
+Shapes: B batch, T time, D model width.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llamba.alignment import Distances, Part, one_graph_at_a_time
+from llamba.batches import Batch
+from llamba.data import Prepared
+from llamba.folders import resolve_model
+from llamba.hybrid import mixer_layers
+from llamba.mixers.base import at_least_fp32
+from llamba.record import record
+from llamba.settings import Hidden
+from llamba.stages.layers import Calls, calls_of, load_alike, predicting, trained_in
+from llamba.stages.teach import Pair, teach
+from llamba.train import model_inputs, train_only
+from llamba.wrapped import inside
+
+
+def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
+    """Sums over target tokens of |student - teacher| for each converted layer; the last block's target is before the final norm."""
+    layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
+    heard = record(teacher, model_inputs(batch), mixed=layers if stage.target == "mixer" else ())
+    calls, chosen = calls_of(student, heard.streams[0], batch), predicting(batch)
+    parts = []
+    for index in layers:
+        after = min(index + stage.ahead, len(every))
+        target = heard.mixed.pop(index) if stage.target == "mixer" else heard.streams[after]
+        run_through = [every[place] for place in range(index, after)]
+        value = partial(_distance, stage, run_through, heard.streams[index], target, calls, index, chosen)
+        parts.append(Part(value, trained_in(run_through)))
+    total, values = one_graph_at_a_time(parts)
+    return Distances(total / len(layers), dict(zip(layers, values, strict=True)), chosen.sum())
+
+
+def _distance(stage: Hidden, layers: Any, stream: Tensor, target: Tensor, calls: Calls, first: int, chosen: Tensor) -> Tensor:
+    """Sum over the chosen tokens of the L2 distance to `target` [B, T, D], for layers fed with the teacher's `stream` [B, T, D]."""
+    if stage.target == "mixer":
+        hidden = inside(layers[0], layers[0], partial(_mixer_output, layers[0], calls.layers[first]), stream)
+    else:
+        hidden = stream
+        for place, layer in enumerate(layers):
+            hidden = layer(hidden, **calls.layers[first + place])
+    gap = at_least_fp32(hidden)[chosen] - at_least_fp32(target)[chosen]  # [n, D]
+    return torch.linalg.vector_norm(gap, dim=-1).sum()
+
+
+def _mixer_output(layer: Any, call: dict[str, Any], hidden: Tensor) -> Tensor:
+    mixed: Tensor = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **call)[0]
+    return mixed
+
+
+def _load(stage: Hidden, student: str, teacher: str) -> Pair:
+    pupil, guide = load_alike(stage, student, teacher)
+    inner = "self_attn." if stage.train == "mixers" else ""
+    prefixes = tuple(f"layers.{index}.{inner}" for index in mixer_layers(pupil.config))
+    names = {name for name, _ in pupil.base_model.named_parameters() if name.startswith(prefixes)}
+    train_only(pupil, {name for name in names if stage.train != "all_but_mlps" or ".mlp." not in name})
+    return pupil, guide
+
+
+def run(stage: Hidden, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+    """Align the layers of the model folder `student` with those of `teacher`, leaving the result in `out`; see `teach`.
+
+    `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match.
+    """
+    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
+    return teach(stage, load, partial(objective, stage), data, out)

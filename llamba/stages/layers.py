@@ -1,0 +1,58 @@
+"""What the stages share that align layer by layer: models that match, what each layer is called with, which tokens count.
+
+Shapes: B batch, T time, D model width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from llamba.batches import Batch
+from llamba.hybrid import HybridCausalLM, document_numbers, mixer_layers, padding_mask
+from llamba.losses import IGNORE
+from llamba.mixers import Recurrence
+from llamba.settings import TokenTraining
+from llamba.stages.teach import Pair, load_pair
+
+
+class Calls(NamedTuple):
+    """What each layer of the student is called with beside its hidden states, and the real tokens and documents of the batch."""
+
+    layers: list[dict[str, Any]]
+    rec: Recurrence
+
+
+def calls_of(student: Any, stream: Tensor, batch: Batch) -> Calls:
+    """For a batch whose tokens have the hidden states `stream` [B, T, D]."""
+    positions, given = batch.get("position_ids"), batch.get("attention_mask")
+    mask = padding_mask(given, stream.shape[1])
+    _, layers = student.base_model.prepare(stream, given, positions)
+    return Calls(layers, Recurrence(mask, document_numbers(None, positions, mask)))
+
+
+def predicting(batch: Batch) -> Tensor:
+    """True [B, T] at tokens that predict a target, as the losses on logits count them."""
+    return nn.functional.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
+
+
+def trained_in(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained weights of these layers."""
+    return [weight for layer in layers for weight in layer.parameters() if weight.requires_grad]
+
+
+def load_alike(stage: TokenTraining, student: str, teacher: str, *more: str) -> Pair:
+    """Both models, of the same depth and width (and equal in the configuration's keys `more`).
+
+    Raises ValueError for models that differ in these, and for a student without a converted layer.
+    """
+    pupil, guide = load_pair(stage, student, teacher)
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size", *more):
+        own, other = getattr(pupil.config, key), getattr(guide.config, key)
+        if own != other:
+            raise ValueError(
+                f"stage {stage.name} needs a student and a teacher with the same {key}, got {own} in {student} and {other} in {teacher}"
+            )
+    if not isinstance(pupil, HybridCausalLM) or not mixer_layers(pupil.config):
+        raise ValueError(f"stage {stage.name} needs a student with converted layers, got {student}, which is all attention")
+    return pupil, guide

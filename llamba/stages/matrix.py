@@ -1,0 +1,93 @@
+"""Matrix orientation: the student's mixing matrices towards the teacher's attention (MOHAWK, stage 1; arXiv 2408.10189, section 4.1).
+
+Shapes: B batch, T time, D model width, H heads.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llamba.alignment import Distances, Part, norm, one_graph_at_a_time, squared_distance
+from llamba.batches import Batch
+from llamba.data import Prepared
+from llamba.folders import resolve_model
+from llamba.hybrid import mixer_layers
+from llamba.mixers import Mixer, Mixing, NoMixer, Recurrence
+from llamba.record import HEARD, Scores, listening, record
+from llamba.settings import Matrix
+from llamba.stages.layers import Calls, calls_of, load_alike, predicting, trained_in
+from llamba.stages.teach import Pair, teach
+from llamba.train import model_inputs, train_only
+from llamba.wrapped import inside
+
+_ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every family
+
+
+def objective(stage: Matrix, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
+    """Distances of the layers with the student's mixer; a sequence counts as often as it has targets."""
+    layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
+    heard = record(teacher, model_inputs(batch), scores=layers)
+    calls = calls_of(student, heard.streams[0], batch)
+    weight = predicting(batch).sum(1)  # [B]
+    parts = []
+    for index in layers:
+        layer = every[index]
+        value = partial(_distance, stage, layer, heard.streams[index], heard.scores.pop(index), calls, index, weight)
+        parts.append(Part(value, trained_in([layer])))
+    total, values = one_graph_at_a_time(parts)
+    return Distances(total / len(layers), dict(zip(layers, values, strict=True)), weight.sum())
+
+
+def _distance(stage: Matrix, layer: Any, stream: Tensor, scores: Scores, calls: Calls, index: int, weight: Tensor) -> Tensor:
+    """Sum over sequences of weight x mean over heads of the distance, for a layer fed with the teacher's `stream` [B, T, D]."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        mixing = _mixing(layer.self_attn, layer.input_layernorm(hidden), calls, index)
+        squared = squared_distance(mixing, scores.mixing(calls.rec), stage.rows)  # [B, H]
+        return ((squared if stage.squared else norm(squared)).mean(1) * weight).sum()
+
+    distance: Tensor = inside(layer, layer, forward, stream)
+    return distance
+
+
+def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixing:
+    made: list[Mixing] = []
+    if not isinstance(mixer, Mixer):
+        with listening(lambda module, scores: made.append(scores.mixing(calls.rec))):
+            mixer(hidden_states=hidden, **calls.layers[index])
+        return made[0]
+
+    def forward(hidden: Tensor, rec: Recurrence) -> tuple[Tensor, ...]:
+        made.append(mixer.mixing(hidden, rec))
+        return made[0].inputs
+
+    inputs = inside(mixer, mixer, forward, hidden, calls.rec)
+    return made[0]._replace(inputs=inputs)
+
+
+def _load(stage: Matrix, student: str, teacher: str) -> Pair:
+    pupil, guide = load_alike(stage, student, teacher, "num_attention_heads")
+    trained, every = set(), cast(Any, pupil.base_model.layers)
+    for index in mixer_layers(pupil.config):
+        mixer = every[index].self_attn
+        if isinstance(mixer, Mixer) and type(mixer).mixing in (Mixer.mixing, NoMixer.mixing):
+            mixer.mixing(torch.empty(0), Recurrence())  # raises the sentence that says what to do instead
+        parts = mixer.matrix_parts if isinstance(mixer, Mixer) else _ATTENTION_PARTS
+        trained |= {f"layers.{index}.self_attn.{name}" for name, _ in mixer.named_parameters() if name.startswith(parts)}
+    train_only(pupil, trained)
+    for model in (pupil, guide):
+        model.set_attn_implementation(HEARD)
+    return pupil, guide
+
+
+def run(stage: Matrix, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+    """Align the mixing matrices of the model folder `student` with the attention of `teacher`, leaving the result in `out`; see `teach`.
+
+    `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match, and for mixers without a matrix.
+    """
+    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
+    return teach(stage, load, partial(objective, stage), data, out)

@@ -1,0 +1,159 @@
+"""The Triton kernels of ssd in the interpreter, against the sequential form in fp64.
+
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, with_gradients, within_budget
+
+from llamba.kernels.ssd import ssd
+
+pytestmark = needs_interpreter
+CHUNK = 16
+Named = dict[str, Tensor]
+
+
+def _inputs(B: int, T: int, H: int = 4, G: int = 2, P: int = 5, N: int = 3) -> Named:
+    made = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made, dtype=torch.float64)
+
+    return {
+        "x": randn(B, T, G, P), "a": -randn(B, T, H).square(), "b": randn(B, T, G, N), "c": randn(B, T, H, N), "dt": randn(B, T, H),
+        "D": randn(H), "state": randn(B, H, P, N),
+    }  # fmt: skip
+
+
+def _documents(T: int) -> Tensor:
+    """[2, T]: a row of several documents, and one whose first is not number 0."""
+    return torch.stack([torch.arange(T) * 3 // T, 1 + torch.arange(T) * 5 // (2 * T)])
+
+
+def _holes(T: int) -> Tensor:
+    return torch.stack([torch.arange(T) % 3 != 1, torch.arange(T) % 5 < 2])
+
+
+def _check(inputs: Named, relative: float = 2e-6, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    truth = with_gradients(ssd, {name: tensor.double() for name, tensor in inputs.items()}, impl="sequential", **options)
+    same = with_gradients(ssd, inputs, impl="torch", chunk=CHUNK, **options)
+    with poisoned():
+        got = with_gradients(ssd, inputs, impl="triton", chunk=CHUNK, **options)
+    within_budget(got, same, truth, relative)
+
+
+@pytest.mark.parametrize("T", [1, 63, pytest.param(100, marks=pytest.mark.slow)])
+def test_forward_and_backward(T: int) -> None:
+    _check(_inputs(1, T))
+
+
+def test_in_fp64() -> None:
+    _check(_inputs(2, 20), relative=1e-12, dtype=torch.float64, seq_idx=_documents(20))
+
+
+@pytest.mark.parametrize("case", ["documents+mask", *(pytest.param(case, marks=pytest.mark.slow) for case in ("documents", "mask"))])
+def test_documents_and_padding(case: str) -> None:
+    options = {"seq_idx": _documents(20)} if "documents" in case else {}
+    _check(_inputs(2, 20), **options, **({"mask": _holes(20)} if "mask" in case else {}))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 1)], ids=["H=G", "G=1"])
+def test_ways_to_group_heads(heads: tuple[int, int]) -> None:
+    _check(_inputs(1, 20, *heads))
+
+
+@pytest.mark.slow
+def test_states_wider_than_one_tile() -> None:
+    _check(_inputs(1, 20, 2, 1, 80, 96))
+
+
+def test_without_optional_inputs() -> None:
+    inputs = _inputs(1, 20)
+    _check({name: inputs[name] for name in ("x", "a", "b", "c")})
+
+
+def test_views_of_one_projection() -> None:
+    """x, b and c as a mixer hands them over: views into one tensor."""
+    inputs = {name: tensor.float() for name, tensor in _inputs(1, 20, P=4, N=4).items()}
+    joined = torch.cat([inputs[name].flatten(2) for name in ("x", "b", "c")], -1)
+    views = {n: v.unflatten(2, (-1, 4)) for n, v in zip("xbc", joined.split([8, 8, 16], -1), strict=True)}
+    assert torch.equal(ssd(**(inputs | views), impl="triton", chunk=CHUNK)[0], ssd(**inputs, impl="triton", chunk=CHUNK)[0])
+
+
+def test_decays_of_any_strength() -> None:
+    inputs = _inputs(1, 40)
+    inputs["a"] = torch.where(inputs["a"] < -0.5, -100.0, -0.01).double()
+    _check(inputs)
+
+
+def test_programs_in_any_order() -> None:
+    inputs = {name: tensor.float() for name, tensor in _inputs(1, 20).items()}
+    options: dict[str, Any] = {"impl": "triton", "chunk": CHUNK, "seq_idx": _documents(20)[:1]}
+    forwards = with_gradients(ssd, inputs, **options)
+    with grid_backwards():
+        backwards = with_gradients(ssd, inputs, **options)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+CORRUPTIONS = {
+    "decay_sums": ("triton_carry", "(here != before) & (t < T), 1024.0", "(here != before) & (t < T), 1.0"),
+    "carry": ("triton_carry", "(w_end - w) + (r_end - r)", "(w_end - w)"),
+    "outputs": ("triton_outputs", "rows >= columns", "rows > columns"),
+    "head_gradients": ("triton_gradients", "first < second", "first <= second"),
+    "shared_gradients": ("triton_gradients", "within(w, r, Q, True) * step[:, None]", "within(w, r, Q, True) * step[None, :]"),
+}
+
+
+@pytest.mark.parametrize("kernel", CORRUPTIONS)
+def test_a_planted_corruption_is_caught(kernel: str, tmp_path, monkeypatch) -> None:
+    from importlib import import_module
+
+    from llamba.kernels.ssd import triton_op
+
+    module, old, new = CORRUPTIONS[kernel]
+    copy = corrupted(import_module(f"llamba.kernels.ssd.{module}"), old, new, tmp_path)
+    monkeypatch.setattr(triton_op, kernel, getattr(copy, kernel))
+    with pytest.raises(AssertionError, match="error"):
+        _check(_inputs(1, 20), seq_idx=_documents(20)[:1])
+
+
+def test_long_memories_keep_fp32_accuracy() -> None:
+    """Chunk after chunk of weak decay: the carried state is a sum over all tokens."""
+    inputs = {name: tensor.float() for name, tensor in _inputs(1, 90, 1, 1).items()}
+    inputs["a"] = torch.full_like(inputs["a"], -1e-4)
+    got = ssd(**inputs, impl="triton", chunk=CHUNK)[1]
+    want = ssd(**{name: tensor.double() for name, tensor in inputs.items()}, impl="sequential")[1]
+    assert rms(got.double() - want) <= 1e-6 * rms(want)
+
+
+def test_forms_are_named_and_missing_ones_are_a_sentence(monkeypatch) -> None:
+    inputs = {name: tensor.float() for name, tensor in _inputs(1, 4).items()}
+    with pytest.raises(ValueError, match="hold P and N up to 128, got 130"):
+        ssd(**{name: tensor.float() for name, tensor in _inputs(1, 4, P=130).items()}, impl="triton")
+    monkeypatch.setenv("LLAMBA_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="LLAMBA_KERNELS must be one of auto, torch, sequential, triton.*; got 'cuda'"):
+        ssd(**inputs)
+    monkeypatch.setenv("LLAMBA_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="ssd cannot run in Triton: it needs tensors on CUDA, got cpu"):
+        ssd(**inputs)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed: pip install triton"):
+        ssd(**inputs)
+
+
+def test_the_environment_chooses_and_the_choice_is_told_once(monkeypatch, caplog) -> None:
+    inputs = {name: tensor.float() for name, tensor in _inputs(1, 4).items()}
+    monkeypatch.setattr("llamba.kernels.choice._announced", set())
+    monkeypatch.setenv("LLAMBA_KERNELS", "triton")
+    with caplog.at_level("INFO", logger="llamba.kernels"):
+        forced = [ssd(**inputs, chunk=CHUNK)[0] for _ in range(2)]
+    assert [record.getMessage() for record in caplog.records] == ["ssd runs in triton"]
+    monkeypatch.delenv("LLAMBA_KERNELS")
+    assert torch.equal(forced[1], ssd(**inputs, impl="triton", chunk=CHUNK)[0])
+    assert not torch.equal(forced[1], ssd(**inputs)[0])

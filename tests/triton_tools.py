@@ -1,0 +1,89 @@
+"""What the tests of the Triton kernels share: the interpreter, its grid order, poisoned outputs, planted corruptions.
+
+The interpreter runs the programs of a grid one after another: a kernel that depends on their order fails in one of the two orders.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py sets it where there is no GPU
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
+
+
+@contextlib.contextmanager
+def grid_backwards() -> Iterator[None]:
+    """Run the programs of every grid in reverse order."""
+    from triton.runtime import interpreter
+
+    def backwards(*args: int):
+        return reversed(range(*args)) if sys._getframe(1).f_code.co_name == "__call__" else range(*args)
+
+    interpreter.range = backwards
+    try:
+        yield
+    finally:
+        del interpreter.range
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty makes with NaN: a number that a kernel forgets to write shows."""
+    empty = torch.empty
+
+    def nan(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    torch.empty = nan
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def corrupted(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """A copy of `module` with `old` replaced once by `new` in its source."""
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__file__}"
+    path = folder / "corrupted.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(module.__package__ + ".corrupted", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def within_budget(got: dict[str, Tensor], same: dict[str, Tensor], truth: dict[str, Tensor], relative: float) -> None:
+    """|got - truth| <= 2 |PyTorch in the same dtype - truth| + a little, worst entry; and the relative RMS error of each tensor."""
+    for name, exact in truth.items():
+        if not exact.numel():
+            continue
+        assert got[name].shape == exact.shape, name
+        error, allowed = (got[name].double() - exact).abs().max(), (same[name].double() - exact).abs().max()
+        scale = rms(exact)
+        assert error <= 2 * allowed + relative * scale + 1e-30, f"{name}: worst error {error:.2e}, PyTorch's {allowed:.2e}"
+        assert rms(got[name].double() - exact) <= relative * scale + 1e-30, f"{name}: relative RMS error over {relative}"
+
+
+def with_gradients(call: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Both outputs and, of a fixed random weighting of both, the gradient of every input."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    y, last = call(**leaves, **options)
+    made = torch.Generator().manual_seed(1)
+    loss = sum((t * torch.randn(t.shape, generator=made, dtype=torch.float64).to(t)).sum() for t in (y, last))
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"y": y.detach(), "last": last.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
