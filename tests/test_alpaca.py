@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_judge import Faults, fake_judge, reply
-from test_mt_bench import TEACHER, fails
+from test_mt_bench import TEACHER, fails, student
 
 from llamba.eval import alpaca
 from llamba.eval.commands import main
@@ -195,7 +195,7 @@ def test_control_tokens_and_template_places_reach_the_judge_broken(data: Path, s
 def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path) -> None:
     with fake_judge() as (url, state):
         asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(tmp_path)]
-        main(["alpaca", str(TEACHER), *asked, "--limit", "4", "--win-rate-only", "--max-new-tokens", "4"])
+        main(["alpaca", student(), *asked, "--limit", "4", "--win-rate-only", "--max-new-tokens", "4"])
         assert state.requests == 4
-    outputs = json.loads((tmp_path / "alpaca_eval/teacher/model_outputs.json").read_text())
-    assert len(outputs) == 4 and outputs[0]["generator"] == "teacher"
+    outputs = json.loads((tmp_path / "alpaca_eval/student/model_outputs.json").read_text())
+    assert len(outputs) == 4 and outputs[0]["generator"] == "student"

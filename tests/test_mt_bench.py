@@ -1,6 +1,7 @@
 """MT-Bench with a fake judge: FastChat reads the files, nothing is asked twice, faults change no other score, errors are one line."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -8,12 +9,15 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from fake_judge import fake_judge
+from transformers import AutoTokenizer
 
+import llamba
 from llamba.eval import scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
@@ -26,9 +30,21 @@ TEACHER = ROOT / "recipes" / "tiny" / "teacher"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
-def arguments(data: Path, out: Path, url: str, *more: str, model: str = str(TEACHER)) -> list[str]:
+_FOLDERS = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def student() -> str:
+    """The embedded teacher with half of its attention layers converted, as a folder."""
+    folder = Path(_FOLDERS.name) / "student"
+    llamba.convert(str(TEACHER), mixer="mamba2", attention=0.5).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(data: Path, out: Path, url: str, *more: str) -> list[str]:
     asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(out), "--max-new-tokens", "8", "--limit", "16"]
-    return ["mt_bench", model, *asked, *more]
+    return ["mt_bench", student(), *asked, *more]
 
 
 def stable(path: Path) -> list[str]:
@@ -81,7 +97,7 @@ def test_show_result_prints_our_averages(public_data: Path, answered: Path) -> N
     command = [sys.executable, "-m", "fastchat.llm_judge.show_result", "--input-file", str(judgments(answered))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=answered)
     assert done.returncode == 0, done.stderr
-    shown = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("teacher")]
+    shown = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("student")]
     ours = {row["metric"]: row["value"] for row in read_lines(answered / "scores.jsonl")}
     assert shown == pytest.approx([ours["turn 1"], ours["turn 2"], ours["average"]], abs=1e-6)
     row = read_lines(answered / "scores.jsonl")[0]
@@ -92,7 +108,7 @@ def test_prompts_are_fastchats_own(public_data: Path, answered: Path) -> None:
     """The text that the judge saw, against the templates filled in by hand."""
     prompts = {row["name"]: row for row in read_lines(public_data / "mt_bench/judge_prompts.jsonl")}
     questions = {row["question_id"]: row for row in read_lines(public_data / "mt_bench/question.jsonl")}
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(answered / "data/mt_bench/model_answer/teacher.jsonl")}
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(answered / "data/mt_bench/model_answer/student.jsonl")}
     rows = {(row["question_id"], row["turn"]): row for row in read_lines(judgments(answered))}
     writing = rows[81, 1]
     assert writing["judge"] == ["fake", "single-v1"]
@@ -305,5 +321,5 @@ def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path
             process.wait()
         subprocess.run(argv, cwd=ROOT, check=True)
         assert state.served - asked <= 32 + 5 * 2  # a kill loses at most what was on its way
-    for path in ("data/mt_bench/model_answer/teacher.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
+    for path in ("data/mt_bench/model_answer/student.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
         assert stable(tmp_path / "killed" / path) == stable(tmp_path / "whole" / path), path
