@@ -7,6 +7,7 @@ sequence); where sources are mixed, `mixture` (float64, sequences and weight of 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,6 +51,17 @@ class Rows(Dataset[Item]):
         return item
 
 
+class Sequences(Protocol):
+    """What can be put in order: rows with their numbers of tokens, and the sequences and weight of each source."""
+
+    lengths: NDArray[np.int64]
+    mixture: NDArray[np.float64]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 def _passes(rows: int, seed: tuple[int, ...]) -> Iterator[int]:
     """Row numbers, epoch after epoch without end; each epoch a permutation that depends on `seed` and its number alone."""
     number = 0
@@ -70,14 +82,14 @@ def _in_shares(mixture: NDArray[np.float64], lengths: NDArray[np.int64], seed: i
         yield row
 
 
-class Ordered(Dataset[Item]):
+class Ordered(Dataset[Any]):
     """The rows of a whole training stage in their order: `steps` times `batch` rows, epoch after epoch.
 
     The stage's length is `steps`, or as many as reach `tokens`, or `epochs` times the set's rows (of a mixture: its tokens).
     The rows of step k are the same on any number of processes, and after any number of restarts.
     """
 
-    def __init__(self, rows: Rows, batch: int, seed: int, *, epochs: float, steps: int | None, tokens: int | None) -> None:
+    def __init__(self, rows: Sequences, batch: int, seed: int, *, epochs: float, steps: int | None, tokens: int | None) -> None:
         mixed, total = len(rows.mixture) > 1, int(rows.lengths.sum())
         stream = _in_shares(rows.mixture, rows.lengths, seed) if mixed else _passes(len(rows), (seed,))
         if steps is None and (tokens is not None or mixed):
@@ -94,7 +106,7 @@ class Ordered(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Any:
         return self.rows[self.order[index]]
 
     def tokens_at(self, step: int) -> int:

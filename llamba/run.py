@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from llamba import checkpoints, data, overrides
+from llamba import checkpoints, data, overrides, pairs
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
 from llamba.folders import DONE, ROWS, finished, resolve_model
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Data, Draft, PseudoLabel, Select, TokenTraining
+from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
 
 RECIPE = "recipe.json"
 STAGE = "stage.json"
@@ -136,7 +136,7 @@ def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
 
-def _limit(data: Data, stage: TokenTraining | Select) -> int | None:
+def _limit(data: Data, stage: TokenTraining | Select | Sft | Dpo) -> int | None:
     """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
     if not data.streaming:
         return None
@@ -151,16 +151,16 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
     """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
     stage = recipe.stages[number - 1]
     config = _sources(stage.data or recipe.data, out, number)
-    if not isinstance(stage, (TokenTraining, Select)):
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         return Prepared(config, recipe.seed)
-    limit = _limit(config, stage)
+    limit, prepare = _limit(config, stage), pairs.prepare if stage.targets == "pairs" else data.prepare
     folder = out / "data" / data.set_name(config, stage.targets, limit)
 
     def work() -> None:
         if folder.exists():
             data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
         else:
-            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
+            prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
 
     _once(folder, work)
     return Prepared(config, recipe.seed, folder)

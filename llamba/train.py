@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from llamba import checkpoints
 from llamba.alignment import Distances
 from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.hybrid import mixer_layers
-from llamba.log import LAYERS, Metrics
+from llamba.log import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 from llamba.wrapped import inside
 
 Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums | Distances]
 
-_CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
+CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -62,13 +62,16 @@ def schedule(stage: Training, steps: int) -> dict[str, Any]:
     return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
 
 
-def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> TrainingArguments:
+def training_arguments(
+    stage: Training, steps: int, seed: int, folder: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> Any:
     """The stage of `steps` optimizer steps in the Trainer's words; checkpoints go to `folder`.
 
-    Raises ValueError where `batch` does not divide.
+    `kind` is the arguments' class, `more` what it takes beyond the Trainer's. Raises ValueError where `batch` does not
+    divide.
     """
     renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
-    args = TrainingArguments(
+    args = kind(
         output_dir=str(folder),
         seed=seed,
         per_device_train_batch_size=stage.micro_batch,
@@ -95,6 +98,7 @@ def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> 
         disable_tqdm=True,
         report_to=stage.report_to or "none",
         use_cpu=on_cpu(),
+        **more,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel
     return args
@@ -167,7 +171,55 @@ def _split(group: dict[str, Any], mixers: set[int], rest_lr: float) -> list[dict
     return [part for part in ({**group, "params": own}, {**group, "params": rest, "lr": rest_lr}) if part["params"]]
 
 
-class DistillTrainer(Trainer):
+class StageTrainer(Trainer):
+    """The Trainer of every stage: decays matrices only, and leaves complete checkpoints with finite weights.
+
+    A subclass sets `student`, `rest_lr` (learning rate of all but the mixers) and `folder` (of the checkpoints).
+    """
+
+    student: Any  # a PreTrainedModel, or peft's wrapper of one
+    rest_lr: float | None
+    folder: Path
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: no biases, norms, `A_log`, `D`."""
+        # under ZeRO-3 a weight is an empty shard and ds_shape its true shape
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
+        return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.rest_lr is not None:
+            mixers = mixer_names(self.student)
+            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
+        return optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete checkpoint, or an error and the last complete one untouched."""
+        target = self.folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
+        self._require_finite_weights()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.mark_complete(target)
+
+    def _require_finite_weights(self) -> None:
+        trained = ((name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad)
+        broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
+        if broken:
+            raise ValueError(
+                f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
+                f"{checkpoints.last_good(self.folder)}; {CALMER}"
+            )
+
+
+class DistillTrainer(StageTrainer):
     """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
 
     The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
@@ -238,7 +290,7 @@ class DistillTrainer(Trainer):
             broken = [name.removeprefix(LAYERS) for name, value in means.items() if name.startswith(LAYERS) and not math.isfinite(value)]
             raise ValueError(
                 f"the loss must be finite, got {means['loss']} ({parts or 'in layers ' + ', '.join(broken)}) at step "
-                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {_CALMER}"
+                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {CALMER}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -248,55 +300,44 @@ class DistillTrainer(Trainer):
             self._logged = 0.0
         super().log(logs, start_time)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices only: no biases, norms, `A_log`, `D`."""
-        # under ZeRO-3 a weight is an empty shard and ds_shape its true shape
-        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
-        matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
-        return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if new and self.rest_lr is not None:
-            mixers = mixer_names(self.student)
-            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
-            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
-        return optimizer
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete checkpoint, or an error and the last complete one untouched."""
-        target = self.folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.require_room(self.folder, checkpoints.bytes_of(self.student))
-        self._require_finite_weights()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.mark_complete(target)
-
-    def _require_finite_weights(self) -> None:
-        trained = ((name, weight) for name, weight in self.student.named_parameters() if weight.requires_grad)
-        broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
-        if broken:
-            raise ValueError(
-                f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
-            )
-
     @torch.no_grad()
     def held_out(self, rows: Rows) -> dict[str, float]:
         """The means of `log` on held-out rows, each named eval_..., layers left out."""
         self.student.eval()
         total: Tensor | float = 0.0
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size * self.accelerator.num_processes):
-            first = start + size * self.accelerator.process_index
-            own = [rows[index] for index in range(first, min(first + size, len(rows)))]
-            batch = collate(own or [rows[0]], 0)
-            if not own:  # every process takes part in every forward pass
-                batch["labels"].fill_(IGNORE)
-            total += self._sums(self.model_wrapped, self._prepare_inputs(batch))[1]
+        for batch in held_out_batches(self, rows):
+            total += self._sums(self.model_wrapped, batch)[1]
         means = self._means(self.accelerator.reduce(total, "sum"))
         return {f"eval_{name}": value for name, value in means.items() if not name.startswith(LAYERS)}
+
+
+def held_out_batches(trainer: StageTrainer, rows: Rows) -> Iterator[Batch]:
+    """This process's share of held-out rows, in the same number of batches on every process; a spare one has no targets."""
+    size, accelerator = trainer.args.per_device_train_batch_size, trainer.accelerator
+    for start in range(0, len(rows), size * accelerator.num_processes):
+        first = start + size * accelerator.process_index
+        own = [rows[index] for index in range(first, min(first + size, len(rows)))]
+        batch = collate(own or [rows[0]], 0)
+        if not own:  # every process takes part in every forward pass
+            batch["labels"].fill_(IGNORE)
+        yield trainer._prepare_inputs(batch)
+
+
+def carry_out(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Train from the newest complete checkpoint on, score, and leave the model in `out`.
+
+    Returns the last line of `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained.
+    """
+    if trainer.args.should_save:
+        checkpoints.remove_incomplete(trainer.folder)
+    found = checkpoints.complete(trainer.folder)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    last = (read_metrics(out / METRICS) or [{}])[-1]
+    scores = score()
+    trainer.save_model(str(out))
+    if trainer.args.should_save:
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        if scores:
+            append_metrics(out / METRICS, {"step": trainer.state.global_step, **scores})
+    trainer.accelerator.wait_for_everyone()
+    return {**last, **scores, "processes": trainer.accelerator.num_processes}

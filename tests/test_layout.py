@@ -38,12 +38,15 @@ ARROWS: dict[str, set[str]] = {
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
     "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "settings", "wrapped"},
+    "pairs": {"data", "settings", "sources"},
+    "lora": {"settings", "train"},
+    "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "engines": {"chat"},
     "stages": set(
-        "alignment batches chat checkpoints convert data engines folders hybrid log losses mixers record select settings sources train "
-        "wrapped".split()
+        "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
+        "sources train wrapped".split()
     ),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "plan", "recipe", "settings", "stages"},
+    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
     "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},

@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba import checkpoints
 from llamba.batches import Ordered
 from llamba.data import Prepared
-from llamba.log import METRICS, append_metrics, read_metrics
+from llamba.log import METRICS
 from llamba.settings import TokenTraining
-from llamba.train import DistillTrainer, Objective, training_arguments
+from llamba.train import DistillTrainer, Objective, carry_out, training_arguments
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -38,17 +37,5 @@ def teach(stage: TokenTraining, load: Callable[[], Pair], objective: Objective, 
     pupil, guide = load()
     args.use_cache = pupil.config.use_cache
     trainer = DistillTrainer(pupil, guide, objective, args, ordered, out / METRICS, stage.rest_lr)
-    if args.should_save:
-        checkpoints.remove_incomplete(folder)
-    found = checkpoints.complete(folder)
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
-    last = (read_metrics(out / METRICS) or [{}])[-1]
     held_out = data.rows("eval")
-    scores = trainer.held_out(held_out) if held_out else {}
-    trainer.save_model(str(out))
-    if args.should_save:
-        (out / "training_args.bin").unlink()  # a pickle that nothing here reads
-        if scores:
-            append_metrics(out / METRICS, {"step": ordered.steps, **scores})
-    trainer.accelerator.wait_for_everyone()
-    return {**last, **scores, "processes": trainer.accelerator.num_processes}
+    return carry_out(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})
