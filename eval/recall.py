@@ -166,8 +166,8 @@ def run(name: str, out: Path, settings: Settings, options: Options) -> str:
     return "\n".join(lines)
 
 
-def draw_needle(models: Mapping[str, Mapping[Cell, Sequence[float]]], path: Path) -> None:
-    """One heat map per model: length along x, depth along y, per cent found."""
+def draw_needle(models: Mapping[str, Mapping[Cell, Sequence[float]]], path: Path, unit: str = "tokens") -> None:
+    """One heat map per model: length along x in `unit`, depth along y, per cent found."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(models), 3.6), layout="constrained")
@@ -175,7 +175,7 @@ def draw_needle(models: Mapping[str, Mapping[Cell, Sequence[float]]], path: Path
         lengths, depths = (sorted({cell[place] for cell in cells}) for place in (0, 1))
         means = [[sum(cells[length, depth]) / len(cells[length, depth]) for length in lengths] for depth in depths]
         axes.imshow(means, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-        axes.set(title=model, xlabel="tokens", ylabel="depth of the needle")
+        axes.set(title=model, xlabel=unit, ylabel="depth of the needle")
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(depths)), depths)
         for y, line in enumerate(means):

@@ -86,12 +86,13 @@ def draw(curves: dict[str, dict[int, list[float]]], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, found in curves.items():
+    for (name, found), line in zip(curves.items(), ("-", "--", "-", "-"), strict=True):
         points = [bootstrap({i: [v] for i, v in enumerate(values)}) for values in found.values()]
         spread = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
-        axes.errorbar(list(found), [p.mean for p in points], yerr=spread, marker="o", capsize=3, label=name)
+        axes.errorbar(list(found), [p.mean for p in points], yerr=spread, marker="o", linestyle=line, capsize=3, label=name)
     axes.set(xlabel="facts stated before", ylabel="recalled exactly, %", xscale="log", ylim=(-3, 103))
     axes.set_xticks(list(FACT_COUNTS), FACT_COUNTS)
+    axes.minorticks_off()
     axes.legend(title="layers with attention")
     figure.savefig(path, dpi=110)
 
@@ -116,7 +117,7 @@ def main() -> None:
         rows += [scores.score("recall/embedded language", f"{n} facts", name, value) for n, value in means.items()]
         print(f"{name:<22}" + "".join(f"{value.mean:>10.0f}" for value in means.values()), flush=True)
     draw(curves, OUT / "recall.png")
-    draw_needle(needles, OUT / "needle.png")
+    draw_needle(needles, OUT / "needle.png", "facts")
     (OUT / scores.MODELS).write_text(json.dumps({n: {"path": f, "attention": scores.attention_of(f)} for n, f in models.items()}, indent=1))
     scores.save(OUT, rows)
     pictures = f"{OUT}/recall.png (by facts), {OUT}/needle.png (by facts and depth)"
