@@ -301,6 +301,7 @@ def fetch(argv: list[str]) -> None:
 
 COMMANDS = {
     "mt_bench": mt_bench,
+    "judgments": judgments,
     "alpaca": alpaca,
     "lm_eval": lm_eval,
     "recall": recall,
