@@ -121,8 +121,12 @@ def _select(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from llamba.curves import report
+    from llamba.eval import report as scores
 
-    print("\n\n".join(report(run) for run in args.runs))
+    trained = [run for run in args.runs if any(Path(run).glob("*-*/metrics.jsonl")) or scores.folder_of(run) is None]
+    parts = [report(run) for run in trained]
+    table = scores.report(args.runs, args.out or Path(args.runs[0]))
+    print("\n\n".join([*parts, *([table] if table else [])]))
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", required=True, help="JSON file to write; the picture stands beside it")
     command.set_defaults(action=_select)
-    command = commands.add_parser("report", help="a run's training as a table and as report.png in its folder")
+    command = commands.add_parser("report", help="runs' training (report.png in each folder) and scores, side by side")
+    command.add_argument("--out", help="folder for scores.md, scores.csv and pictures (default: the first run)")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(action=_report)
     return parser
