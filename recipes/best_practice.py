@@ -14,12 +14,14 @@ attention; HALO Qwen3-1.7B with a quarter of attention 94.1 on needles at 32K, u
 The budget of the last stage, its data and the share of chat are our choice. `student.mixer=discrete_mamba2` or `mamba1` for others.
 """
 
+from typing import Any
+
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
 from llamba.settings import Distill, Hidden, Select
 
 WEB, CHAT, BOOKS = "HuggingFaceFW/fineweb-edu@sample-10BT:train", "HuggingFaceH4/ultrachat_200k:train_sft", "emozilla/pg19:train"
-KL = dict(
+KL: dict[str, Any] = dict(
     kl=1.0, ce=0.0, train="all", targets="all", lr=1e-4, rest_lr=1e-5, betas=(0.9, 0.95), clip=1.0, schedule="wsd", warmup=0.02,
     gradient_checkpointing=True,
 )  # fmt: skip

@@ -15,6 +15,8 @@ Fine-tuning as published: AdamW (0.9, 0.999), 2e-5, cosine, 1% warm-up, 64 seque
 one epoch. DPO: beta 0.01, 5e-7, 10% warm-up, 32 pairs of 1,024 tokens, one epoch. The rest as `llama3_50pct.py` says.
 """
 
+from typing import Any
+
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
 from llamba.settings import Distill, Dpo, PseudoLabel, Sft
@@ -30,7 +32,9 @@ PAIRS = Data(
     length=1024,
     template="llama3",
 )
-TUNE = dict(data=CHATS, targets="all", lr=2e-5, betas=(0.9, 0.999), clip=1.0, warmup=0.01, batch=64, gradient_checkpointing=True)
+TUNE: dict[str, Any] = dict(
+    data=CHATS, targets="all", lr=2e-5, betas=(0.9, 0.999), clip=1.0, warmup=0.01, batch=64, gradient_checkpointing=True
+)
 
 recipe = Recipe(
     teacher="meta-llama/Meta-Llama-3-8B-Instruct",

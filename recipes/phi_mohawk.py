@@ -12,11 +12,13 @@ decay to 1e-8; 2^15 tokens a step, 2^19 in the last stage. Its final run lowered
 not published, and its code leaves gradients unclipped; 1.0 here. For Mamba-2: `student.mixer=mamba2`.
 """
 
+from typing import Any
+
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
 from llamba.settings import Distill, Hidden, Matrix
 
-MOHAWK = dict(
+MOHAWK: dict[str, Any] = dict(
     targets="all", lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, schedule="wsd", warmup=0.1, decay=0.1, floor=1e-4
 )  # fmt: skip
 

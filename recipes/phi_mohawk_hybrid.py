@@ -8,11 +8,13 @@ How the 5 B tokens were split is not published: here as in `phi_mohawk.py`, the 
 `student.mixer=mamba2` and `student.init=attention` as there.
 """
 
+from typing import Any
+
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
 from llamba.settings import Distill, Hidden, Matrix
 
-MOHAWK = dict(
+MOHAWK: dict[str, Any] = dict(
     targets="all", lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, schedule="wsd", warmup=0.1, decay=0.1, floor=1e-4
 )  # fmt: skip
 

@@ -8,6 +8,8 @@ Scores there, Mamba-1 (`student.mixer=mamba1`) at 50, 25 and 12.5% attention: MT
 Cost there: conversions to 50% about 10 hours, each fine-tuning about 3 days, DPO a few hours, on 8 A100 80 GB.
 """
 
+from typing import Any
+
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
 from llamba.settings import Distill, Dpo, PseudoLabel, Sft
@@ -15,7 +17,9 @@ from llamba.settings import Distill, Dpo, PseudoLabel, Sft
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="zephyr")
 PAIRS = Data(train="HuggingFaceH4/ultrafeedback_binarized:train_prefs", length=1024, template="zephyr")
-TUNE = dict(data=CHATS, targets="all", lr=2e-5, betas=(0.9, 0.999), clip=1.0, warmup=0.01, batch=64, gradient_checkpointing=True)
+TUNE: dict[str, Any] = dict(
+    data=CHATS, targets="all", lr=2e-5, betas=(0.9, 0.999), clip=1.0, warmup=0.01, batch=64, gradient_checkpointing=True
+)
 
 recipe = Recipe(
     teacher="HuggingFaceH4/zephyr-7b-beta",
