@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from llamba.batches import Rows
 from llamba.bench import shapes, speculative
 from llamba.cli import main
+from llamba.convert import convert
 from llamba.draft import chosen_layers, draft_config, make_draft
 from llamba.hybrid import PrunedHead
 from llamba.losses import IGNORE
@@ -59,6 +60,17 @@ def test_a_pruned_draft_changes_nothing_of_what_comes_out() -> None:
     )  # fmt: skip
     assert theirs[0, 7:].tolist() == generate(model, ids(1, 7), max_new_tokens=14, eos_token_id=None).new[0]
     assert generate(model, ids(2, 7), draft=draft, max_new_tokens=14, eos_token_id=None, temperature=1.0, top_k=5).tokens == 28
+
+
+def test_a_draft_with_another_tokenizer_through_hugging_faces_universal_mode(small, tokenizer) -> None:
+    """Its tokens are made text and read again by the target's tokenizer; what comes out is the target's own."""
+    other = small.tokenizer(words="red blue cat dog runs sleeps and the big".split(), size=290)
+    model, draft = convert(small.llama(len(tokenizer)), init="paper"), small.llama(len(other), seed=1)
+    assert len(other) != len(tokenizer)
+    prompt = tokenizer("red green blue cat", return_tensors="pt")
+    more = {**prompt, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    want = model.generate(**more)
+    assert torch.equal(model.generate(**more, assistant_model=draft, tokenizer=tokenizer, assistant_tokenizer=other), want)
 
 
 def test_places_of_tokens_in_a_pruned_head() -> None:

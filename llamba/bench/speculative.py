@@ -7,7 +7,6 @@ S = E / (1 + v + c K), and the one measured.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from llamba.bench.shapes import Published, build, chosen
 from llamba.chat import load, load_draft
+from llamba.provenance import append_row
 from llamba.speculative import Generation, generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import ModelDraft, Proposal, Rows
@@ -206,8 +206,5 @@ def main(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.preset is None):
         raise ValueError("bench speculative needs either --model (with --draft and --prompts) or --preset")
     rows = _of_presets(args) if args.model is None else _of_models(args)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    stamp = {"torch": torch.__version__, "machine": hardware, "threads": torch.get_num_threads()}
-    if args.out:
-        with Path(args.out).open("a") as file:
-            file.writelines(json.dumps(row | stamp) + "\n" for row in rows)
+    for row in rows if args.out else []:
+        append_row(args.out, row)

@@ -1,4 +1,4 @@
-"""A draft for the embedded teacher's student: two layers of the teacher, trained towards the student. Goes on with the run of `make demo`.
+"""A draft for the embedded teacher's student: two layers of the teacher, trained on the answers. Goes on with the run of `make demo`.
 
 python recipes/tiny/draft.py [key=value ...]
 llamba bench speculative --model runs/demo --draft runs/demo/2-draft --prompts runs/demo-data/held_out.jsonl
@@ -22,8 +22,8 @@ recipe = replace(
     demo,
     stages=[
         *demo.stages,
-        Draft(layers=2, kl=1.0, ce=0.0, lr=3e-3, clip=1.0, warmup=30, batch=8, micro_batch=8, steps=600, precision="fp32",
-              save_every=300, log_every=20),
+        Draft(layers=2, kl=0.0, ce=1.0, lr=3e-3, clip=1.0, warmup=30, batch=8, micro_batch=8, steps=1500, precision="fp32",
+              save_every=500, log_every=20),
     ],
 )  # fmt: skip
 
