@@ -11,7 +11,7 @@ from pathlib import Path
 
 from demo import CONVERSATIONS, LENGTH, write_conversations
 from demo import recipe as demo
-from language import SKILLS, exam
+from language import conversation
 
 from llamba.run import launch
 from llamba.settings import Draft
@@ -28,12 +28,12 @@ recipe = replace(
 )  # fmt: skip
 
 
-def write_prompts(path: Path, per_skill: int = 4) -> None:
-    """Held-out questions of every skill as rows of `messages`, made once."""
+def write_prompts(path: Path, count: int = 40) -> None:
+    """New conversations of the kind trained on, each up to its last answer, as rows of `messages`; made once."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [exam(skill, random.Random(f"1/{skill}/{number}"))[0] for number in range(per_skill) for skill in SKILLS]
+    rows = [conversation(random.Random(f"held out/{number}"), LENGTH // 2)[:-1] for number in range(count)]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
 
 
