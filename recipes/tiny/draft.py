@@ -33,7 +33,7 @@ def write_prompts(path: Path, count: int = 40) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [conversation(random.Random(f"held out/{number}"), LENGTH // 2)[:-1] for number in range(count)]
+    rows = [conversation(random.Random(f"held out/{number}"), LENGTH // 4)[:-1] for number in range(count)]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
 
 
