@@ -1,6 +1,7 @@
 """AlpacaEval through alpaca_eval's own code: length control on the real 805 instructions, refusals, faults, resume."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -110,7 +111,7 @@ def judged(data: Path, shortened: Path, tmp_path_factory) -> SimpleNamespace:
         options = alpaca.Options(str(data), str(shortened), refits=4)
         text = alpaca.run("short", out, settings, judge, options)
         asked = faults.requests
-        alpaca.run("short", out, settings, judge, options)
+        alpaca.run("short", out, settings, judge, dataclasses.replace(options, win_rate_only=True))
     pairs = zip(json.loads(shortened.read_text()), json.loads((data / alpaca.REFERENCE).read_text()), strict=True)
     same = sum(short["output"] == whole["output"] for short, whole in pairs)
     return SimpleNamespace(same=same, out=out, text=text, asked=asked, again=faults.requests - asked, judge=judge)
