@@ -76,6 +76,9 @@ class InProcess:
             made.append(kept | {"input_tokens": 1, "output_tokens": 1})
         return made
 
+    def close(self) -> None:
+        pass
+
 
 def score(out: Path) -> dict[str, dict]:
     return {row["metric"]: row for row in read_lines(out / "scores.jsonl")}
