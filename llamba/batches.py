@@ -7,6 +7,7 @@ sequence); where sources are mixed, `mixture` (float64, sequences and weight of 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch.utils.data import Dataset
 
 from llamba.losses import IGNORE
 
-Item = dict[str, NDArray[np.int64]]
+KEPT = ("kept_values", "kept_indices", "kept_tail")  # a teacher's kept logits (llamba.offline), a row for each target
+
+Item = dict[str, NDArray[Any]]
 Batch = dict[str, Tensor]  # input_ids, labels, and attention_mask or (packed) position_ids: [B, T]
 
 
@@ -50,6 +53,17 @@ class Rows(Dataset[Item]):
         return item
 
 
+class Sequences(Protocol):
+    """What can be put in order: rows with their numbers of tokens, and the sequences and weight of each source."""
+
+    lengths: NDArray[np.int64]
+    mixture: NDArray[np.float64]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 def _passes(rows: int, seed: tuple[int, ...]) -> Iterator[int]:
     """Row numbers, epoch after epoch without end; each epoch a permutation that depends on `seed` and its number alone."""
     number = 0
@@ -70,14 +84,14 @@ def _in_shares(mixture: NDArray[np.float64], lengths: NDArray[np.int64], seed: i
         yield row
 
 
-class Ordered(Dataset[Item]):
+class Ordered(Dataset[Any]):
     """The rows of a whole training stage in their order: `steps` times `batch` rows, epoch after epoch.
 
     The stage's length is `steps`, or as many as reach `tokens`, or `epochs` times the set's rows (of a mixture: its tokens).
     The rows of step k are the same on any number of processes, and after any number of restarts.
     """
 
-    def __init__(self, rows: Rows, batch: int, seed: int, *, epochs: float, steps: int | None, tokens: int | None) -> None:
+    def __init__(self, rows: Sequences, batch: int, seed: int, *, epochs: float, steps: int | None, tokens: int | None) -> None:
         mixed, total = len(rows.mixture) > 1, int(rows.lengths.sum())
         stream = _in_shares(rows.mixture, rows.lengths, seed) if mixed else _passes(len(rows), (seed,))
         if steps is None and (tokens is not None or mixed):
@@ -94,7 +108,7 @@ class Ordered(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Any:
         return self.rows[self.order[index]]
 
     def tokens_at(self, step: int) -> int:
@@ -114,7 +128,7 @@ def collate(rows: list[Item], pad: int) -> Batch:
     """Right-padded input_ids and labels (unshifted; -100 off the targets), each [B, T], and attention_mask.
 
     Packed rows have `position_ids`, which restart at each document, in place of a mask; their padding is a document
-    of its own at the end, without targets.
+    of its own at the end, without targets. Kept logits follow one another in the order of the targets.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     longest = max(lengths)
@@ -124,6 +138,7 @@ def collate(rows: list[Item], pad: int) -> Batch:
         return torch.from_numpy(np.stack(padded))
 
     batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORE)}
+    batch |= {key: torch.from_numpy(np.concatenate([row[key] for row in rows])) for key in KEPT if key in rows[0]}
     if "position_ids" in rows[0]:
         positions = [np.concatenate([row["position_ids"], np.arange(longest - length)]) for row, length in zip(rows, lengths, strict=True)]
         return batch | {"position_ids": torch.from_numpy(np.stack(positions))}

@@ -23,7 +23,7 @@ from llamba.settings import Data
 MANIFEST = "data.json"
 TEMPLATES = Path(__file__).parent / "templates"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_AT_ONCE = 256  # rows tokenised in one call
+AT_ONCE = 256  # rows tokenised in one call
 
 Tokens = tuple[list[int], list[int]]  # ids and 1 for each target, both [T]
 
@@ -49,6 +49,11 @@ class Count:
         return ", ".join(part for part in (head, packed, f"{self.cut} cut" if self.cut else "", skips) if part)
 
 
+def marks_answers(template: str | None) -> bool:
+    """Whether a chat template marks the assistant's words with `{% generation %}`."""
+    return bool(template and _GENERATION.search(template))
+
+
 def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
     template = tokenizer.chat_template
@@ -63,7 +68,7 @@ def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
     template = chat_template(data, tokenizer)
-    if assistant and not (template and _GENERATION.search(template)):
+    if assistant and not marks_answers(template):
         raise ValueError(
             "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "
             "tokenizer's does not; set data.template to one that does (e.g. llama3), or use targets='all'"
@@ -75,7 +80,7 @@ class Tokenizer:
     """Rows to (ids, targets), cut at `data.length`. Raises ValueError where the chat template cannot serve."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, targets: str) -> None:
-        self.assistant = targets == "assistant"
+        self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
         self.template = _template(data, tokenizer, self.assistant)
         self.own = data.template is None
         self.inner: Any = tokenizer
@@ -119,19 +124,41 @@ def _pieces(tokens: Tokens, length: int) -> Iterator[Tokens]:
         yield ids[start : start + length], [0, *targets[start + 1 : start + length]]
 
 
+def _whole_answers(tokens: Tokens, length: int) -> Tokens:
+    """A conversation up to the end of the last answer that fits into `length` tokens; nothing where none does."""
+    ids, targets = tokens
+    if len(ids) > length:
+        ends = [index + 1 for index in range(length) if targets[index] and not targets[index + 1]]
+        return ids[: max(ends, default=0)], targets[: max(ends, default=0)]
+    return tokens
+
+
+def _is_empty(row: sources.Row, whole: bool) -> bool:
+    """Whether a row has no words, or (where answers count whole) an answer without words."""
+    if not any(row.values()):
+        return True
+    answers = (
+        [message["content"] for message in sources.messages(row) if message["role"] == "assistant"] if whole and "text" not in row else []
+    )
+    return not all(answer.strip() for answer in answers)
+
+
 def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
     for where, row in sources.rows(count.source, data.streaming, data.part):
         if count.tokens >= limit:
             return
-        if not any(row.values()):
+        if _is_empty(row, tokenizer.whole):
             count.skipped["empty"] += 1
             continue
         whole = tokenizer(where, row)
         split = data.packing and "text" in row
         count.cut += len(whole[0]) > data.length and not split
-        pieces = [piece for piece in islice(_pieces(whole, data.length), None if split else 1) if any(piece[1])]
-        count.skipped["no_targets"] += not pieces
+        kept = _whole_answers(whole, data.length) if tokenizer.whole else whole
+        pieces = [piece for piece in islice(_pieces(kept, data.length), None if split else 1) if any(piece[1])]
+        if not pieces:
+            why = "too_long" if any(whole[1]) and tokenizer.whole else "no_targets"
+            count.skipped[why] = count.skipped.get(why, 0) + 1
         count.rows += bool(pieces)
         for ids, targets in pieces:
             count.tokens, count.target_tokens = count.tokens + len(ids), count.target_tokens + sum(targets)
@@ -152,21 +179,21 @@ def pack(lengths: list[int], room: int) -> list[list[int]]:
     return packs
 
 
-def _append(folder: Path, name: str, values: Any, kind: type[np.generic]) -> None:
+def append(folder: Path, name: str, values: Any, kind: type[np.generic]) -> None:
     with (folder / name).open("ab") as file:
         np.asarray(values, kind).tofile(file)
 
 
 def _write_source(data: Data, tokenizer: Tokenizer, count: Count, limit: float, folder: Path) -> None:
     found = _tokenise(data, tokenizer, count, limit)
-    while block := list(islice(found, _AT_ONCE)):
+    while block := list(islice(found, AT_ONCE)):
         packs = pack([len(ids) for ids, _ in block], data.length) if data.packing else [[index] for index in range(len(block))]
         documents = [block[index] for pack in packs for index in pack]
-        _append(folder, "tokens", np.concatenate([ids for ids, _ in documents]), np.int32)
-        _append(folder, "targets", np.concatenate([marks for _, marks in documents]), np.uint8)
-        _append(folder, "lengths", [len(ids) for ids, _ in documents], np.int64)
+        append(folder, "tokens", np.concatenate([ids for ids, _ in documents]), np.int32)
+        append(folder, "targets", np.concatenate([marks for _, marks in documents]), np.uint8)
+        append(folder, "lengths", [len(ids) for ids, _ in documents], np.int64)
         if data.packing:
-            _append(folder, "packs", [len(pack) for pack in packs], np.int64)
+            append(folder, "packs", [len(pack) for pack in packs], np.int64)
         count.sequences += len(packs)
 
 
@@ -178,13 +205,13 @@ def _write(data: Data, names: list[str], weights: list[float] | None, tokenizer:
         if weights and not count.rows:
             raise ValueError(f"a mixture needs rows with something to learn in every source, got {count}")
         if weights:
-            _append(folder, "mixture", [count.sequences, share], np.float64)
+            append(folder, "mixture", [count.sequences, share], np.float64)
     if not any(count.rows for count in counts):
         raise ValueError(f"no row with anything to learn in {', '.join(map(str, counts))}")
     return counts
 
 
-def _names(given: str | list[str] | None) -> list[str]:
+def names(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
@@ -205,7 +232,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
             train = split == "train"
             counts = _write(
                 data if train else replace(data, part=None),
-                _names(given),
+                names(given),
                 data.weights if train else None,
                 reader,
                 limit if train and limit else float("inf"),

@@ -12,7 +12,8 @@ from llamba.batches import Ordered
 
 METRICS = "metrics.jsonl"
 LAYERS = "layers/"  # what a layer's own number is logged under, before the layer's
-_NO_PARTS = ("epoch", "learning_rate")
+_NO_PARTS = ("epoch", "learning_rate", "num_tokens")
+_SHOWN = ("loss", "kl", "ce", "mean_token_accuracy", "rewards/margins", "rewards/accuracies")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
 
 
 def _show(line: dict[str, Any], steps: int, left: float) -> str:
-    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in ("loss", "kl", "ce") if key in line)
+    numbers = "  ".join(f"{key} {line[key]:.4f}" for key in _SHOWN if key in line)
     speed = f"lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tok/s  {int(left) // 60}:{int(left) % 60:02d} left"
     return f"step {line['step']}/{steps}  {numbers}  {speed}"
 

@@ -1,7 +1,7 @@
 """Recipes as text: `key=value` on a command line, and JSON beside the weights.
 
 Keys are dotted: `student.attention`, `stages.0.lr`, or `stages.distill.lr` where only one stage has that name.
-`stages.0.data.train` gives a stage data of its own, which start from the recipe's.
+`stages.0.data.train` gives a stage data of its own, which start from the recipe's; `stages.sft.lora.rank` gives it LoRA.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from llamba.recipe import Recipe, Student
-from llamba.settings import STAGE_CONFIGS, Data, Stage
+from llamba.settings import STAGE_CONFIGS, Aligning, Data, Lora, Stage
 from llamba.typed import name_of, read
 
 
@@ -22,17 +22,23 @@ def _paths(stages: Sequence[Stage]) -> dict[str, int]:
     return {str(index): index for index in range(len(names))} | unique
 
 
+def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The stage's own data and LoRA, or what they start from."""
+    parts: dict[str, Any] = {"data": stage.data or recipe.data}
+    return parts | {"lora": stage.lora or Lora()} if isinstance(stage, Aligning) else parts
+
+
 def keys(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Every key that may be overridden, with its present value and its type."""
     nodes: dict[str, Any] = {"": recipe, "student.": recipe.student, "data.": recipe.data}
     for word, index in _paths(recipe.stages).items():
         nodes[f"stages.{word}."] = recipe.stages[index]
-        nodes[f"stages.{word}.data."] = recipe.stages[index].data or recipe.data
+        nodes |= {f"stages.{word}.{name}.": part for name, part in _parts(recipe, recipe.stages[index]).items()}
     found = {}
     for prefix, node in nodes.items():
         hints = get_type_hints(type(node))
         for field in dataclasses.fields(node):
-            if field.name not in ("student", "data", "stages"):
+            if field.name not in ("student", "data", "lora", "stages"):
                 found[prefix + field.name] = (getattr(node, field.name), hints[field.name])
     return found
 
@@ -43,8 +49,9 @@ def _replace(recipe: Recipe, key: str, value: Any) -> Recipe:
         word, _, name = rest.partition(".")
         stages = list(recipe.stages)
         index = _paths(stages)[word]
-        if name.startswith("data."):
-            name, value = "data", dataclasses.replace(stages[index].data or recipe.data, **{name.removeprefix("data."): value})
+        name, _, inner = name.partition(".")
+        if inner:
+            value = dataclasses.replace(_parts(recipe, stages[index])[name], **{inner: value})
         stages[index] = dataclasses.replace(stages[index], **{name: value})
         return dataclasses.replace(recipe, stages=stages)
     if rest:
@@ -99,6 +106,8 @@ def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
             raise ValueError(f"{where}: stage {number} must be one of {sorted(STAGE_CONFIGS)}, got {name!r}")
         if entry.get("data") is not None:
             entry["data"] = _build(Data, entry["data"], f"{where}: stage {number}: data")
+        if entry.get("lora") is not None:
+            entry["lora"] = _build(Lora, entry["lora"], f"{where}: stage {number}: lora")
         stages.append(_build(STAGE_CONFIGS[name], entry, f"{where}: stage {number}"))
     parts = {
         "student": _build(Student, values["student"], f"{where}: student"),

@@ -12,10 +12,8 @@ A step's folder counts from the moment it holds DONE, which is written last.
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -26,16 +24,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from llamba import checkpoints, data, overrides
+from llamba import checkpoints, data, overrides, pairs
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
 from llamba.folders import DONE, ROWS, finished, resolve_model
+from llamba.provenance import versions
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Data, Draft, PseudoLabel, Select, TokenTraining
+from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
 
 RECIPE = "recipe.json"
 STAGE = "stage.json"
-_PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
@@ -82,17 +80,10 @@ def _describe(folder: Path, name: str, settings: dict[str, Any], started: float,
         "results": results,
         "command": sys.argv,
         "seconds": round(time.time() - started, 1),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
+        "versions": versions(),
     }
     _write(folder / STAGE, report)
     (folder / DONE).touch()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) -> None:
@@ -136,7 +127,7 @@ def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
 
-def _limit(data: Data, stage: TokenTraining | Select) -> int | None:
+def _limit(data: Data, stage: TokenTraining | Select | Sft | Dpo) -> int | None:
     """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
     if not data.streaming:
         return None
@@ -151,16 +142,16 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
     """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
     stage = recipe.stages[number - 1]
     config = _sources(stage.data or recipe.data, out, number)
-    if not isinstance(stage, (TokenTraining, Select)):
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         return Prepared(config, recipe.seed)
-    limit = _limit(config, stage)
+    limit, prepare = _limit(config, stage), pairs.prepare if stage.targets == "pairs" else data.prepare
     folder = out / "data" / data.set_name(config, stage.targets, limit)
 
     def work() -> None:
         if folder.exists():
             data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
         else:
-            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
+            prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
 
     _once(folder, work)
     return Prepared(config, recipe.seed, folder)

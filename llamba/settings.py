@@ -1,7 +1,7 @@
 """What a recipe is made of: data and stages, as frozen values that are checked against annotation and range when made.
 
 `batch` counts sequences per optimizer step over all processes, `micro_batch` those in one forward pass of one process;
-`warmup`, `save_every` and `log_every` count optimizer steps.
+`warmup`, `save_every` and `log_every` count optimizer steps; a `warmup` below 1 is a part of all steps.
 """
 
 import math
@@ -119,7 +119,7 @@ class Training(Stage):
     weight_decay: float = 0.0
     clip: float = 0.1
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup: int = 63
+    warmup: float = 63
     decay: float = 0.1
     floor: float = 0.0
     batch: int = 64
@@ -154,23 +154,40 @@ class TokenTraining(Training):
 
 @dataclass(frozen=True)
 class Distill(TokenTraining):
-    """Distillation on logits: `kl` times KL(teacher || student) plus `ce` times cross-entropy, means over target tokens.
+    """Distillation on logits: `kl` times a divergence from the teacher plus `ce` times cross-entropy, means over target tokens.
 
-    `teacher` stands in for the recipe's: another model of the same vocabulary, which may be larger.
+    `divergence` is KL(teacher || student), KL(student || teacher), or the generalised JSD with `beta` between them, at
+    `temperature`. `reduction="batchmean_legacy"` is the published Mamba-in-Llama loss, whose divergence is a sum over all
+    positions, per row. `teacher` stands in for the recipe's: another model of the same vocabulary, which may be larger;
+    `teacher_bits` loads it quantised. `offline` runs the teacher once, before training, and keeps its so many likeliest
+    tokens at each target, and the mass of the others; they lie in the run folder, or in `offline_folder`, where runs share them.
     """
 
     name: ClassVar[str] = "distill"
 
     teacher: str | None = None
+    teacher_bits: Literal[4, 8] | None = None
     kl: float = 0.1
     ce: float = 1.0
     temperature: float = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = 0.5
+    reduction: Literal["token_mean", "batchmean_legacy"] = "token_mean"
+    offline: int | None = None
+    offline_folder: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._not_negative("kl", "ce")
-        self._positive("temperature")
+        self._positive("temperature", "offline")
         require(self.kl + self.ce > 0, f"{self.name}.kl + {self.name}.ce", "greater than 0", self.kl + self.ce)
+        require(0 < self.beta < 1, f"{self.name}.beta", "between 0 and 1 (its limits are forward_kl and reverse_kl)", self.beta)
+        if self.offline and self.reduction != "token_mean":
+            raise ValueError(
+                f"{self.name}.offline keeps the teacher at target tokens and needs reduction='token_mean', got {self.reduction!r}"
+            )
+        if self.offline_folder and not self.offline:
+            raise ValueError(f"{self.name}.offline_folder needs {self.name}.offline, the number of tokens to keep at each target; got none")
 
 
 @dataclass(frozen=True)
@@ -288,24 +305,128 @@ class PseudoLabel(Stage):
 
 
 @dataclass(frozen=True)
-class Sft(Training):
-    """Supervised fine-tuning through TRL."""
+class Lora:
+    """Low-rank updates of the projections of layers, in place of training these whole; merged into the weights at the end.
 
-    name: ClassVar[str] = "sft"
+    `rank`, `alpha` (the update counts alpha / rank), `dropout` of its input. `bits=4` holds the frozen weights in NF4
+    while training (QLoRA, arXiv 2305.14314; needs bitsandbytes).
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "lora")
+        require(self.rank > 0, "lora.rank", "a number > 0", self.rank)
+        require(self.alpha > 0, "lora.alpha", "a number > 0", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "a number from 0 to below 1", self.dropout)
+        require(self.bits in (None, 4), "lora.bits", "4 or none", self.bits)
 
 
 @dataclass(frozen=True)
-class Dpo(Training):
-    """Direct preference optimisation through TRL."""
+class Aligning(Training):
+    """What the stages that run on TRL's trainers share: everything is trained, whole or through `lora`."""
+
+    train: Literal["mixers", "all", "all_but_mlps"] = "all"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.rest_lr is not None:
+            raise ValueError(f"{self.name}: lora has one learning rate, got rest_lr={self.rest_lr} too; give one of the two")
+
+
+@dataclass(frozen=True)
+class Sft(Aligning):
+    """Supervised fine-tuning on conversations (TRL's SFTTrainer): the mean cross-entropy over target tokens.
+
+    `targets`: "answers" are the assistant's words and their end token, of answers that fit into the window whole: a
+    longer conversation ends with the last such answer. "assistant" cuts at the window's end, and "all" learns the
+    prompts too.
+    """
+
+    name: ClassVar[str] = "sft"
+
+    targets: Literal["answers", "assistant", "all"] = "answers"
+    lr: float = 2e-5
+    warmup: float = 0.01
+
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dpo(Aligning):
+    """Direct preference optimisation on pairs of answers (arXiv 2305.18290; TRL's DPOTrainer). `batch` counts pairs.
+
+    `beta` holds the student to the reference. `loss`: one of `DPO_LOSSES` or several, whose sum is trained, with
+    `loss_weights`. `label_smoothing` belongs to exo_pair and robust. `reference`: "input" is the student as the stage got
+    it, "teacher" the recipe's teacher (Mamba-in-Llama, equation 4), anything else a model folder or hub name.
+    `precompute`: the reference's log-probabilities are computed before training, and it leaves the memory.
+    """
 
     name: ClassVar[str] = "dpo"
+    targets: ClassVar[str] = "pairs"
+
+    lr: float = 5e-7
+    warmup: float = 0.1
+    batch: int = 32
+    beta: float = 0.1
+    loss: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    reference: str = "input"
+    precompute: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("beta")
+        for loss in self.losses():
+            require(loss in DPO_LOSSES, f"{self.name}.loss", f"of {', '.join(DPO_LOSSES)}", loss)
+        require(0 <= self.label_smoothing < 0.5, f"{self.name}.label_smoothing", "a number from 0 to below 0.5", self.label_smoothing)
+        require(bool(self.reference), f"{self.name}.reference", "'input', 'teacher' or a model", self.reference)
+        if self.loss_weights is not None:
+            require(len(self.loss_weights) == len(self.losses()), f"{self.name}.loss_weights", "one number per loss", self.loss_weights)
+        if "exo_pair" in self.losses() and not self.label_smoothing:
+            raise ValueError(f"{self.name}.label_smoothing must be greater than 0 for exo_pair (its paper: 1e-3), got 0")
+
+    def losses(self) -> list[str]:
+        """The losses as a list."""
+        return [self.loss] if isinstance(self.loss, str) else self.loss
 
 
 @dataclass(frozen=True)
 class Draft(TokenTraining):
-    """A small model for speculative decoding, made from the teacher; the student stays as it is."""
+    """A small model for speculative decoding, made from the teacher and trained; the student stays as it is.
+
+    `layers`: how many of the teacher's layers it has, evenly spaced from the first to the last, or which ones. `head`: how many
+    output tokens it has, the most frequent ones of the data's targets (default: all); it never proposes others. The loss is `kl`
+    times KL(student || draft), over the tokens that it has, plus `ce` times cross-entropy, means over target tokens; Mamba-in-Llama
+    trains its drafts by cross-entropy alone.
+    """
 
     name: ClassVar[str] = "draft"
 
+    train: Literal["mixers", "all", "all_but_mlps"] = "all"
+    layers: int | list[int] = 2
+    head: int | None = None
+    kl: float = 1.0
+    ce: float = 0.0
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, PseudoLabel, Select)}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._not_negative("kl", "ce")
+        self._positive("head")
+        require(self.kl + self.ce > 0, f"{self.name}.kl + {self.name}.ce", "greater than 0", self.kl + self.ce)
+        few = self.layers >= 1 if isinstance(self.layers, int) else bool(self.layers) and sorted(set(self.layers)) == self.layers
+        require(few, f"{self.name}.layers", "a number >= 1, or a rising list of layer indices", self.layers)
+
+
+STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, Draft, PseudoLabel, Select, Sft, Dpo)}

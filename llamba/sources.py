@@ -74,6 +74,10 @@ def _pair(row: dict[str, Any], where: str) -> Row:
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt or [], where, "prompt")
     if any(message["role"] == "user" for message in sides["chosen"]):  # both sides repeat the prompt
         prompt = sides["chosen"][:-1]
+        if sides["rejected"][:-1] != prompt:
+            raise ValueError(
+                f"{where}: 'chosen' and 'rejected' must differ in the last message alone, got different conversations before it"
+            )
     return {"prompt": prompt, "chosen": sides["chosen"][-1:], "rejected": sides["rejected"][-1:]}
 
 
@@ -81,12 +85,12 @@ def _check(row: object, where: str) -> Row:
     """The row as `text`, `messages`, or `prompt`, `chosen` and `rejected`."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: needed an object with 'messages' or 'text', got {type(row).__name__}")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return _pair(row, where)
     if row.get("messages") is not None:
         return {"messages": _messages(row["messages"], where, "messages")}
     if row.get("conversations") is not None:
         return {"messages": _conversations(row["conversations"], where)}
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        return _pair(row, where)
     if isinstance(row.get("text"), str):
         return {"text": row["text"]}
     raise ValueError(f"{where}: needed 'messages' (a list), 'text' (a string) or 'prompt', 'chosen', 'rejected', got keys {sorted(row)}")

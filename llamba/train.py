@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from llamba import checkpoints
 from llamba.alignment import Distances
 from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.hybrid import mixer_layers
-from llamba.log import LAYERS, Metrics
+from llamba.log import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 from llamba.wrapped import inside
 
-Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums | Distances]
+Objective = Callable[[PreTrainedModel, Any, Batch], Sums | Distances]  # student, teacher (or None), batch
 
-_CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
+CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -40,6 +40,12 @@ def processes() -> int:
 def on_cpu() -> bool:
     """Whether to train on the CPU: no accelerator, or the launcher's configuration says so."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def own_device() -> torch.device:
+    """The device that this process trains on, before any process group exists."""
+    found = None if on_cpu() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def accumulation(stage: Training) -> int:
@@ -62,13 +68,16 @@ def schedule(stage: Training, steps: int) -> dict[str, Any]:
     return {"lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.schedule, stage.schedule)}
 
 
-def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> TrainingArguments:
+def training_arguments(
+    stage: Training, steps: int, seed: int, folder: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> Any:
     """The stage of `steps` optimizer steps in the Trainer's words; checkpoints go to `folder`.
 
-    Raises ValueError where `batch` does not divide.
+    `kind` is the arguments' class, `more` what it takes beyond the Trainer's. Raises ValueError where `batch` does not
+    divide.
     """
     renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
-    args = TrainingArguments(
+    args = kind(
         output_dir=str(folder),
         seed=seed,
         per_device_train_batch_size=stage.micro_batch,
@@ -95,6 +104,7 @@ def training_arguments(stage: Training, steps: int, seed: int, folder: Path) -> 
         disable_tqdm=True,
         report_to=stage.report_to or "none",
         use_cpu=on_cpu(),
+        **more,
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process trains on one device: never nn.DataParallel
     return args
@@ -135,9 +145,19 @@ def model_inputs(batch: Batch) -> Batch:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
 
 
+def _whole(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """A quantised teacher, which was loaded to its device. Raises ValueError where weights are sharded."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3):
+        raise ValueError("teacher_bits keeps a whole teacher on each device and needs one process, DDP or ZeRO-2, got sharded weights")
+    return teacher
+
+
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """The teacher in evaluation mode where the student trains: whole on each device, or its layers sharded with the student's."""
     teacher.requires_grad_(False).eval()
+    if getattr(teacher, "is_quantized", False):
+        return _whole(teacher, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
         import deepspeed
 
@@ -167,86 +187,15 @@ def _split(group: dict[str, Any], mixers: set[int], rest_lr: float) -> list[dict
     return [part for part in ({**group, "params": own}, {**group, "params": rest, "lr": rest_lr}) if part["params"]]
 
 
-class DistillTrainer(Trainer):
-    """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
+class StageTrainer(Trainer):
+    """The Trainer of every stage: decays matrices only, and leaves complete checkpoints with finite weights.
 
-    The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
+    A subclass sets `student`, `rest_lr` (learning rate of all but the mixers) and `folder` (of the checkpoints).
     """
 
-    loss_is_scaled_for_ga = True
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        objective: Objective,
-        args: TrainingArguments,
-        rows: Ordered,
-        metrics: Path,
-        rest_lr: float | None = None,
-    ) -> None:
-        pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
-        super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
-        self.pop_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
-        self.sums_of: Objective = objective
-        self.student, self.rest_lr = student, rest_lr
-        self.folder = Path(args.output_dir or "")
-        self.teacher = place_teacher(teacher, self.accelerator)
-        self._names: tuple[str, ...] = ()  # of the objective's sums
-        self._logged: Tensor | float = 0.0  # sums since the last log
-        self._step: Tensor | float = 0.0  # sums of this optimizer step
-
-    def _sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, with gradient, and all sums of the objective in one vector, in the order of `_names`."""
-        student = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            sums = inside(model, student, partial(self.sums_of, student, self.teacher), batch)
-        named = sums._asdict()
-        named |= {f"{LAYERS}{number}": value for number, value in named.pop("layers", {}).items()}
-        self._names = tuple(named)
-        return sums.loss, torch.stack([value.detach().float() for value in named.values()])
-
-    def _means(self, sums: Tensor | float) -> dict[str, float]:
-        """Sums by name, as means over target tokens."""
-        assert isinstance(sums, Tensor), "sums are read after a forward pass"
-        values = dict(zip(self._names, sums.tolist(), strict=True))
-        targets = values.pop("targets")
-        return {name: value / targets if targets else math.nan for name, value in values.items()}
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """This forward pass's part of the step's mean, times the processes over which gradients are averaged."""
-        loss, sums = self._sums(model, inputs)
-        self._step += sums
-        return loss * self.accelerator.num_processes / num_items_in_batch
-
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Forward and backward. Raises ValueError, on all processes alike and before the optimizer steps, if the loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            total = self.accelerator.reduce(self._step, "sum")
-            self._logged += total
-            self._step = 0.0
-            self._require_finite(self._means(total))
-        return loss
-
-    def _require_finite(self, means: dict[str, float]) -> None:
-        if not math.isfinite(means["loss"]):
-            parts = ", ".join(f"{name} {value}" for name, value in means.items() if name != "loss" and not name.startswith(LAYERS))
-            broken = [name.removeprefix(LAYERS) for name, value in means.items() if name.startswith(LAYERS) and not math.isfinite(value)]
-            raise ValueError(
-                f"the loss must be finite, got {means['loss']} ({parts or 'in layers ' + ', '.join(broken)}) at step "
-                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {_CALMER}"
-            )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The loss and its parts as means over the target tokens since the last log, of all processes."""
-        if "loss" in logs:
-            logs |= self._means(self._logged)
-            self._logged = 0.0
-        super().log(logs, start_time)
+    student: Any  # a PreTrainedModel, or peft's wrapper of one
+    rest_lr: float | None
+    folder: Path
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: no biases, norms, `A_log`, `D`."""
@@ -282,21 +231,134 @@ class DistillTrainer(Trainer):
         if broken:
             raise ValueError(
                 f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
-                f"{checkpoints.last_good(self.folder)}; {_CALMER}"
+                f"{checkpoints.last_good(self.folder)}; {CALMER}"
             )
+
+
+class DistillTrainer(StageTrainer):
+    """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
+
+    The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
+    With `mean_of_means` each forward pass counts alike, whatever its number of targets, as in published code.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        objective: Objective,
+        args: TrainingArguments,
+        rows: Ordered,
+        metrics: Path,
+        rest_lr: float | None = None,
+        mean_of_means: bool = False,
+    ) -> None:
+        pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
+        super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
+        self.pop_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
+        self.sums_of: Objective = objective
+        self.student, self.rest_lr = student, rest_lr
+        self.folder = Path(args.output_dir or "")
+        self.mean_of_means = mean_of_means
+        self.teacher = teacher if teacher is None else place_teacher(teacher, self.accelerator)
+        self._names: tuple[str, ...] = ()  # of the objective's sums
+        self._logged: Tensor | float = 0.0  # sums since the last log
+        self._step: Tensor | float = 0.0  # sums of this optimizer step
+
+    def _sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, with gradient, and all sums of the objective in one vector, in the order of `_names`."""
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            sums = inside(model, student, partial(self.sums_of, student, self.teacher), batch)
+        named = sums._asdict()
+        named |= {f"{LAYERS}{number}": value for number, value in named.pop("layers", {}).items()}
+        self._names = tuple(named)
+        return sums.loss, torch.stack([value.detach().float() for value in named.values()])
+
+    def _means(self, sums: Tensor | float) -> dict[str, float]:
+        """Sums by name, as means over target tokens."""
+        assert isinstance(sums, Tensor), "sums are read after a forward pass"
+        values = dict(zip(self._names, sums.tolist(), strict=True))
+        targets = values.pop("targets")
+        return {name: value / targets if targets else math.nan for name, value in values.items()}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """This forward pass's part of the step's mean, times the processes over which gradients are averaged."""
+        loss, sums = self._sums(model, inputs)
+        self._step += sums
+        if self.mean_of_means:
+            return loss / sums[self._names.index("targets")].clamp_min(1) / self.args.gradient_accumulation_steps
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward. Raises ValueError, on all processes alike and before the optimizer steps, if the loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            total = self.accelerator.reduce(self._step, "sum")
+            self._logged += total
+            self._step = 0.0
+            self._require_finite(self._means(total))
+        return loss
+
+    def _require_finite(self, means: dict[str, float]) -> None:
+        if not math.isfinite(means["loss"]):
+            parts = ", ".join(f"{name} {value}" for name, value in means.items() if name != "loss" and not name.startswith(LAYERS))
+            broken = [name.removeprefix(LAYERS) for name, value in means.items() if name.startswith(LAYERS) and not math.isfinite(value)]
+            raise ValueError(
+                f"the loss must be finite, got {means['loss']} ({parts or 'in layers ' + ', '.join(broken)}) at step "
+                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {CALMER}"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss and its parts as means over the target tokens since the last log, of all processes."""
+        if "loss" in logs:
+            logs |= self._means(self._logged)
+            self._logged = 0.0
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def held_out(self, rows: Rows) -> dict[str, float]:
         """The means of `log` on held-out rows, each named eval_..., layers left out."""
         self.student.eval()
         total: Tensor | float = 0.0
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size * self.accelerator.num_processes):
-            first = start + size * self.accelerator.process_index
-            own = [rows[index] for index in range(first, min(first + size, len(rows)))]
-            batch = collate(own or [rows[0]], 0)
-            if not own:  # every process takes part in every forward pass
-                batch["labels"].fill_(IGNORE)
-            total += self._sums(self.model_wrapped, self._prepare_inputs(batch))[1]
+        for batch in held_out_batches(self, rows):
+            total += self._sums(self.model_wrapped, batch)[1]
         means = self._means(self.accelerator.reduce(total, "sum"))
         return {f"eval_{name}": value for name, value in means.items() if not name.startswith(LAYERS)}
+
+
+def held_out_batches(trainer: StageTrainer, rows: Rows) -> Iterator[Batch]:
+    """This process's share of held-out rows, in the same number of batches on every process; a spare one has no targets."""
+    size, accelerator = trainer.args.per_device_train_batch_size, trainer.accelerator
+    for start in range(0, len(rows), size * accelerator.num_processes):
+        first = start + size * accelerator.process_index
+        own = [rows[index] for index in range(first, min(first + size, len(rows)))]
+        batch = collate(own or [rows[0]], 0)
+        if not own:  # every process takes part in every forward pass
+            batch["labels"].fill_(IGNORE)
+        yield trainer._prepare_inputs(batch)
+
+
+def carry_out(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Train from the newest complete checkpoint on, score, and leave the model in `out`.
+
+    Returns the last line of `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained.
+    """
+    if trainer.args.should_save:
+        checkpoints.remove_incomplete(trainer.folder)
+    found = checkpoints.complete(trainer.folder)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    last = (read_metrics(out / METRICS) or [{}])[-1]
+    scores = score()
+    trainer.save_model(str(out))
+    if trainer.args.should_save:
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        if scores:
+            append_metrics(out / METRICS, {"step": trainer.state.global_step, **scores})
+    trainer.accelerator.wait_for_everyone()
+    return {**last, **scores, "processes": trainer.accelerator.num_processes}

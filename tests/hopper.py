@@ -84,10 +84,8 @@ def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str,
         tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
         usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    tensor_cores = "wgmma.mma_async" in made.asm["ptx"]
-    return {
-        "kernel": kernel.fn.__name__, "registers": int(registers), "stack": int(stack), "shared": made.metadata.shared, "wgmma": tensor_cores,
-    }  # fmt: skip
+    counts = {"registers": int(registers), "stack": int(stack), "shared": made.metadata.shared}
+    return {"kernel": kernel.fn.__name__, **counts, "wgmma": "wgmma.mma_async" in made.asm["ptx"]}
 
 
 if __name__ == "__main__":

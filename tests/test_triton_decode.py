@@ -184,3 +184,12 @@ def test_what_does_not_fit_is_named() -> None:
         mamba2_steps(torch.zeros(1, 1, 59), **call)
     with pytest.raises(ValueError, match="3 tokens need W - 1 . T = 6 raw slots and 2 T = 6 slots; got 4 and 4"):
         mamba2_steps(torch.zeros(1, 3, 60), **call)
+
+
+def test_the_bench_of_several_tokens_a_launch_starts(tmp_path, capsys) -> None:
+    from llamba.cli import main
+
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "multistep.png"
+    main("bench multistep --device cpu --shrink 16 --dtype float32 --repeats 1".split() + ["--out", str(rows), "--picture", str(picture)])
+    assert capsys.readouterr().out.count("tokens a launch") == len(rows.read_text().splitlines()) == 6
+    assert picture.stat().st_size > 1000
