@@ -16,7 +16,7 @@ from llamba.kernels.decode import Buffers, Cursors, Weights, buffers, commit, cu
 from llamba.kernels.ssd import ssd
 
 pytestmark = needs_interpreter
-H, G, P, N, W, ROUND = 4, 2, 5, 3, 4, 3
+H, G, P, N, W, ROUND = 4, 2, 5, 3, 4, 2
 C = G * P + G * N + H * N
 KINDS = ["mamba2", "discrete_mamba2"]
 
@@ -58,16 +58,16 @@ class Walk(NamedTuple):
     at: Cursors
 
 
-def _walk(kind: str, impl: str, dtype: torch.dtype, rounds: int = 20, keep: bool = False, rows: int = 2, size: int = ROUND) -> Walk:
+def _walk(kind: str, impl: str, dtype: torch.dtype, rounds: int = 9, keep: bool = False, rows: int = 2, size: int = ROUND) -> Walk:
     """Rounds of tokens of which each row uses and keeps numbers of its own; all that was never written is NaN."""
-    made, weights = torch.Generator().manual_seed(3), _weights(kind, dtype)
+    made, weights = torch.Generator().manual_seed(6), _weights(kind, dtype)
     held, at = buffers(rows, H, G, P, N, W, size, dtype, "cpu"), cursors(rows, "cpu")
     for buffer in held[1:]:
         buffer.fill_(float("nan"))
     walk = Walk([torch.empty(0)] * rows, [torch.empty(0)] * rows, held, at)
     for turn in range(rounds):
         zxbcdt = _tokens(rows, size, seed=turn).to(dtype)
-        new = torch.full((rows,), size) if keep else torch.randint(0, size + 1, (rows,), generator=made)
+        new = torch.full((rows,), size) if keep else torch.randint(min(turn % 3, 1), size + 1, (rows,), generator=made)
         kept = new if keep else torch.minimum(new, (torch.rand(rows, generator=made) * (new + 2)).int())
         plan(at, new, size, held.x.shape[1], keep)
         before = Buffers(*(buffer.clone() for buffer in held))
@@ -88,7 +88,7 @@ def _only_new_slots_changed(before: Buffers, after: Buffers, at: Cursors) -> Non
         for row in range(len(old)):
             same = (now[row] == old[row]) | (now[row].isnan() & old[row].isnan())
             if name == "state":
-                assert same.all() or at.fold_to[row] > at.folded[row]
+                assert same.all() or at.fold_to[row] > at.folded[row], "state changed without a fold"
             else:
                 new = (int(at.length[row]) + torch.arange(int(at.new[row]))) % len(same)
                 same[new] = True
@@ -125,7 +125,7 @@ def test_ordinary_decoding_folds_every_token() -> None:
     _check_walk(walk, _weights("mamba2", torch.float32), 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mamba2", pytest.param("discrete_mamba2", marks=pytest.mark.slow)])
 def test_one_token_and_several_give_the_same_bits(kind: str) -> None:
     """The same tokens one by one, all at once, and in rounds that replay what was not folded."""
     weights, tokens = _weights(kind, torch.float32), _tokens(1, 6).float()
@@ -146,9 +146,9 @@ def test_one_token_and_several_give_the_same_bits(kind: str) -> None:
 
 
 def test_programs_in_any_order() -> None:
-    forwards = _walk("mamba2", "triton", torch.float32, rounds=5)
+    forwards = _walk("mamba2", "triton", torch.float32, rounds=3)
     with grid_backwards():
-        backwards = _walk("mamba2", "triton", torch.float32, rounds=5)
+        backwards = _walk("mamba2", "triton", torch.float32, rounds=3)
     assert all(torch.equal(one, other) for one, other in zip(forwards.outputs, backwards.outputs, strict=True))
 
 
@@ -165,25 +165,25 @@ def test_steps_far_below_zero_keep_their_precision() -> None:
 CORRUPTIONS = {
     "replay": ("x, b, dt = tl.load(at_x, mask=p < P, other=0.0)", "x, b, dt = tl.load(at_x + G * P, mask=p < P, other=0.0)"),
     "fold": ("if pos + 1 == until", "if pos == until"),
-    "window": ("tl.where((p < start) & (p >= 0), size, 0)", "tl.where(p < start, size, 0)"),
+    "taps": ("tl.load(conv + at * W + k", "tl.load(conv + at * W + (W - 1 - k)"),
     "owner": ("mask=p < tl.where(first, P, 0)", "mask=p < tl.where(h == 0, P, 0)"),
 }
 
 
-@pytest.mark.parametrize("where", CORRUPTIONS)
+@pytest.mark.parametrize("where", ["replay", "fold", *(pytest.param(one, marks=pytest.mark.slow) for one in ("taps", "owner"))])
 def test_a_planted_corruption_is_caught(where: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(triton_op, "mamba2", corrupted(triton_mamba2, *CORRUPTIONS[where], tmp_path).mamba2)
-    with pytest.raises(AssertionError):
-        _check_walk(_walk("discrete_mamba2", "triton", torch.float64), _weights("discrete_mamba2", torch.float64), 1e-12)
+    with pytest.raises(AssertionError, match="error over budget|changed"):
+        _check_walk(_walk("discrete_mamba2", "triton", torch.float64, rows=1), _weights("discrete_mamba2", torch.float64), 1e-12)
 
 
 def test_what_does_not_fit_is_named() -> None:
     held, at = buffers(1, H, G, P, N, W, 1, torch.float32, "cpu"), cursors(1, "cpu")
     call: dict[str, Any] = {"weights": _weights("mamba2", torch.float32), "held": held, "at": at}
-    with pytest.raises(ValueError, match=r"zxbcdt must have shape \[1, 1, 60\], got \[1, 1, 59\]"):
+    with pytest.raises(ValueError, match=r"zxbcdt must have shape \[1, 1, 52\], got \[1, 1, 59\]"):
         mamba2_steps(torch.zeros(1, 1, 59), **call)
     with pytest.raises(ValueError, match="3 tokens need W - 1 . T = 6 raw slots and 2 T = 6 slots; got 4 and 4"):
-        mamba2_steps(torch.zeros(1, 3, 60), **call)
+        mamba2_steps(torch.zeros(1, 3, 52), **call)
 
 
 def test_the_bench_of_several_tokens_a_launch_starts(tmp_path, capsys) -> None:
@@ -193,3 +193,12 @@ def test_the_bench_of_several_tokens_a_launch_starts(tmp_path, capsys) -> None:
     main("bench multistep --device cpu --shrink 16 --dtype float32 --repeats 1".split() + ["--out", str(rows), "--picture", str(picture)])
     assert capsys.readouterr().out.count("tokens a launch") == len(rows.read_text().splitlines()) == 6
     assert picture.stat().st_size > 1000
+
+
+def test_the_bench_of_a_training_step_starts(tmp_path, capsys) -> None:
+    from llamba.cli import main
+
+    rows = tmp_path / "rows.jsonl"
+    main("bench train --device cpu --shrink 32 --dtype float32 --repeats 1".split() + ["--out", str(rows)])
+    assert "TFLOP/s" in capsys.readouterr().out
+    assert rows.read_text().count('"bench": "train"') == 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import WIDE, dense_rows, width
+from ..launch import WIDE, dense_rows, on_device, width
 from .triton_mamba2 import mamba2
 
 
@@ -18,9 +18,11 @@ def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
     for name, buffer in held._asdict().items():
         assert buffer.is_contiguous(), f"the kernel writes {name} in place"
     zxbcdt, out = dense_rows(zxbcdt), torch.empty(B, T, H * P, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    mamba2[H, B](
-        zxbcdt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log, weights.D, weights.norm, *held, *at, out,
-        *zxbcdt.stride()[:2], T, G, held.x.shape[1], held.raw.shape[1], weights.eps,
-        P=P, N=N, R=H // G, W=weights.conv.shape[1], SILU=weights.silu, BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=4,
-    )  # fmt: skip
+    with on_device(zxbcdt):
+        mamba2[H, B](
+            zxbcdt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log, weights.D, weights.norm, *held, *at, out,
+            *zxbcdt.stride()[:2], T, G, held.x.shape[1], held.raw.shape[1], weights.eps,
+            P=P, N=N, R=H // G, W=weights.conv.shape[1], SILU=weights.silu,
+            BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=4,
+        )  # fmt: skip
     return out

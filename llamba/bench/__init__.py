@@ -1,5 +1,5 @@
 """Benchmarks, each against a peer on the same work in the same process."""
 
-from llamba.bench import losses, multistep, ops, speculative
+from llamba.bench import losses, multistep, ops, speculative, train
 
-BENCHES = {"losses": losses.main, "multistep": multistep.main, "ops": ops.main, "speculative": speculative.main}
+BENCHES = {"losses": losses.main, "multistep": multistep.main, "ops": ops.main, "speculative": speculative.main, "train": train.main}
