@@ -1,5 +1,8 @@
 """Benchmarks, each against a peer on the same work in the same process."""
 
-from llamba.bench import losses, multistep, ops, speculative, train
+from llamba.bench import losses, matrices, multistep, ops, speculative, train
 
-BENCHES = {"losses": losses.main, "multistep": multistep.main, "ops": ops.main, "speculative": speculative.main, "train": train.main}
+BENCHES = {
+    "losses": losses.main, "matrices": matrices.main, "multistep": multistep.main, "ops": ops.main, "speculative": speculative.main,
+    "train": train.main,
+}  # fmt: skip
