@@ -148,7 +148,7 @@ def _matrices_options(group: Any) -> None:
     group.add_argument("--matrices", type=int, default=32, help="how many, one head of every layer in turn (default 32)")
     group.add_argument("--length", type=int, default=256, help="tokens of each (default 256)")
     group.add_argument("--steps", type=int, default=2000, help="of gradient descent, for low-rank and SSD (default 2000)")
-    group.add_argument("--picture", help="draw the table to this file")
+    group.add_argument("--picture", help="draw the table to this file (of multistep, too)")
 
 
 def _speculative_options(group: Any) -> None:
@@ -195,7 +195,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
-    command.add_argument("--picture", help="of multistep: draw it into this file")
     command.add_argument("--model", help="of matrices and speculative: run folder, model folder or hub name")
     _matrices_options(command.add_argument_group("matrices"))
     _speculative_options(command.add_argument_group("speculative"))
