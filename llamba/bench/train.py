@@ -52,7 +52,7 @@ def _inputs(shrink: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
-def _step(inputs: dict[str, Tensor], impl: str) -> Callable[[], None]:
+def _step(inputs: dict[str, Any], impl: str) -> Callable[[], None]:
     dy = torch.randn_like(inputs["c"])  # of y [B, T, H, P]: P = N
 
     def run() -> None:
