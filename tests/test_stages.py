@@ -231,11 +231,12 @@ def stage_losses(stage, student_folder: Path, teacher_folder: Path, data: Prepar
     return [line["loss"] for line in read_metrics(out / METRICS)]
 
 
-@pytest.mark.parametrize("name", ["matrix", "hidden"])
+@pytest.mark.parametrize("name", ["matrix", "hidden", "distill"])
 @pytest.mark.parametrize("kind", ["low_rank", "toeplitz", "attention"])
-def test_ablation_mixers_are_aligned_too(tmp_path: Path, teacher_folder: Path, data: Prepared, name: str, kind: str) -> None:
+def test_ablation_mixers_are_trained_too(tmp_path: Path, teacher_folder: Path, data: Prepared, name: str, kind: str) -> None:
     convert(str(teacher_folder), mixer=kind, init="random").save_pretrained(tmp_path / "student")
-    stage = {"matrix": Matrix, "hidden": Hidden}[name](**SHORT, lr=5e-3, steps=6)
+    kinds = {"matrix": Matrix, "hidden": Hidden, "distill": partial(Distill, kl=1.0, ce=0.0, clip=1.0)}
+    stage = kinds[name](**SHORT, lr=5e-3, steps=6)
     losses = stage_losses(stage, tmp_path / "student", teacher_folder, data, tmp_path / "out")
     assert losses[-1] < 0.97 * losses[0]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaHybridForCausalLM"
