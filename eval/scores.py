@@ -1,71 +1,26 @@
 """`scores.jsonl`: one row per score, each with everything that made it."""
 
-import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llamba.eval.journal import read_lines
 from llamba.eval.judge import slug
 from llamba.eval.stats import Interval
 from llamba.folders import finished, resolve_model
+from llamba.provenance import stamp, version
 
 SCORES = "scores.jsonl"
 _PACKAGES = ("llamba", "torch", "transformers", "fschat", "alpaca_eval", "lm_eval", "openai")
-
-
-def version(package: str) -> str | None:
-    """A package's version, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def need(*packages: str) -> None:
     """Raises ValueError where a package of the `eval` extra is not installed."""
     if missing := [package for package in packages if version(package) is None]:
         raise ValueError(f"this needs {', '.join(missing)}, not installed; pip install --constraint constraints.txt 'llamba[eval]'")
-
-
-def commit() -> str | None:
-    """Commit of this code where it runs from a checkout, with + for uncommitted changes."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if changed else "")
-
-
-def hardware() -> str:
-    """The accelerator's name, or the processor and its threads."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def stamp() -> dict[str, Any]:
-    """What made a row: commit, command, versions, hardware, date."""
-    return {
-        "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := version(p))},
-        "hardware": hardware(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 def model_name(name: str) -> str:
@@ -97,7 +52,7 @@ def score(benchmark: str, metric: str, model: str, value: Interval | float, judg
 def save(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into the folder's scores.jsonl; a row of the same benchmark, metric, model and judge is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = stamp()
+    made = stamp(_PACKAGES)
     new = {_key(row): row | made for row in rows}
     path = folder / SCORES
     with (folder / f"{SCORES}.lock").open("w") as lock:

@@ -67,6 +67,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.held: Inputs | None = None  # each [B, S, ...]
         self.counts: list[int] = []
         self.pinned: list[int] = []
+        self.absent: list[list[int]] = []  # of each row, which of the tokens seen while recording were padding
         self.seen = 0
 
     @property
@@ -112,6 +113,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.counts, self.seen = [count + tokens for count in firsts], self.seen + tokens
         used = max(self.counts)
         return tuple(buffer[:, :used] for buffer in self.held), firsts
+
+    def skip(self, real: Tensor) -> None:
+        """Of the tokens held last, those that are absent (real [B, T] False) were put behind the others: forget them."""
+        tokens = real.shape[1]
+        new = [[self.seen - tokens + t for t, there in enumerate(row) if not there] for row in real.tolist()]
+        self.absent = [old + more for old, more in zip(self.absent or [[] for _ in new], new, strict=True)]
+        self.counts = [count - len(more) for count, more in zip(self.counts, new, strict=True)]
 
     def _make_columns(self, raw: Tensor) -> None:
         old, width = self.raw, self.conv_width - 1
@@ -161,8 +169,10 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Take back the last `-tokens_to_remove` tokens of every row (transformers passes a negative count, or 0)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
-        self.take_back([-tokens_to_remove] * len(self.counts))
         self.seen += tokens_to_remove
+        gone = [sum(time >= self.seen for time in row) for row in self.absent or [[]] * len(self.counts)]
+        self.absent = [[time for time in row if time < self.seen] for row in self.absent]
+        self.take_back([-tokens_to_remove - absent for absent in gone])
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, as attention layers count them."""
@@ -186,7 +196,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.raw = change(self.raw)
         self.state = None if self.state is None else change(self.state)
         self.held = None if self.held is None else tuple(map(change, self.held))
-        self.counts, self.pinned = change(torch.tensor([self.counts, self.pinned]).T).T.tolist()
+        rows = change(torch.arange(len(self.counts))).tolist()
+        self.counts, self.pinned = [self.counts[row] for row in rows], [self.pinned[row] for row in rows]
+        self.absent = [list(self.absent[row]) for row in rows] if self.absent else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of the selected beams."""

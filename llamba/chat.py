@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from llamba.folders import resolve_model
+from llamba.speculative import generate
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and forgets), /exit or end of file leaves"
 
@@ -51,6 +52,22 @@ class Printer(TextStreamer):
         self.out.flush()
 
 
+@dataclass(frozen=True)
+class Speculation:
+    """Where drafts come from (a loaded model, or "lookup": the text itself) and how many tokens are drafted at a time."""
+
+    draft: Any
+    lookahead: Any = "auto"
+
+
+def load_draft(name: str, model: Any) -> Any:
+    """The draft that `name` means for a loaded model: "lookup", or a run folder, model folder or hub name."""
+    if name == "lookup":
+        return name
+    draft: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=model.dtype)
+    return draft.to(model.device).eval()
+
+
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one."""
     path = resolve_model(name)
@@ -63,8 +80,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO) -> str:
-    """Continue `text` (special tokens written out), printing as it comes; returns the new text.
+def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO, speculation: Speculation | None = None) -> str:
+    """Continue `text` (special tokens written out), printing as it comes; returns the new text. With `speculation`, how fast it was and
+    how many drafts stood is written to standard error.
 
     Raises ValueError where the text and the new tokens do not fit the model's context.
     """
@@ -74,19 +92,32 @@ def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextI
         raise ValueError(
             f"the conversation must be shorter than the model's context of {context} tokens; it has {length}; /reset forgets it"
         )
-    arguments = sampling.arguments() | {"max_new_tokens": min(sampling.max_new_tokens, context - length)}
-    printer = Printer(tokenizer, out)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    most, printer, made = min(sampling.max_new_tokens, context - length), Printer(tokenizer, out), None
     try:
-        with torch.inference_mode():
-            model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], streamer=printer, pad_token_id=pad, **arguments
-            )
+        if speculation is None:
+            _plainly(model, tokenizer, inputs, sampling, most, printer)
+        else:
+            made = generate(
+                model, inputs["input_ids"], draft=speculation.draft, lookahead=speculation.lookahead, max_new_tokens=most,
+                temperature=sampling.temperature, top_p=sampling.top_p, streamer=printer,
+            )  # fmt: skip
     except KeyboardInterrupt:
         out.write(" [stopped]")
     out.write("\n")
     out.flush()
+    if made is not None:
+        print(f"[{made}]", file=sys.stderr)
     return printer.text
+
+
+def _plainly(model: Any, tokenizer: Any, inputs: Any, sampling: Sampling, most: int, printer: Printer) -> None:
+    """Transformers' own generation, whatever the model."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    arguments = sampling.arguments() | {"max_new_tokens": most}
+    with torch.inference_mode():
+        model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], streamer=printer, pad_token_id=pad, **arguments
+        )
 
 
 @dataclass
@@ -98,6 +129,7 @@ class Chat:
     sampling: Sampling
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -108,7 +140,7 @@ class Chat:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.apply_chat_template(system + asked, tokenize=False, add_generation_prompt=True)
-        reply = stream(self.model, self.tokenizer, prompt, self.sampling, out)
+        reply = stream(self.model, self.tokenizer, prompt, self.sampling, out, self.speculation)
         self.messages = [*asked, {"role": "assistant", "content": reply}]
         return reply
 

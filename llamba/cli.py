@@ -65,10 +65,21 @@ def _sampling(args: argparse.Namespace) -> Any:
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
+def _lookahead(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _speculation(args: argparse.Namespace, model: Any) -> Any:
+    from llamba.chat import Speculation, load_draft
+
+    return None if args.draft is None else Speculation(load_draft(args.draft, model), args.lookahead)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from llamba.chat import Chat, load, talk
 
-    talk(Chat(*load(args.model, args.dtype, args.device), _sampling(args), args.system))
+    model, tokenizer = load(args.model, args.dtype, args.device)
+    talk(Chat(model, tokenizer, _sampling(args), args.system, speculation=_speculation(args, model)))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -78,12 +89,13 @@ def _generate(args: argparse.Namespace) -> None:
 
     sampling = _sampling(args)
     model, tokenizer = load(args.model, args.dtype, args.device)
+    speculation = _speculation(args, model)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     torch.manual_seed(sampling.seed)
     if args.chat:
-        Chat(model, tokenizer, sampling).answer(prompt, sys.stdout)
+        Chat(model, tokenizer, sampling, speculation=speculation).answer(prompt, sys.stdout)
     else:
-        stream(model, tokenizer, (tokenizer.bos_token or "") + prompt, sampling, sys.stdout)
+        stream(model, tokenizer, (tokenizer.bos_token or "") + prompt, sampling, sys.stdout, speculation)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -119,8 +131,25 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--draft", help='a smaller model of the same vocabulary that speculates, or "lookup"; what comes out stays the same'
+    )
+    parser.add_argument("--lookahead", type=_lookahead, default="auto", help="tokens drafted at a time, or auto (default)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+
+
+def _speculative_options(group: Any) -> None:
+    group.add_argument("--model", help="run folder, model folder or hub name; --draft and --prompts go with it")
+    group.add_argument("--draft", help='a smaller model of the same vocabulary, or "lookup"')
+    group.add_argument("--prompts", help="a .jsonl file of rows with messages, which end with the user's question")
+    group.add_argument("--preset", help="instead of a model: table1, table5, or a row of them; random weights of its shapes")
+    group.add_argument("--acceptance", type=float, help="of a preset's drafts (default: what its published row implies)")
+    group.add_argument("--shrink", type=int, default=1, help="divide a preset's widths and layers by this (to try it out)")
+    group.add_argument("--lookahead", default="1,2,3,4,5,6,7,8", help="tokens drafted at a time, several with commas (default 1 to 8)")
+    group.add_argument("--tokens", type=int, default=128, help="new tokens per prompt (default 128)")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--device", default="auto")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,10 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("losses", "ops"))
+    command.add_argument("what", choices=("losses", "ops", "speculative"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
+    _speculative_options(command.add_argument_group("speculative"))
     command.set_defaults(action=_bench)
     command = commands.add_parser("eval", help="benchmarks: MT-Bench, AlpacaEval, lm-eval and more", add_help=False)
     command.add_argument("arguments", nargs=argparse.REMAINDER)

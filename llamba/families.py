@@ -41,6 +41,7 @@ class LlamaHybridConfig(LlamaConfig):
     model_type = "llamba_llama"
     layer_types: list[str] | None = None
     mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None  # a draft's pruned head; None: all of the vocabulary
     auto_map: dict[str, str] | None = field(default_factory=dict)
 
 
@@ -59,6 +60,7 @@ class MistralHybridConfig(MistralConfig):
     model_type = "llamba_mistral"
     layer_types: list[str] | None = None
     mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None  # a draft's pruned head; None: all of the vocabulary
     auto_map: dict[str, str] | None = field(default_factory=dict)
 
 
@@ -77,6 +79,7 @@ class PhiHybridConfig(PhiConfig):
     model_type = "llamba_phi"
     layer_types: list[str] | None = None
     mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None  # a draft's pruned head; None: all of the vocabulary
     auto_map: dict[str, str] | None = field(default_factory=dict)
 
 
@@ -95,6 +98,7 @@ class Qwen2HybridConfig(Qwen2Config):
 
     model_type = "llamba_qwen2"
     mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None  # a draft's pruned head; None: all of the vocabulary
     auto_map: dict[str, str] | None = field(default_factory=dict)
 
 
@@ -112,6 +116,7 @@ class Qwen3HybridConfig(Qwen3Config):
 
     model_type = "llamba_qwen3"
     mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None  # a draft's pruned head; None: all of the vocabulary
     auto_map: dict[str, str] | None = field(default_factory=dict)
 
 

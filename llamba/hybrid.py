@@ -190,6 +190,30 @@ class HybridBackbone(PreTrainedModel):
         return made
 
 
+class PrunedHead(nn.Linear):
+    """A head over some tokens of the vocabulary [V], of which it has K; the logits of all others are -inf.
+
+    `tokens` [K] says which they are. For drafts in speculative decoding: what they cannot propose, the target still can.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, width: int, kept: int, vocabulary: int, bias: bool):
+        super().__init__(width, kept, bias=bias)
+        self.vocabulary = vocabulary
+        self.register_buffer("tokens", torch.arange(kept))
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        logits = super().forward(hidden)
+        return logits.new_full((*logits.shape[:-1], self.vocabulary), -torch.inf).index_copy_(-1, self.tokens, logits)
+
+    def places(self, tokens: Tensor, missing: int) -> Tensor:
+        """Where the head has these tokens; `missing` for those that it does not have, and for negative ones."""
+        table = torch.full((self.vocabulary + 1,), missing, device=tokens.device)
+        table[self.tokens] = torch.arange(len(self.tokens), device=tokens.device)
+        return table[torch.where(tokens < 0, self.vocabulary, tokens)]
+
+
 class HybridCausalLM(PreTrainedModel):
     """Mixed into a family's causal LM, before it: the same head over a `HybridBackbone`."""
 
@@ -203,17 +227,33 @@ class HybridCausalLM(PreTrainedModel):
         PreTrainedModel.__init__(self, config)
         self.model = self.backbone(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.backbone.parts.head_bias)
+        shape = config.hidden_size, config.vocab_size
+        bias, kept = self.backbone.parts.head_bias, config.head_tokens
+        self.lm_head = nn.Linear(*shape, bias=bias) if kept is None else PrunedHead(shape[0], kept, shape[1], bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(super(), module)
+
+    def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
+        if assistant_model is not None:
+            check_rewindable(assistant_model)
+        return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             adopt(cache, self.config)
+
+
+def check_rewindable(draft: PreTrainedModel) -> None:
+    """Raise ValueError for a draft whose state cannot be taken back: a recurrent model that is not ours."""
+    if draft._is_stateful:
+        raise ValueError(
+            f"the draft's state must be able to go back, and that of {type(draft).__name__} cannot; use a Llama-type model or "
+            "a model of ours"
+        )
 
 
 def _init_weights(family: Any, module: nn.Module) -> None:

@@ -1,19 +1,20 @@
 """What a recipe would do: layers, parameters, tokens, memory, hours. Counts on the meta device; needs neither weights nor network."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from llamba.convert import student_config
+from llamba.draft import draft_config
 from llamba.families import family_of
 from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Aligning, Attention, Dpo, Select, Stage, Training
+from llamba.settings import Aligning, Attention, Dpo, Draft, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -98,6 +99,12 @@ def _parameters(c: Counts) -> list[str]:
 def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, counts: Counts) -> list[str]:
     if not isinstance(stage, Training):
         return [f"stage {number}   {stage.name}"]
+    if isinstance(stage, Draft):  # the student guides it
+        made = draft_config(teacher_config(resolve_model(recipe.teacher)), stage.layers, None)
+        config = student_config(made, recipe.student.mixer, 1.0)
+        own = count(made, config)
+        cut = 0 if stage.head is None else _cut(config, stage.head)
+        counts = replace(own, student=own.student - cut, teacher=counts.student)
     length = (stage.data or recipe.data).length
     trainable = {"mixers": counts.mixers, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
     lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(stage, length)}"]
@@ -113,6 +120,11 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
     amount = "" if budget else " per 1,000,000,000 tokens"
     lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
     return lines
+
+
+def _cut(config: PreTrainedConfig, head: int) -> int:
+    """Parameters that a head pruned to `head` tokens saves; a tied one becomes a matrix of its own."""
+    return config.hidden_size * ((0 if config.tie_word_embeddings else config.vocab_size) - head)
 
 
 def _millions(count: int) -> str:

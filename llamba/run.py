@@ -12,10 +12,8 @@ A step's folder counts from the moment it holds DONE, which is written last.
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -30,12 +28,12 @@ from llamba import checkpoints, data, overrides, pairs
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
 from llamba.folders import DONE, ROWS, finished, resolve_model
+from llamba.provenance import versions
 from llamba.recipe import Recipe, layers_of
 from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
 
 RECIPE = "recipe.json"
 STAGE = "stage.json"
-_PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
@@ -82,17 +80,10 @@ def _describe(folder: Path, name: str, settings: dict[str, Any], started: float,
         "results": results,
         "command": sys.argv,
         "seconds": round(time.time() - started, 1),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES},
+        "versions": versions(),
     }
     _write(folder / STAGE, report)
     (folder / DONE).touch()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) -> None:

@@ -387,9 +387,29 @@ class Dpo(Aligning):
 
 @dataclass(frozen=True)
 class Draft(TokenTraining):
-    """A small model for speculative decoding, made from the teacher; the student stays as it is."""
+    """A small model for speculative decoding, made from the teacher and trained; the student stays as it is.
+
+    `layers`: how many of the teacher's layers it has, evenly spaced from the first to the last, or which ones. `head`: how many
+    output tokens it has, the most frequent ones of the data's targets (default: all); it never proposes others. The loss is `kl`
+    times KL(student || draft), over the tokens that it has, plus `ce` times cross-entropy, means over target tokens; Mamba-in-Llama
+    trains its drafts by cross-entropy alone.
+    """
 
     name: ClassVar[str] = "draft"
 
+    train: Literal["mixers", "all", "all_but_mlps"] = "all"
+    layers: int | list[int] = 2
+    head: int | None = None
+    kl: float = 1.0
+    ce: float = 0.0
 
-STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, PseudoLabel, Select, Sft, Dpo)}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._not_negative("kl", "ce")
+        self._positive("head")
+        require(self.kl + self.ce > 0, f"{self.name}.kl + {self.name}.ce", "greater than 0", self.kl + self.ce)
+        few = self.layers >= 1 if isinstance(self.layers, int) else bool(self.layers) and sorted(set(self.layers)) == self.layers
+        require(few, f"{self.name}.layers", "a number >= 1, or a rising list of layer indices", self.layers)
+
+
+STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, Draft, PseudoLabel, Select, Sft, Dpo)}

@@ -58,6 +58,24 @@ def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(
     assert folds >= 5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
+    model = two_layers(mixer)
+    cache = adopt(DynamicCache(config=model.config), model.config)
+    cache.activate_past_recording()
+    tokens, draw, real = ids(2, 0), torch.Generator().manual_seed(0), torch.ones(2, 0, dtype=torch.long)
+    for length, back in ((3, 1), (50, 7), (4, 4), (6, 0), (5, 3)):
+        new, mask = ids(2, length, seed=length), (torch.rand(2, length, generator=draw) < 0.6).long()
+        model(new, attention_mask=torch.cat((real, mask), 1), past_key_values=cache)
+        cache.crop(-back)
+        tokens, real = (torch.cat((old, more[:, : length - back]), 1) for old, more in ((tokens, new), (real, mask)))
+    got = model(ids(2, 2), past_key_values=cache).logits
+    for row in range(2):
+        kept = torch.cat((tokens[row][real[row].bool()], ids(2, 2)[row]))
+        assert rms_error(got[row], model(kept[None]).logits[0, -2:]) < 1e-11
+
+
 def test_what_is_settled_or_folded_cannot_be_taken_back() -> None:
     model = two_layers("mamba2")
     cache = adopt(DynamicCache(config=model.config), model.config)

@@ -25,9 +25,11 @@ ARROWS: dict[str, set[str]] = {
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
+    "draft": {"families"},
     "typed": set(),
     "errors": set(),
     "folders": set(),
+    "provenance": set(),
     "settings": {"typed"},
     "recipe": {"settings", "typed"},
     "overrides": {"recipe", "settings", "typed"},
@@ -43,17 +45,30 @@ ARROWS: dict[str, set[str]] = {
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data engines folders hybrid log losses mixers pairs record select settings "
+        "align alignment batches chat checkpoints convert data draft engines folders hybrid log losses mixers pairs record select settings "
         "sources train wrapped".split()
     ),
-    "run": {"checkpoints", "convert", "data", "errors", "folders", "overrides", "pairs", "plan", "recipe", "settings", "stages"},
-    "plan": {"convert", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
-    "chat": {"folders"},
+    "run": {
+        "checkpoints",
+        "convert",
+        "data",
+        "errors",
+        "folders",
+        "overrides",
+        "pairs",
+        "plan",
+        "provenance",
+        "recipe",
+        "settings",
+        "stages",
+    },
+    "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
+    "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
-    "speculative": {"cache", "hybrid", "kernels"},
-    "eval": {"chat", "errors", "folders", "speculative"},
-    "bench": {"cache", "losses", "mixers", "kernels"},
+    "speculative": {"cache", "hybrid", "kernels", "mixers"},
+    "eval": {"chat", "errors", "folders", "provenance", "speculative"},
+    "bench": set("cache chat convert draft hybrid kernels losses mixers provenance speculative teachers".split()),
 }
 
 

@@ -21,6 +21,8 @@ def gated_head_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     if z.shape[-1] != width or weight.shape != (width,):
         raise ValueError(f"z [..., {width}] and weight [{width}] are needed for heads {tuple(y.shape[-2:])}; got {tuple(z.shape)} and "
                          f"{tuple(weight.shape)}")  # fmt: skip
+    if not torch.is_grad_enabled():
+        return _normed(y, z, eps)[1].flatten(-2).mul_(weight)
     with no_autocast(y):
         return _GatedHeadNorm.apply(y, z, weight, eps)
 

@@ -1,5 +1,5 @@
 """Benchmarks, each against a peer on the same work in the same process."""
 
-from llamba.bench import losses, ops
+from llamba.bench import losses, ops, speculative
 
-BENCHES = {"losses": losses.main, "ops": ops.main}
+BENCHES = {"losses": losses.main, "ops": ops.main, "speculative": speculative.main}

@@ -6,13 +6,10 @@ and the head's own gradient.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 
 from llamba.bench.memory import forget_peak, mib
 from llamba.losses import Mix, head_sums, loss_sums
+from llamba.provenance import append_row
 
 T, D, V = 4096, 1024, 128256
 THREADS = 2
@@ -101,6 +99,4 @@ def main(args: argparse.Namespace) -> None:
         fused, naive = row[f"fused_{unit}"], row[f"naive_{unit}"]
         print(f"{what:<7} fused {fused:7.1f} {unit:<3}   naive {naive:7.1f} {unit:<3}   fused / naive {row[what]:.3f}")
     if args.out:
-        stamp = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": THREADS}
-        with Path(args.out).open("a") as file:
-            file.write(json.dumps(row | stamp) + "\n")
+        append_row(args.out, row)

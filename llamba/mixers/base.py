@@ -257,17 +257,25 @@ class Mixer(nn.Module):
     def _cached_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
         tokens = parts["conv"].shape[1]
         recent = min(tokens, KEPT) if layer.is_recording else 0
-        if recent and rec.mask is not None and not bool(rec.mask[:, tokens - recent :].all()):
-            recent = 0  # absent tokens among them: folded at once, so that what is held has no holes
-        if recent == tokens:
-            return self._held_run(parts, layer)
-        layer.fold_all(self._advance)
-        if recent == 0:
-            return self._folded_run(parts, rec, layer)
-        early = {name: part[:, : tokens - recent] for name, part in parts.items()}
-        mask = None if rec.mask is None else rec.mask[:, : tokens - recent]
-        first = self._folded_run(early, Recurrence(mask), layer)
-        return torch.cat((first, self._held_run({name: part[:, tokens - recent :] for name, part in parts.items()}, layer)), 1)
+        done = []
+        if recent < tokens:
+            early = {name: part[:, : tokens - recent] for name, part in parts.items()}
+            layer.fold_all(self._advance)
+            done.append(self._folded_run(early, Recurrence(None if rec.mask is None else rec.mask[:, : tokens - recent]), layer))
+        if recent:
+            late = {name: part[:, tokens - recent :] for name, part in parts.items()}
+            mask = None if rec.mask is None else rec.mask[:, tokens - recent :]
+            done.append(self._held_run(late, layer) if mask is None else self._held_run_with_holes(late, mask, layer))
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+    def _held_run_with_holes(self, parts: dict[str, Tensor], mask: Tensor, layer: RecurrentLayer) -> Tensor:
+        """As `_held_run` for tokens of which some are absent: they stand behind the others, and are forgotten."""
+        order = (~mask).long().argsort(dim=1, stable=True)  # [B, T]
+        packed = {name: part.gather(1, order[..., None].expand_as(part)) for name, part in parts.items()}
+        y = self._held_run(packed, layer)
+        layer.skip(mask)
+        there = order.argsort(1)[..., None, None].expand_as(y)
+        return y.gather(1, there).masked_fill(~mask[..., None, None], 0)
 
     def _folded_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
         y, state, window = self._run(parts, rec, layer.window(), layer.state)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.data import Prepared
-from llamba.stages import distill, hidden, matrix, pseudo_label, select
+from llamba.stages import distill, draft, hidden, matrix, pseudo_label, select
 
 
 def _sft(*args: Any) -> dict[str, float]:
@@ -24,6 +24,7 @@ STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] =
     "matrix": matrix.run,
     "hidden": hidden.run,
     "distill": distill.run,
+    "draft": draft.run,
     "pseudo_label": pseudo_label.run,
     "select": select.run,
     "sft": _sft,

@@ -1,0 +1,213 @@
+"""Speculative against plain decoding with the same code: tokens per second, and where the time goes.
+
+For each number K of drafted tokens: tokens a round E, acceptance a, the verify overhead v (reading K + 1 tokens instead of one) and the
+draft's cost c (one token), both as parts of the time that plain decoding takes for a token; the speed-up that they predict,
+S = E / (1 + v + c K), and the one measured.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamba.bench.shapes import Published, build, chosen
+from llamba.chat import load, load_draft
+from llamba.speculative import Generation, generate
+from llamba.speculative.choose import Choice
+from llamba.speculative.drafts import ModelDraft, Proposal, Rows
+from llamba.speculative.rewind import Rewindable
+
+Row = dict[str, Any]
+CAPACITY = 64
+
+
+class Rehearsed(ModelDraft):
+    """A draft that costs what the model costs and is right with a set probability: it knows what the target will say."""
+
+    def __init__(self, model: Any, capacity: int, script: list[int], acceptance: float):
+        super().__init__(model, capacity, Choice())
+        self.script, self.acceptance = torch.tensor(script), acceptance
+        self.draw = torch.Generator().manual_seed(0)
+
+    def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
+        """The model's drafts are made, and replaced: by the script's tokens, or, from the first miss on, by others."""
+        made = super().propose(rows, count, noise)
+        told = self.script[len(rows[0]) : len(rows[0]) + count].to(made.tokens.device)
+        miss = (torch.rand(len(told), generator=self.draw) >= self.acceptance).cumsum(0) > 0
+        tokens = torch.where(miss.to(told.device), told + 1, told)  # not what the target says: any other token does
+        return Proposal(tokens[None] % self.reader.model.config.vocab_size, [len(told)], None)
+
+
+def _synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median seconds of a call, after two to warm up."""
+    times = []
+    for repeat in range(repeats + 2):
+        _synchronise(device)
+        started = time.perf_counter()
+        run()
+        _synchronise(device)
+        if repeat > 1:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20) -> float:
+    """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round."""
+    reader = Rewindable(model, len(prompt) + (repeats + 2) * tokens + CAPACITY)
+    reader.start([prompt])
+    if record:
+        reader.record()
+    new, back = torch.tensor([prompt[-1:] * tokens], device=model.device), tokens // 2 if record else 0
+
+    def read() -> None:
+        reader.read(new, tokens)
+        reader.take_back([back])
+        reader.pin()
+
+    return _seconds(read, model.device.type, repeats)
+
+
+def _total(runs: list[Generation]) -> Generation:
+    """Several generations as one."""
+    new = [row for run in runs for row in run.new]
+    sums = {name: sum(getattr(run, name) for run in runs) for name in ("rounds", "drafted", "accepted", "seconds")}
+    return Generation(torch.empty(0), new, **sums)
+
+
+def _decode(
+    model: Any, prompts: list[list[int]], tokens: int, repeats: int, draft: Callable[[int], Any] = lambda number: None, **more: Any
+) -> Generation:
+    """All prompts one by one, `repeats` times; of those, the fastest as a whole. `draft` gives the draft for a prompt's number."""
+    made = []
+    for _ in range(repeats):
+        runs = []
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt], device=model.device)
+            runs.append(generate(model, ids, max_new_tokens=tokens, draft=draft(number), **more))
+        made.append(_total(runs))
+    return min(made, key=lambda run: run.seconds)
+
+
+def measure(
+    model: Any, draft: Any, prompts: list[list[int]], lookaheads: list[Any], tokens: int, repeats: int, acceptance: float | None = None
+) -> list[Row]:
+    """One row per number of drafted tokens, behind one for plain decoding. `acceptance`: rehearsed drafts instead of the draft's own.
+
+    `same` says whether both decoded the same tokens, which in low precision near ties may undo.
+    """
+    ends: dict[str, Any] = {"eos_token_id": None} if acceptance is not None else {}
+    plain = _decode(model, prompts, tokens, repeats, **ends)
+    rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
+    one = step_seconds(model, prompts[0], 1, record=False)
+    cost = 0.0 if isinstance(draft, str) else step_seconds(draft, prompts[0], 1, record=True) / one
+
+    def rehearsed(number: int) -> Rehearsed:
+        assert acceptance is not None
+        return Rehearsed(draft, len(prompts[number]) + tokens + CAPACITY, prompts[number] + plain.new[number], acceptance)
+
+    for count in lookaheads:
+        made = _decode(
+            model, prompts, tokens, repeats, draft=rehearsed if acceptance is not None else lambda number: draft, lookahead=count, **ends
+        )
+        row: Row = {
+            "lookahead": count,
+            "tokens_per_second": made.tokens_per_second,
+            "tokens": made.tokens,
+            "tokens_per_round": made.tokens / made.rounds,
+            "acceptance": made.acceptance,
+            "speedup": made.tokens_per_second / plain.tokens_per_second,
+            "same": made.new == plain.new,
+        }
+        if isinstance(count, int):
+            overhead = step_seconds(model, prompts[0], count + 1, record=True) / one - 1
+            row |= {"verify_overhead": overhead, "draft_cost": cost}
+            row["predicted"] = row["tokens_per_round"] / (1 + overhead + cost * count)
+        rows.append(row)
+    return rows
+
+
+def _line(row: Row, published: Published | None) -> str:
+    text = f"{row['lookahead'] or 'plain':>5}  {row['tokens_per_second']:8.1f}"
+    if row["lookahead"]:
+        text += f"  {row['tokens_per_round']:6.2f}  {row['acceptance']:6.0%}"
+        known = "predicted" in row
+        text += f"  {row['verify_overhead']:5.2f}  {row['draft_cost']:5.2f}  {row['predicted']:9.2f}" if known else " " * 25
+        text += f"  {row['speedup']:8.2f}  {'yes' if row['same'] else 'no':>4}"
+    if published is not None:
+        each = f", {published.tokens_per_second:.0f} tok/s" if published.tokens_per_second else ""
+        text += f"   published on {published.gpu}: {published.tokens_per_round} tokens a round, {published.speedup} x{each}"
+    return text
+
+
+HEAD = f"{'K':>5}  {'tok/s':>8}  {'E':>6}  {'accept':>6}  {'v':>5}  {'c':>5}  {'predicted':>9}  {'measured':>8}  same"
+
+
+def _questions(path: str, tokenizer: Any) -> list[list[int]]:
+    """The prompts of a .jsonl file of rows with messages, as tokens."""
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts must be a .jsonl file of rows with messages; got {path}, which is no file")
+    rows = [json.loads(line)["messages"] for line in Path(path).read_text().splitlines() if line.strip()]
+    texts = [tokenizer.apply_chat_template(row, add_generation_prompt=True, tokenize=False) for row in rows]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _lookaheads(text: str) -> list[Any]:
+    parts = text.split(",")
+    if not all(part.isdigit() or part == "auto" for part in parts):
+        raise ValueError(f'--lookahead must be numbers or "auto", with commas; got {text}')
+    return [part if part == "auto" else int(part) for part in parts]
+
+
+def _of_models(args: argparse.Namespace) -> list[Row]:
+    if args.draft is None or args.prompts is None:
+        raise ValueError("bench speculative needs --model with --draft and --prompts, or --preset")
+    model, tokenizer = load(args.model, args.dtype, args.device)
+    draft = load_draft(args.draft, model)
+    rows = measure(model, draft, _questions(args.prompts, tokenizer), _lookaheads(args.lookahead), args.tokens, args.repeats)
+    print(HEAD)
+    for row in rows:
+        print(_line(row, None), flush=True)
+    return [{"model": args.model, "draft": args.draft} | row for row in rows]
+
+
+def _of_presets(args: argparse.Namespace) -> list[Row]:
+    found = []
+    device = str(torch.accelerator.current_accelerator() or "cpu") if args.device == "auto" else args.device
+    dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
+    for name, preset in chosen(args.preset).items():
+        model, draft = (build(config, args.shrink, dtype, device) for config in (preset.target, preset.draft))
+        prompt = torch.randint(3, model.config.vocab_size, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+        print(f"{name}{f', shrunk by {args.shrink}' if args.shrink > 1 else ''}\n{HEAD}")
+        for row_number, published in enumerate(preset.rows):
+            rate = published.acceptance if args.acceptance is None else args.acceptance
+            rows = measure(model, draft, [prompt], [published.lookahead], args.tokens, args.repeats, rate)
+            for row in rows[row_number > 0 :]:
+                print(_line(row, published if row["lookahead"] else None), flush=True)
+                found.append({"preset": name, "shrink": args.shrink, "set_acceptance": rate, "published": vars(published)} | row)
+        del model, draft
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table; with `--out`, append the rows to a .jsonl file with what made them. Raises ValueError for options that clash."""
+    if (args.model is None) == (args.preset is None):
+        raise ValueError("bench speculative needs either --model (with --draft and --prompts) or --preset")
+    rows = _of_presets(args) if args.model is None else _of_models(args)
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    stamp = {"torch": torch.__version__, "machine": hardware, "threads": torch.get_num_threads()}
+    if args.out:
+        with Path(args.out).open("a") as file:
+            file.writelines(json.dumps(row | stamp) + "\n" for row in rows)

@@ -1,0 +1,218 @@
+"""A model and its cache at a place of its own in every row, from which each row can go back.
+
+Shapes: B batch, T time of this call, G key/value heads, P head width, V vocabulary, S slots of an attention layer.
+Row b's token at position p has its key and value in slot p. Going back is integer arithmetic on `lengths`; what stands behind a row's
+length is masked and overwritten. Recurrent layers do the same with the inputs that they hold (`llamba.cache`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from llamba.cache import RecurrentLayer
+from llamba.hybrid import RECURRENT, HybridBackbone
+from llamba.mixers import Recurrence
+
+KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
+
+
+class Place:
+    """Where the tokens of the current call go: shared by all layers of a cache. `window` None is full attention."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.firsts: list[int] = []  # [B] position of each row's first new token
+        self.positions = torch.empty(0)  # [1 or B, T]
+        self.end = 0  # slots in use by the longest row
+
+    def move(self, firsts: list[int], tokens: int, device: torch.device) -> None:
+        """Put `tokens` tokens of each row at positions firsts[b] and on."""
+        self.firsts, self.end = firsts, max(firsts) + tokens
+        assert self.end <= self.capacity, "the caller has checked the capacity"
+        if min(firsts) == max(firsts):
+            self.positions = torch.arange(firsts[0], self.end, device=device)[None]
+        else:
+            self.positions = torch.tensor(firsts, device=device)[:, None] + torch.arange(tokens, device=device)
+
+    def start(self, window: int | None) -> int:
+        """The first slot that any token of this call can see."""
+        return 0 if window is None else max(0, min(self.firsts) - window + 1)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Which slots from `start` on each token sees [1 or B, 1, T, S] bool; None where it sees them all."""
+        if self.positions.shape == (1, 1):
+            return None
+        slots, at = torch.arange(self.start(window), self.end, device=self.positions.device), self.positions[:, None, :, None]
+        return slots <= at if window is None else (slots <= at) & (slots > at - window)
+
+
+class PlacedLayer(CacheLayerMixin):
+    """Keys and values [B, G, S, P] of an attention layer, in slots by position."""
+
+    is_compileable = False
+    is_croppable = False  # `Rewindable` does it for all layers at once
+    is_sliding = False
+    supports_early_init = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, place: Place, window: int | None):
+        super().__init__()
+        self.place, self.window = place, window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the buffers, for the shapes and the device of the first keys."""
+        (rows, groups, _, width), slots = key_states.shape, self.place.capacity
+        self.keys = key_states.new_zeros(rows, groups, slots, width)
+        self.values = value_states.new_zeros(rows, groups, slots, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, G, T, P] at their positions; returns what can be seen of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        positions, end = self.place.positions, self.place.end
+        if len(positions) == 1:
+            first = end - key_states.shape[2]
+            self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
+        else:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            self.keys[rows, :, positions] = key_states.transpose(1, 2)
+            self.values[rows, :, positions] = value_states.transpose(1, 2)
+        start = self.place.start(self.window)
+        return self.keys[:, :, start:end], self.values[:, :, start:end]
+
+    def get_seq_length(self) -> int:
+        """Position of the first new token of the longest row."""
+        return max(self.place.firsts, default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that can be seen and the first of them."""
+        start = self.place.start(self.window)
+        return self.place.end - start, start
+
+    def get_max_length(self) -> int:
+        """Slots of the buffers."""
+        return self.place.capacity
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices.to(self.keys.device)], self.values[indices.to(self.values.device)]
+
+
+def kinds_of(model: PreTrainedModel) -> list[str]:
+    """Kind of every layer: "full_attention", "sliding_attention" or "linear_attention"."""
+    values = model.config.to_dict()
+    plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
+    return list(values.get("layer_types") or [plain] * values["num_hidden_layers"])
+
+
+class Rewindable:
+    """A model that reads tokens row by row and can go back. `lengths[b]` tokens of row b are read.
+
+    It calls the model's own layers, one after the other, and leaves out what `forward` does around them for every call: masks,
+    positions and outputs of any kind. Raises ValueError for a model of another family, an attention implementation that takes no
+    mask of ours, and layers that cannot go back.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int):
+        implementation = model.config._attn_implementation
+        backbone: Any = model.base_model
+        if not isinstance(backbone, KNOWN):
+            raise ValueError(
+                f"a model of ours or one of {', '.join(k.__name__ for k in KNOWN[1:])} is needed; got {type(backbone).__name__}"
+            )
+        self.backbone, self.head = backbone, model.get_output_embeddings()
+        self.norm = backbone.get_submodule(backbone.parts.final_norm if isinstance(backbone, HybridBackbone) else "norm")
+        self.table: tuple[Tensor, Tensor] | None = None
+        self.kinds = kinds_of(model)
+        wrong = sorted(set(self.kinds) - {"full_attention", "sliding_attention", RECURRENT})
+        if wrong:
+            raise ValueError(f"layers that can go back are needed (attention, or mixers of ours); {type(model).__name__} has {wrong[0]}")
+        if implementation not in ("sdpa", "eager") and set(self.kinds) != {RECURRENT}:
+            raise ValueError(f'speculative decoding needs attn_implementation="sdpa" (or "eager"); got {implementation!r}')
+        self.model, self.place, self.lengths = model, Place(capacity), [0]
+        self.additive = implementation == "eager"
+        self.windows = {"full_attention": None, "sliding_attention": model.config.to_dict().get("sliding_window")}
+        layers: list[Any] = [
+            RecurrentLayer(model.config.mixer["conv_width"]) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind])
+            for kind in self.kinds
+        ]
+        self.cache = Cache(layers=layers)
+        self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Read whole prompts, of unequal lengths, that will not be taken back. An empty prompt is allowed."""
+        lengths = [len(prompt) for prompt in prompts]
+        self.lengths = [0] * len(prompts)
+        if max(lengths):
+            tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.model.device)
+            real = torch.arange(tokens.shape[1], device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
+            self._run(tokens, 1, real if min(lengths) < max(lengths) else None)
+        self.lengths = lengths
+
+    def record(self) -> None:
+        """From now on tokens can be taken back, up to `llamba.cache.KEPT` of a row."""
+        for layer in self.recurrent:
+            layer.activate_past_recording()
+
+    def read(self, tokens: Tensor, keep: int) -> Tensor:
+        """Read tokens [B, T] behind each row's place; returns the logits [B, keep, V] of the last `keep`."""
+        logits = self._run(tokens, keep, None)
+        self.lengths = [length + tokens.shape[1] for length in self.lengths]
+        return logits
+
+    def _run(self, tokens: Tensor, keep: int, real: Tensor | None) -> Tensor:
+        self.place.move(self.lengths, tokens.shape[1], tokens.device)
+        masks: dict[str, Any] = {kind: self._mask(self.windows[kind]) for kind in set(self.kinds) - {RECURRENT}}
+        masks[RECURRENT] = Recurrence(real)
+        backbone, positions = self.backbone, self.place.positions
+        hidden = backbone.embed_tokens(tokens)  # [B, T, D]
+        rotary = self._rotary(hidden, positions)
+        for layer, kind in zip(backbone.layers, self.kinds, strict=True):
+            hidden = layer(
+                hidden, attention_mask=masks[kind], position_ids=positions, past_key_values=self.cache, use_cache=True,
+                position_embeddings=rotary,
+            )  # fmt: skip
+        return self.head(self.norm(hidden[:, -keep:]))
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1 or B, T, P] of the positions; from a table, made once, where they do not depend on the length."""
+        if self.table is None:
+            rotary = self.backbone.rotary_emb
+            if rotary.rope_type not in FIXED_ROPES:
+                return rotary(hidden, position_ids=positions)
+            self.table = rotary(hidden, position_ids=torch.arange(self.place.capacity, device=hidden.device)[None])
+        cos, sin = self.table
+        if len(positions) == 1:
+            part = slice(self.place.end - positions.shape[1], self.place.end)
+            return cos[:, part], sin[:, part]
+        return cos[0, positions], sin[0, positions]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        mask = self.place.mask(window)
+        if mask is None or not self.additive:
+            return mask
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
+
+    def take_back(self, tokens: list[int]) -> None:
+        """Take back the last tokens[b] tokens of each row. Raises ValueError for more than are held."""
+        self.lengths = [length - back for length, back in zip(self.lengths, tokens, strict=True)]
+        if any(tokens):
+            for layer in self.recurrent:
+                layer.take_back(tokens)
+
+    def pin(self) -> None:
+        """Declare that nothing read so far will be taken back."""
+        for layer in self.recurrent:
+            layer.pin()
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows only."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.cache.batch_select_indices(torch.tensor(rows))
