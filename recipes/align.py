@@ -35,7 +35,7 @@ recipe = Recipe(
             epochs=1.0,
         ),
     ],
-    output="runs/aligned",
+    output="runs/align",
 )
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llamba import run
+from llamba import run, sources
 from llamba.convert import convert
 from llamba.log import METRICS, read_metrics
 from llamba.recipe import Recipe, Student
@@ -91,20 +92,24 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="LLAMBA_TEST_DATA does not name the folder of test data")
-def test_alpaca_and_preferences_through_both_stages(tmp_path, small, teacher_folder):
+def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
     """Real instructions and the 300 real pairs: SFT on packed rows, DPO on its result, from one recipe."""
     chat, pairs = DATA / "chat" / "alpaca_gpt4_1k.jsonl.gz", DATA / "chat" / "preferences_300.jsonl.gz"
+    tokenizer = small.tokenizer([message["content"] for _, row in sources.rows(str(chat)) for message in row["messages"]], 3000)
+    teacher = tmp_path / "teacher"
+    small.llama(len(tokenizer)).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
     stages = [
         Sft(**SHORT, steps=6, data=Data(train=str(chat), length=1024, packing=True)),
         Dpo(**{**SHORT, "micro_batch": 2}, steps=2, data=Data(train=str(pairs), length=1024)),
     ]
-    recipe = Recipe(teacher=str(teacher_folder), student=Student(), data=Data(train=str(chat)), stages=stages, output=str(tmp_path / "run"))
+    recipe = Recipe(teacher=str(teacher), student=Student(), data=Data(train=str(chat)), stages=stages, output=str(tmp_path / "run"))
     last = run.run(recipe)
     assert last.name == "2-dpo" and AutoModelForCausalLM.from_pretrained(last).config.model_type == "llamba_llama"
     counts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "data").glob("*/data.json")]
     found = {count["targets"]: count["train"][0] for count in counts}
-    assert found["answers"]["rows"] > 800 and found["answers"]["sequences"] < found["answers"]["rows"]
-    assert found["pairs"]["rows"] + sum(found["pairs"]["skipped"].values()) == 300 and found["pairs"]["rows"] > 100
+    assert found["answers"]["rows"] > 990 and found["answers"]["sequences"] < found["answers"]["rows"]
+    assert found["pairs"]["rows"] + sum(found["pairs"]["skipped"].values()) == 300 and found["pairs"]["rows"] > 250
     tuned, preferred = (read_metrics(tmp_path / "run" / name / METRICS) for name in ("1-sft", "2-dpo"))
     assert tuned[-1]["loss"] < tuned[0]["loss"]
     assert abs(preferred[0]["loss"] - 0.6931) < 1e-4 and preferred[-1]["kl"] > 0
@@ -164,3 +169,22 @@ def test_killed_stages_end_with_the_same_weights(tmp_path, teacher_folder, chat_
         assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole), stage
         lines = [[{**line, "tokens_per_s": 0} for line in read_metrics(tmp_path / out / stage / METRICS)] for out in ("whole", "parts")]
         assert lines[0] == lines[1] and not (parts / stage / "checkpoints").exists()
+
+
+def test_the_recipe_for_any_converted_model(tmp_path, monkeypatch, small, student, chat_file):
+    """Through its own command line, two steps of both stages; the model stays as it was converted."""
+    rows = [{"prompt": "a red cat", "chosen": "sings and sleeps", "rejected": "runs"} for _ in range(8)]
+    pairs = small.write_rows(tmp_path / "pairs.jsonl", rows)
+    chosen = {"data.train": chat_file, "data.length": 64, "data.template": "none", "stages.dpo.data.train": pairs}
+    chosen |= {"stages.dpo.data.template": "none", "teacher": student, "output": tmp_path / "run"}
+    for stage in ("sft", "dpo"):
+        few = {"steps": 2, "batch": 4, "micro_batch": 2, "precision": "fp32", "log_every": 1}
+        chosen |= {f"stages.{stage}.{key}": value for key, value in few.items()}
+    monkeypatch.setattr(sys, "argv", ["align.py", *(f"{key}={value}" for key, value in chosen.items())])
+    runpy.run_path(str(ROOT / "recipes" / "align.py"), run_name="__main__")
+    for stage in ("1-sft", "2-dpo"):
+        assert [line["step"] for line in read_metrics(tmp_path / "run" / stage / METRICS) if "loss" in line] == [1, 2]
+    before, last = (AutoModelForCausalLM.from_pretrained(folder).config for folder in (student, tmp_path / "run" / "2-dpo"))
+    assert last.layer_types == before.layer_types and "linear_attention" in last.layer_types
+    converted = load_file(tmp_path / "run" / "0-convert" / "model.safetensors")
+    assert all(torch.equal(value, converted[name]) for name, value in load_file(Path(student) / "model.safetensors").items())
