@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from llamba.losses import IGNORE
 
-Item = dict[str, NDArray[np.int64]]
+KEPT = ("kept_values", "kept_indices", "kept_tail")  # a teacher's kept logits (llamba.offline), a row for each target
+
+Item = dict[str, NDArray[Any]]
 Batch = dict[str, Tensor]  # input_ids, labels, and attention_mask or (packed) position_ids: [B, T]
 
 
@@ -126,7 +128,7 @@ def collate(rows: list[Item], pad: int) -> Batch:
     """Right-padded input_ids and labels (unshifted; -100 off the targets), each [B, T], and attention_mask.
 
     Packed rows have `position_ids`, which restart at each document, in place of a mask; their padding is a document
-    of its own at the end, without targets.
+    of its own at the end, without targets. Kept logits follow one another in the order of the targets.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     longest = max(lengths)
@@ -136,6 +138,7 @@ def collate(rows: list[Item], pad: int) -> Batch:
         return torch.from_numpy(np.stack(padded))
 
     batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORE)}
+    batch |= {key: torch.from_numpy(np.concatenate([row[key] for row in rows])) for key in KEPT if key in rows[0]}
     if "position_ids" in rows[0]:
         positions = [np.concatenate([row["position_ids"], np.arange(longest - length)]) for row, length in zip(rows, lengths, strict=True)]
         return batch | {"position_ids": torch.from_numpy(np.stack(positions))}

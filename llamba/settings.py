@@ -154,23 +154,40 @@ class TokenTraining(Training):
 
 @dataclass(frozen=True)
 class Distill(TokenTraining):
-    """Distillation on logits: `kl` times KL(teacher || student) plus `ce` times cross-entropy, means over target tokens.
+    """Distillation on logits: `kl` times a divergence from the teacher plus `ce` times cross-entropy, means over target tokens.
 
-    `teacher` stands in for the recipe's: another model of the same vocabulary, which may be larger.
+    `divergence` is KL(teacher || student), KL(student || teacher), or the generalised JSD with `beta` between them, at
+    `temperature`. `reduction="batchmean_legacy"` is the published Mamba-in-Llama loss, whose divergence is a sum over all
+    positions, per row. `teacher` stands in for the recipe's: another model of the same vocabulary, which may be larger;
+    `teacher_bits` loads it quantised. `offline` runs the teacher once, before training, and keeps its so many likeliest
+    tokens at each target, and the mass of the others; they lie in the run folder, or in `offline_folder`, where runs share them.
     """
 
     name: ClassVar[str] = "distill"
 
     teacher: str | None = None
+    teacher_bits: Literal[4, 8] | None = None
     kl: float = 0.1
     ce: float = 1.0
     temperature: float = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = 0.5
+    reduction: Literal["token_mean", "batchmean_legacy"] = "token_mean"
+    offline: int | None = None
+    offline_folder: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._not_negative("kl", "ce")
-        self._positive("temperature")
+        self._positive("temperature", "offline")
         require(self.kl + self.ce > 0, f"{self.name}.kl + {self.name}.ce", "greater than 0", self.kl + self.ce)
+        require(0 < self.beta < 1, f"{self.name}.beta", "between 0 and 1 (its limits are forward_kl and reverse_kl)", self.beta)
+        if self.offline and self.reduction != "token_mean":
+            raise ValueError(
+                f"{self.name}.offline keeps the teacher at target tokens and needs reduction='token_mean', got {self.reduction!r}"
+            )
+        if self.offline_folder and not self.offline:
+            raise ValueError(f"{self.name}.offline_folder needs {self.name}.offline, the number of tokens to keep at each target; got none")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llamba.losses import IGNORE, Sums
 from llamba.settings import Training
 from llamba.wrapped import inside
 
-Objective = Callable[[PreTrainedModel, PreTrainedModel, Batch], Sums | Distances]
+Objective = Callable[[PreTrainedModel, Any, Batch], Sums | Distances]  # student, teacher (or None), batch
 
 CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
@@ -40,6 +40,12 @@ def processes() -> int:
 def on_cpu() -> bool:
     """Whether to train on the CPU: no accelerator, or the launcher's configuration says so."""
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def own_device() -> torch.device:
+    """The device that this process trains on, before any process group exists."""
+    found = None if on_cpu() else torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def accumulation(stage: Training) -> int:
@@ -139,9 +145,19 @@ def model_inputs(batch: Batch) -> Batch:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
 
 
+def _whole(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """A quantised teacher, which was loaded to its device. Raises ValueError where weights are sharded."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3):
+        raise ValueError("teacher_bits keeps a whole teacher on each device and needs one process, DDP or ZeRO-2, got sharded weights")
+    return teacher
+
+
 def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """The teacher in evaluation mode where the student trains: whole on each device, or its layers sharded with the student's."""
     teacher.requires_grad_(False).eval()
+    if getattr(teacher, "is_quantized", False):
+        return _whole(teacher, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
         import deepspeed
 
@@ -223,6 +239,7 @@ class DistillTrainer(StageTrainer):
     """Trains a student against a teacher. `objective(student, teacher, batch)` returns sums over the batch's target tokens.
 
     The loss is the sum divided by the target tokens of the whole optimizer step, over all forward passes and processes.
+    With `mean_of_means` each forward pass counts alike, whatever its number of targets, as in published code.
     """
 
     loss_is_scaled_for_ga = True
@@ -230,12 +247,13 @@ class DistillTrainer(StageTrainer):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         objective: Objective,
         args: TrainingArguments,
         rows: Ordered,
         metrics: Path,
         rest_lr: float | None = None,
+        mean_of_means: bool = False,
     ) -> None:
         pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
         super().__init__(student, args, partial(collate, pad=pad), rows, callbacks=[Metrics(metrics, rows)])
@@ -244,7 +262,8 @@ class DistillTrainer(StageTrainer):
         self.sums_of: Objective = objective
         self.student, self.rest_lr = student, rest_lr
         self.folder = Path(args.output_dir or "")
-        self.teacher = place_teacher(teacher, self.accelerator)
+        self.mean_of_means = mean_of_means
+        self.teacher = teacher if teacher is None else place_teacher(teacher, self.accelerator)
         self._names: tuple[str, ...] = ()  # of the objective's sums
         self._logged: Tensor | float = 0.0  # sums since the last log
         self._step: Tensor | float = 0.0  # sums of this optimizer step
@@ -272,6 +291,8 @@ class DistillTrainer(StageTrainer):
         """This forward pass's part of the step's mean, times the processes over which gradients are averaged."""
         loss, sums = self._sums(model, inputs)
         self._step += sums
+        if self.mean_of_means:
+            return loss / sums[self._names.index("targets")].clamp_min(1) / self.args.gradient_accumulation_steps
         return loss * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:

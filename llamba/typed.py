@@ -20,7 +20,7 @@ def fits(value: object, kind: Any) -> bool:
     if _is_union(kind):
         return any(fits(value, arg) for arg in args)
     if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in args
+        return (type(value), value) in [(type(arg), arg) for arg in args]
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(item, args[0]) for item in value)
     if get_origin(kind) is tuple:
@@ -69,8 +69,8 @@ def read(text: str, kind: Any) -> Any:
     args = get_args(kind)
     if _is_union(kind):
         return _read_union(text, args)
-    if get_origin(kind) is Literal and text in args:
-        return text
+    if get_origin(kind) is Literal and text in map(str, args):
+        return next(arg for arg in args if str(arg) == text)
     if get_origin(kind) is list:
         return [read(item, args[0]) for item in _items(text)]
     if get_origin(kind) is tuple and len(_items(text)) == len(args):

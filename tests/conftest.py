@@ -16,6 +16,9 @@ if not torch.cuda.is_available():  # before anything imports triton; "auto" stil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llamba.data import Prepared, prepare
+from llamba.settings import Data
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -99,6 +102,25 @@ def chat_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "chats.jsonl", chats(64))
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+    folder = tmp_path_factory.mktemp("data")
+    config = Data(train=str(chat_file), length=48)
+    prepare(config, tokenizer, "assistant", folder / "assistant")
+    return Prepared(config, 0, folder / "assistant")
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
+    """The teacher converted, with mixers in layers 0 and 2."""
+    from llamba.convert import convert
+
+    folder = tmp_path_factory.mktemp("student")
+    convert(str(teacher_folder)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 RECIPE_FILE = """
 from llamba.recipe import Data, Distill, Recipe, Student
 from llamba.run import launch
@@ -114,17 +136,6 @@ recipe = Recipe(
 if __name__ == "__main__":
     launch(recipe)
 """
-
-
-@pytest.fixture(scope="session")
-def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
-    """The teacher converted, with mixers in layers 0 and 2."""
-    from llamba.convert import convert
-
-    folder = tmp_path_factory.mktemp("student")
-    convert(str(teacher_folder)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

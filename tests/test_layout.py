@@ -43,10 +43,12 @@ ARROWS: dict[str, set[str]] = {
     "pairs": {"data", "settings", "sources"},
     "lora": {"settings", "train"},
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
+    "loading": set(),
+    "offline": {"batches", "losses", "settings", "sources", "train"},
     "engines": {"chat"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data draft engines folders hybrid log losses mixers pairs record select settings "
-        "sources train wrapped".split()
+        "align alignment batches chat checkpoints convert data draft engines folders hybrid loading log losses mixers offline pairs "
+        "record select settings sources train wrapped".split()
     ),
     "run": {
         "checkpoints",

@@ -29,14 +29,6 @@ ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
-    folder = tmp_path_factory.mktemp("data")
-    config = Data(train=str(chat_file), length=48)
-    prepare(config, tokenizer, "assistant", folder / "assistant")
-    return Prepared(config, 0, folder / "assistant")
-
-
 def trainer_of(stage: Distill, data: Prepared, student: str, teacher: str, out: Path) -> DistillTrainer:
     rows = data.rows("train")
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)

@@ -209,7 +209,7 @@ def _in_heads(
     """`_from_head` inside the forward passes of both heads. hidden [n, D], guide [n, D'], targets [n]."""
 
     def with_kept(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert isinstance(guide, TopK)
+        assert isinstance(guide, TopK) and len(targets) in (0, len(guide.values))
         return _from_head(mix, head, guide, targets, hidden)
 
     def with_head(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

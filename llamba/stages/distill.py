@@ -1,19 +1,21 @@
-"""Distillation on logits: forward KL to the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3)."""
+"""Distillation on logits: a divergence from the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3)."""
 
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba.batches import Batch
+from llamba import offline
+from llamba.batches import KEPT, Batch, Rows
 from llamba.data import Prepared
 from llamba.folders import resolve_model
-from llamba.losses import Sums, head_sums
+from llamba.loading import load_teacher, require_same_vocabulary
+from llamba.losses import Sums, TopK, head_sums
 from llamba.settings import Distill
-from llamba.stages.teach import load_pair, teach
-from llamba.train import freeze, model_inputs
+from llamba.stages.teach import teach
+from llamba.train import freeze, model_inputs, on_cpu, own_device, processes
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -22,27 +24,47 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden
 
 
-def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Sums:
-    """kl · Σ KL(teacher || student) + ce · Σ CE over the batch's target tokens."""
-    with torch.no_grad():
-        guide = _hidden(teacher, batch)
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
-    return head_sums(_hidden(student, batch), guide, *heads, batch["labels"], kl=stage.kl, ce=stage.ce, temperature=stage.temperature)
+def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Sums:
+    """kl · Σ divergence + ce · Σ CE over the batch's target tokens; without a teacher, from its kept logits in the batch."""
+    guide: Tensor | TopK
+    if teacher is None:
+        guide, head = TopK(*(batch[key] for key in KEPT)), None
+    else:
+        with torch.no_grad():
+            guide, head = _hidden(teacher, batch), teacher.get_output_embeddings()
+    settings = {key: getattr(stage, key) for key in ("kl", "ce", "temperature", "divergence", "beta", "reduction")}
+    return head_sums(_hidden(student, batch), guide, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
-def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    pupil, guide = load_pair(stage, student, teacher)
-    own, other = pupil.config.vocab_size, guide.config.vocab_size
-    if own != other:
-        raise ValueError(f"student and teacher must share a vocabulary, got {own} tokens in {student} and {other} in {teacher}")
+def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The student in fp32, and the teacher where it takes part in training: as it was saved, in fp32, or quantised."""
+    require_same_vocabulary(student, teacher)
+    pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     freeze(pupil, stage.train)
-    return pupil, guide
+    if stage.offline:
+        return pupil, None
+    return pupil, load_teacher(teacher, stage.precision, stage.teacher_bits, own_device() if stage.teacher_bits else None)
+
+
+def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path, split: str) -> Rows | None:
+    """A split's rows, with the teacher's kept logits where the stage wants them; the teacher runs here, before all else."""
+    rows = data.rows(split)
+    if rows is None or not stage.offline:
+        return rows
+    require_same_vocabulary(student, teacher)
+    several = processes() == 1 and not on_cpu() and torch.accelerator.device_count() > 1
+    load = partial(load_teacher, teacher, stage.precision, stage.teacher_bits, "auto" if several else own_device())
+    assert data.folder is not None
+    folder = Path(stage.offline_folder) if stage.offline_folder else out.parent / "logits"
+    return offline.prepare(stage, data.folder / split, teacher, load, folder)
 
 
 def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
     """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `teach`.
 
-    Raises ValueError for vocabularies that differ, too.
+    Raises ValueError for vocabularies that differ, too, and for a teacher that cannot be loaded as the stage says.
     """
-    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
-    return teach(stage, load, partial(objective, stage), data, out)
+    teacher = resolve_model(stage.teacher or teacher)
+    rows = {split: _rows(stage, student, teacher, data, out, split) for split in ("train", "eval")}
+    load, legacy = partial(_load, stage, student, teacher), stage.reduction == "batchmean_legacy"
+    return teach(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)
