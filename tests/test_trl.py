@@ -101,7 +101,7 @@ def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
     tokenizer.save_pretrained(teacher)
     stages = [
         Sft(**SHORT, steps=6, data=Data(train=str(chat), length=1024, packing=True)),
-        Dpo(**{**SHORT, "micro_batch": 2}, steps=2, data=Data(train=str(pairs), length=1024)),
+        Dpo(**{**SHORT, "micro_batch": 2}, steps=2, data=Data(train=str(pairs), length=2048)),
     ]
     recipe = Recipe(teacher=str(teacher), student=Student(), data=Data(train=str(chat)), stages=stages, output=str(tmp_path / "run"))
     last = run.run(recipe)
@@ -109,7 +109,7 @@ def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
     counts = [json.loads(path.read_text()) for path in (tmp_path / "run" / "data").glob("*/data.json")]
     found = {count["targets"]: count["train"][0] for count in counts}
     assert found["answers"]["rows"] > 990 and found["answers"]["sequences"] < found["answers"]["rows"]
-    assert found["pairs"]["rows"] + sum(found["pairs"]["skipped"].values()) == 300 and found["pairs"]["rows"] > 250
+    assert found["pairs"]["rows"] + sum(found["pairs"]["skipped"].values()) == 300 and found["pairs"]["rows"] > 200
     tuned, preferred = (read_metrics(tmp_path / "run" / name / METRICS) for name in ("1-sft", "2-dpo"))
     assert tuned[-1]["loss"] < tuned[0]["loss"]
     assert abs(preferred[0]["loss"] - 0.6931) < 1e-4 and preferred[-1]["kl"] > 0
