@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo demo-recall test test-slow lint clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/tiny/demo.py
+
+demo-recall: .venv/ready
+	test -d runs/demo || $(BIN)/python recipes/tiny/demo.py
+	$(BIN)/python recipes/tiny/recall.py
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest

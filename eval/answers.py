@@ -224,11 +224,18 @@ def answer_all(name: str, model_id: str, questions: Sequence[Question], settings
             for question, answers in zip(batch, _converse(answerer, batch, str), strict=True):
                 row = _row(question, answers, model_id, made_by, answerer.template())
                 if question.id not in have:
-                    journal.append(row)
+                    _keep(journal, row)
                 have[question.id] = row
         rows = [have[question.id] for question in questions]
     write_lines(path, rows)
     return rows
+
+
+def _keep(journal: Journal, row: dict[str, Any]) -> None:
+    try:
+        journal.append(row)
+    except OSError as error:
+        raise ValueError(f"{journal.path} cannot be written ({error}); the answers so far are kept: make room and run again") from error
 
 
 def _relevant(settings: Settings) -> dict[str, Any]:

@@ -44,6 +44,48 @@ what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
   llamba report RUN…                   puts runs side by side
 """
 
+ALPACA = """Score a chat model on AlpacaEval 2: answer 805 instructions, have a judge choose between each answer and GPT-4 Turbo's.
+
+The judge must return log-probabilities; the first request finds out. Reported are the win rate and the length-controlled win rate,
+which says what would be left if both answers were equally long; it needs all 805 instructions in the official order.
+
+first time:
+  pip install --constraint constraints.txt -e '.[eval]'
+  llamba eval fetch alpaca_eval        (or --data DIR with a copy; the data is CC BY-NC 4.0)
+  eval/run_alpaca.sh runs/llama3_50pct --judge gpt-4.1 --price 2 8 --max-cost 5
+"""
+
+ALPACA_FILES = """
+what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
+  OUT/alpaca_eval/NAME/model_outputs.json      answers, in alpaca_eval's format
+  OUT/alpaca_eval/NAME/JUDGE/annotations.json  preferences, in alpaca_eval's format
+  OUT/scores.jsonl                             both win rates with intervals, judge, commit, command, versions, hardware and date
+  llamba report RUN…                           puts runs side by side
+"""
+
+LM_EVAL = """Run lm-evaluation-harness on a model, with its own command line and our task sets.
+
+usage: run_lm_eval.sh MODEL [TASKS] [--out OUT] [--data DIR] [lm-eval options …]
+
+TASKS is a set of a paper's table (default: mohawk_table1) or a comma-separated list of lm-eval's tasks:
+{sets}
+
+Everything else goes to lm-eval as it is: --batch_size 8, --device cuda, --limit 100, --num_fewshot 5, --apply_chat_template,
+--model_args dtype=bfloat16, --log_samples, --use_cache PREFIX, --seed 0, … (`lm_eval run --help` lists them).
+
+first time:
+  pip install --constraint constraints.txt -e '.[eval]'
+  llamba eval fetch pubmedqa           (only for Mamba-in-Llama's Table 3: lm-eval's own PubMedQA no longer loads)
+  eval/run_lm_eval.sh runs/phi_mohawk mohawk_table1 --batch_size 16
+
+The tasks' data comes from the Hugging Face hub, once; offline, HF_HOME must hold it and HF_HUB_OFFLINE=1 keeps lm-eval from asking.
+Scores move in the last digit with the batch size (sums of floats in another order): use one batch size for one table.
+
+what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
+  OUT/lm_eval/results/     lm-eval's own files
+  OUT/scores.jsonl         every metric with its interval, commit, command, versions, hardware and date; both acc and acc_norm
+"""
+
 
 def _parser(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
@@ -97,7 +139,7 @@ def _judge(args: argparse.Namespace) -> Any:
 
 
 def mt_bench(argv: list[str]) -> None:
-    """`run_mtbench.sh`."""
+    """MT-Bench (`run_mtbench.sh`)."""
     parser = _parser("run_mtbench.sh", MT_BENCH, JUDGE_HELP + MT_BENCH_FILES)
     _answer_options(parser, 8, 1024)
     _judge_options(parser)
@@ -112,8 +154,143 @@ def mt_bench(argv: list[str]) -> None:
     print(run(args.model, results_folder(args.model, args.out), _settings(args), _judge(args), options))
 
 
+def judgments(argv: list[str]) -> None:
+    """Averages of a FastChat judgment file."""
+    about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
+    parser = _parser("llamba eval judgments", about)
+    parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
+    parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
+    args = parser.parse_args(argv)
+    from pathlib import Path
+
+    from llamba.eval.mt_bench import load_questions, read_judgments, report_single
+
+    categories = {row["question_id"]: row["category"] for row in load_questions(args.data, None)}
+    print(report_single(read_judgments(Path(args.file)), categories, Path(args.file).stem)[1])
+
+
+def alpaca(argv: list[str]) -> None:
+    """AlpacaEval 2 (`run_alpaca.sh`)."""
+    parser = _parser("run_alpaca.sh", ALPACA, JUDGE_HELP + ALPACA_FILES)
+    _answer_options(parser, 8, 2048)
+    _judge_options(parser)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the answers (default 0.7; 0 is greedy)")
+    parser.add_argument("--outputs", metavar="FILE", help="outputs in alpaca_eval's format, in the place of MODEL's; MODEL is then a name")
+    parser.add_argument("--win-rate-only", action="store_true", help="no length control: for subsets, and without df_gamed.csv")
+    args = parser.parse_args(argv)
+    from pathlib import Path
+
+    from llamba.eval.alpaca import Options, run
+    from llamba.eval.scores import results_folder, slug
+
+    out = Path(args.out or f"runs/eval/{slug(args.model)}") if args.outputs else results_folder(args.model, args.out)
+    options = Options(args.data, args.outputs, args.limit, args.temperature, args.win_rate_only, args.max_failed, args.estimate)
+    print(run(args.model, out, _settings(args), _judge(args), options))
+
+
+def lm_eval(argv: list[str]) -> None:
+    """lm-evaluation-harness (`run_lm_eval.sh`)."""
+    from llamba.eval.harness import ABOUT, run
+    from llamba.eval.scores import results_folder
+
+    if not argv or {"-h", "--help"} & set(argv):
+        sets = "\n".join(f"  {name:<22} {about}" for name, about in ABOUT.items())
+        return print(LM_EVAL.format(sets=sets))
+    parser = argparse.ArgumentParser(prog="run_lm_eval.sh", add_help=False, allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--out")
+    parser.add_argument("--data")
+    tasks = argv[1:2] if argv[1:] and not argv[1].startswith("-") else []
+    args, rest = parser.parse_known_args([argv[0], *argv[1 + len(tasks) :]])
+    print(run(args.model, results_folder(args.model, args.out), (tasks or ["mohawk_table1"])[0], rest, args.data))
+
+
+RECALL = """What chat scores hide: recall by the number of facts and the length of the text. No data, no network and no judge needed.
+
+  mqar    N key-value pairs of single tokens, then every key again (multi-query associative recall)
+  phone   a phone book of N names, one is asked for
+  needle  one sentence in a text of T tokens, at a depth from 0 (start) to 1 (end); drawn as a heat map
+
+example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 16384 --trials 10 --batch 1
+"""
+
+
+def recall(argv: list[str]) -> None:
+    """Associative recall, phone book, needle in a haystack."""
+    parser = _parser("llamba eval recall", RECALL)
+    _answer_options(parser, 4, 24)
+    parser.add_argument("--tasks", nargs="+", default=["mqar", "phone", "needle"], help="mqar, phone, needle (default: all)")
+    parser.add_argument("--pairs", type=int, nargs="+", help="mqar: numbers of pairs")
+    parser.add_argument("--names", type=int, nargs="+", help="phone: numbers of names")
+    parser.add_argument("--lengths", type=int, nargs="+", help="needle: lengths in tokens")
+    parser.add_argument("--depths", type=float, nargs="+", help="needle: depths from 0 to 1")
+    parser.add_argument("--trials", type=int, default=20, help="per cell (default 20)")
+    parser.add_argument("--haystack", metavar="FILE", help="plain text to hide the needle in (default: a filler)")
+    args = parser.parse_args(argv)
+    from llamba.eval.recall import Options, run
+    from llamba.eval.scores import results_folder
+
+    given = {key: tuple(value) for key in ("tasks", "pairs", "names", "lengths", "depths") if (value := getattr(args, key))}
+    options = Options(**given, trials=args.trials, haystack=args.haystack)
+    print(run(args.model, results_folder(args.model, args.out), _settings(args), options))
+
+
+def perplexity(argv: list[str]) -> None:
+    """Perplexity on a text, and KL to the teacher."""
+    parser = _parser("llamba eval perplexity", "Perplexity of a model on plain text, and with --teacher its distance to the teacher.")
+    parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
+    parser.add_argument("--text", required=True, metavar="FILE", help="plain text")
+    parser.add_argument("--teacher", metavar="MODEL", help="also KL(teacher || model) in nats per token, and how often both choose alike")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default 1024)")
+    parser.add_argument("--windows", type=int, help="at most so many windows")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="where scores.jsonl goes (default: MODEL/eval, or runs/eval/NAME)")
+    args = parser.parse_args(argv)
+    from llamba.eval.perplexity import Options, run
+    from llamba.eval.scores import results_folder
+
+    options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device)
+    print(run(args.model, results_folder(args.model, args.out), options))
+
+
+def zero_shot(argv: list[str]) -> None:
+    """GSM8K or CRUXEval, zero-shot and greedy."""
+    about = "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR."
+    parser = _parser("llamba eval zero_shot", about)
+    parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
+    _answer_options(parser, 8, 2048)
+    run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a limited process (off by default)"
+    parser.add_argument("--run-code", action="store_true", help=run)
+    args = parser.parse_args(argv)
+    from llamba.eval.scores import results_folder
+    from llamba.eval.zero_shot import Options
+    from llamba.eval.zero_shot import run as answer
+
+    options = Options(args.benchmark, args.data, args.limit, args.run_code)
+    print(answer(args.model, results_folder(args.model, args.out), _settings(args), options))
+
+
+def lengths(argv: list[str]) -> None:
+    """Memory and tokens per second by context length."""
+    parser = _parser("llamba eval lengths", "Memory and tokens per second by context length, e.g. of a student and its teacher.")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run folders, model folders or hub names")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens (default: 1k to 64k)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="decoded after each (default 32)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="where scores.jsonl and the picture go (default: the first model's)")
+    args = parser.parse_args(argv)
+    from llamba.eval.lengths import Options, run
+    from llamba.eval.scores import results_folder
+
+    options = Options(tuple(args.lengths), args.new_tokens, args.repeats, args.dtype, args.device)
+    print(run(args.models, results_folder(args.models[0], args.out), options))
+
+
 def fetch(argv: list[str]) -> None:
-    """`llamba eval fetch`."""
+    """Get benchmark data."""
     from llamba.eval.fetch import FILES
     from llamba.eval.fetch import fetch as get
 
@@ -122,7 +299,17 @@ def fetch(argv: list[str]) -> None:
     print("\n".join(get(parser.parse_args(argv).names or tuple(FILES))))
 
 
-COMMANDS = {"mt_bench": mt_bench, "fetch": fetch}
+COMMANDS = {
+    "mt_bench": mt_bench,
+    "judgments": judgments,
+    "alpaca": alpaca,
+    "lm_eval": lm_eval,
+    "recall": recall,
+    "perplexity": perplexity,
+    "zero_shot": zero_shot,
+    "lengths": lengths,
+    "fetch": fetch,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -195,11 +195,31 @@ class Asker:
         tokens = sum(request.tokens for request in requests)
         return tokens, len(requests) * self.output_tokens, self.judge.cost(tokens, len(requests) * self.output_tokens)
 
-    def ask(self, requests: Sequence[Request], usable: Callable[[Reply], bool]) -> dict[str, Failure]:
+    def announce(self, requests: Sequence[Request], usable: Callable[[Reply], bool]) -> str:
+        """A line on what asking what is missing will take."""
+        todo = self.missing(requests, usable)
+        inputs, outputs, dollars = self.estimate(todo)
+        price = f", about ${dollars:.2f}" if self.judge.price else ""
+        return (
+            f"{self.judge.model}: {len(todo)} of {len(requests)} judgments to ask for, about {inputs:,.0f} + {outputs:,.0f} tokens{price}"
+        )
+
+    def took(self, failed: int) -> str:
+        """A line on what asking took."""
+        return f"{self.asked} judgments asked for, {failed} failed" + (f", ${self.spent:.2f}" if self.judge.price else "")
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        usable: Callable[[Reply], bool],
+        preflight: Callable[[Reply], str | None] = lambda reply: None,
+    ) -> dict[str, Failure]:
         """Ask what is missing. Replies are in `known`; returned are the failures by key.
 
+        `preflight` says what is wrong with the judge, from its first reply.
+
         Raises ValueError before the first request where the estimate exceeds `max_cost`, and after what was paid for is safe: where
-        the judge refuses every request, or the disk is full.
+        the judge refuses every request or fails the preflight, or the disk is full.
         """
         todo = self.missing(requests, usable)
         if not todo:
@@ -219,6 +239,9 @@ class Asker:
                     bar.update(len(chunk))
 
             work(chunks[0])
+            first = self.known.get(todo[0].key(self.judge))
+            if first is not None and (wrong := preflight(first)):
+                raise ValueError(wrong)
             self._through(work, chunks[1:], transport.workers)
         if self.full is not None:
             raise ValueError(f"the disk is full at {self.journal.path} ({self.full}); every reply so far is kept: make room and run again")

@@ -198,19 +198,12 @@ def judge_all(wanted: Sequence[Play], judge: Judge, out: Path, estimate_only: bo
 
     with Journal(out / "judge" / f"{judge.slug}.jsonl") as journal:
         asker = Asker(judge, journal, lambda: transport(judge), OUTPUT_TOKENS)
-        todo = asker.missing(requests, usable)
-        inputs, outputs, dollars = asker.estimate(todo)
-        price = f", about ${dollars:.2f}" if judge.price else ""
-        print(
-            f"{judge.model}: {len(todo)} of {len(requests)} judgments to ask for, about {inputs:,.0f} + {outputs:,.0f} tokens{price}",
-            flush=True,
-        )
+        print(asker.announce(requests, usable), flush=True)
         if estimate_only:
             return [], ""
         failures = asker.ask(requests, usable)
-        spent = f", ${asker.spent:.2f}" if judge.price else ""
         found = [failures[key] if key in failures else asker.known[key] for key in keys]
-        return found, f"{asker.asked} judgments asked for, {len(failures)} failed{spent}"
+        return found, asker.took(len(failures))
 
 
 def _row(common: Any, play: Play, reply: Reply | Failure) -> dict[str, Any]:

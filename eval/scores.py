@@ -14,6 +14,7 @@ from llamba.folders import finished, resolve_model
 from llamba.provenance import stamp, version
 
 SCORES = "scores.jsonl"
+MODELS = "models.json"
 _PACKAGES = ("llamba", "torch", "transformers", "fschat", "alpaca_eval", "lm_eval", "openai")
 
 
@@ -32,11 +33,29 @@ def model_name(name: str) -> str:
 
 
 def results_folder(name: str, out: str | None) -> Path:
-    """Where a model's results go: `out`, else eval/ in its run folder, else runs/eval/ and its name. Raises as `resolve_model`."""
-    resolve_model(name)
-    if out is not None:
-        return Path(out)
-    return Path(name) / "eval" if finished(name) else Path("runs/eval") / model_name(name)
+    """Where a model's results go: `out`, else eval/ in its run folder, else runs/eval/ and its name; notes the model in models.json.
+
+    Raises ValueError as `resolve_model`.
+    """
+    path = resolve_model(name)
+    folder = Path(out) if out is not None else Path(name) / "eval" if finished(name) else Path("runs/eval") / model_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    noted = folder / MODELS
+    models = json.loads(noted.read_text()) if noted.exists() else {}
+    models[model_name(name)] = {"path": path, "attention": attention_of(path)}
+    partial = folder / f"{MODELS}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(models, indent=1) + "\n")
+    os.replace(partial, noted)
+    return folder
+
+
+def attention_of(path: str) -> float | None:
+    """Part of a model's layers that have attention; None for what is not a folder with a config."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        return None
+    kinds = json.loads(config.read_text()).get("layer_types")
+    return 1.0 if not kinds else sum(kind != "linear_attention" for kind in kinds) / len(kinds)
 
 
 def score(benchmark: str, metric: str, model: str, value: Interval | float, judge: str | None = None, **more: Any) -> dict[str, Any]:

@@ -42,6 +42,12 @@ def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Ten
     return torch.arange(len(firsts), device=buffer.device)[:, None], first + torch.arange(length, device=buffer.device)
 
 
+def _own(values: Tensor) -> Tensor:
+    """The values, detached, and copied where they are a part of a larger tensor that they would keep alive."""
+    values = values.detach()
+    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+
+
 class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """Cache of one mixer; speaks the protocol of transformers' cache layers (record, crop, reorder, select, repeat).
 
@@ -82,9 +88,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def settle(self, window: Tensor, state: Tensor, tokens: int) -> None:
         """Note `tokens` tokens that are folded already: `state` and `window` [B, W - 1, C] after them. Nothing may be held."""
         assert not any(self.counts), "held tokens are folded first"
-        self.state, self.seen = state.detach(), self.seen + tokens
+        self.state, self.seen = _own(state), self.seen + tokens
         if self.held is None:
-            self.raw, self.counts = window.detach(), [0] * window.shape[0]
+            self.raw, self.counts = _own(window), [0] * window.shape[0]
             self.pinned = self.counts
         else:
             assert self.raw is not None

@@ -121,8 +121,12 @@ def _select(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from llamba.curves import report
+    from llamba.eval import report as scores
 
-    print("\n\n".join(report(run) for run in args.runs))
+    trained = [run for run in args.runs if any(Path(run).glob("*-*/metrics.jsonl")) or scores.folder_of(run) is None]
+    parts = [report(run) for run in trained]
+    table = scores.report(args.runs, args.out or Path(args.runs[0]))
+    print("\n\n".join([*parts, *([table] if table else [])]))
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -139,9 +143,16 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
 
 
+def _matrices_options(group: Any) -> None:
+    group.add_argument("--data", nargs="+", help="files, folders or hub sets with texts or messages")
+    group.add_argument("--matrices", type=int, default=32, help="how many, one head of every layer in turn (default 32)")
+    group.add_argument("--length", type=int, default=256, help="tokens of each (default 256)")
+    group.add_argument("--steps", type=int, default=2000, help="of gradient descent, for low-rank and SSD (default 2000)")
+    group.add_argument("--picture", help="draw the table to this file")
+
+
 def _speculative_options(group: Any) -> None:
-    group.add_argument("--model", help="run folder, model folder or hub name; --draft and --prompts go with it")
-    group.add_argument("--draft", help='a smaller model of the same vocabulary, or "lookup"')
+    group.add_argument("--draft", help='with --model and --prompts: a smaller model of the same vocabulary, or "lookup"')
     group.add_argument("--prompts", help="a .jsonl file of rows with messages, which end with the user's question")
     group.add_argument("--preset", help="instead of a model: table1, table5, or a row of them; random weights of its shapes")
     group.add_argument("--acceptance", type=float, help="of a preset's drafts (default: what its published row implies)")
@@ -180,10 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("losses", "ops", "speculative"))
+    command.add_argument("what", choices=("losses", "matrices", "ops", "speculative"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
+    command.add_argument("--model", help="of matrices and speculative: run folder, model folder or hub name")
+    _matrices_options(command.add_argument_group("matrices"))
     _speculative_options(command.add_argument_group("speculative"))
     command.set_defaults(action=_bench)
     command = commands.add_parser("eval", help="benchmarks: MT-Bench, AlpacaEval, lm-eval and more", add_help=False)
@@ -205,7 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", required=True, help="JSON file to write; the picture stands beside it")
     command.set_defaults(action=_select)
-    command = commands.add_parser("report", help="a run's training as a table and as report.png in its folder")
+    command = commands.add_parser("report", help="runs' training (report.png in each folder) and scores, side by side")
+    command.add_argument("--out", help="folder for scores.md, scores.csv and pictures (default: the first run)")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(action=_report)
     return parser

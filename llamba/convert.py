@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from llamba.families import Family, family_of
 from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
-from llamba.mixers import ATTENTION, MixerConfig, Origin, build_mixer, initialise, mixer_config
+from llamba.mixers import ATTENTION, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
 
 Attention = float | Sequence[int]
 
@@ -167,9 +167,10 @@ def convert(
 
 @torch.no_grad()
 def _attention_anew(made: nn.Module, source: nn.Module, init: str, spread: float, generator: torch.Generator) -> list[Origin]:
-    """Fill attention that is the student's mixer: from the teacher's ("attention"), or with the family's random start ("random")."""
-    if init not in ("attention", "random"):
-        raise ValueError(f'student.init must be "attention" or "random" where student.mixer is "attention"; got {init!r}')
+    """Fill attention that is the student's mixer: from the teacher's ("attention"), or with the family's random start."""
+    known = ["attention", *(name for name, rule in INITS.items() if not rule.copy_attention)]
+    if init not in known:
+        raise ValueError(f"student.init must be one of {', '.join(known)} where student.mixer is 'attention'; got {init!r}")
     own, origins = dict(source.named_parameters()), []
     for name, weight in made.named_parameters():
         if init == "attention":

@@ -134,7 +134,7 @@ def test_attention_as_the_mixer_is_the_teacher_or_starts_anew(name: str, tmp_pat
     further.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert mixer_layers(again.config) == [0, 1, 2] and torch.equal(logits(again, tokens), logits(further, tokens))
-    with pytest.raises(ValueError, match='must be "attention" or "random"'):
+    with pytest.raises(ValueError, match="must be one of attention, mohawk, random"):
         convert(source, mixer="attention", init="paper")
 
 

@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "families": {"hybrid", "mixers"},
     "wrapped": set(),
     "record": {"mixers"},
+    "structured": {"kernels"},
     "alignment": {"kernels", "mixers"},
     "convert": {"families", "hybrid", "mixers", "folders"},
     "teachers": set(),
@@ -70,7 +71,10 @@ ARROWS: dict[str, set[str]] = {
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels", "mixers"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
-    "bench": set("cache chat convert draft hybrid kernels losses mixers provenance speculative teachers".split()),
+    "bench": set(
+        "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative structured "
+        "teachers".split()
+    ),
 }
 
 

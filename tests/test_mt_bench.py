@@ -1,20 +1,28 @@
 """MT-Bench with a fake judge: FastChat reads the files, nothing is asked twice, faults change no other score, errors are one line."""
 
+import contextlib
+import functools
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from fake_judge import fake_judge
+from transformers import AutoTokenizer
 
+import llamba
+from llamba.eval import scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
-from llamba.eval.judge import Asker, Endpoint, Judge, Request, escape
+from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
+from llamba.eval.local_judge import transport
 from llamba.eval.mt_bench import read_judgments, report_single
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +30,21 @@ TEACHER = ROOT / "recipes" / "tiny" / "teacher"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
-def arguments(data: Path, out: Path, url: str, *more: str, model: str = str(TEACHER)) -> list[str]:
+_FOLDERS = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def student() -> str:
+    """The embedded teacher with half of its attention layers converted, as a folder."""
+    folder = Path(_FOLDERS.name) / "student"
+    llamba.convert(str(TEACHER), mixer="mamba2", attention=0.5).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(data: Path, out: Path, url: str, *more: str) -> list[str]:
     asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(out), "--max-new-tokens", "8", "--limit", "16"]
-    return ["mt_bench", model, *asked, *more]
+    return ["mt_bench", student(), *asked, *more]
 
 
 def stable(path: Path) -> list[str]:
@@ -77,7 +97,7 @@ def test_show_result_prints_our_averages(public_data: Path, answered: Path) -> N
     command = [sys.executable, "-m", "fastchat.llm_judge.show_result", "--input-file", str(judgments(answered))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=answered)
     assert done.returncode == 0, done.stderr
-    shown = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("teacher")]
+    shown = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("student")]
     ours = {row["metric"]: row["value"] for row in read_lines(answered / "scores.jsonl")}
     assert shown == pytest.approx([ours["turn 1"], ours["turn 2"], ours["average"]], abs=1e-6)
     row = read_lines(answered / "scores.jsonl")[0]
@@ -88,7 +108,7 @@ def test_prompts_are_fastchats_own(public_data: Path, answered: Path) -> None:
     """The text that the judge saw, against the templates filled in by hand."""
     prompts = {row["name"]: row for row in read_lines(public_data / "mt_bench/judge_prompts.jsonl")}
     questions = {row["question_id"]: row for row in read_lines(public_data / "mt_bench/question.jsonl")}
-    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(answered / "data/mt_bench/model_answer/teacher.jsonl")}
+    answers = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(answered / "data/mt_bench/model_answer/student.jsonl")}
     rows = {(row["question_id"], row["turn"]): row for row in read_lines(judgments(answered))}
     writing = rows[81, 1]
     assert writing["judge"] == ["fake", "single-v1"]
@@ -239,6 +259,54 @@ def test_the_aggregator_is_open_about_duplicates_and_failures(tmp_path: Path) ->
     assert "1 judgments failed and 3 duplicates were left out" in text
 
 
+def test_the_aggregator_is_a_command(public_data: Path, answered: Path, capsys) -> None:
+    main(["judgments", str(judgments(answered)), "--data", str(public_data)])
+    average = next(row for row in read_lines(answered / "scores.jsonl") if row["metric"] == "average")
+    assert f"average       {average['value']:.2f}" in capsys.readouterr().out
+
+
+def test_a_local_model_judges(tmp_path: Path) -> None:
+    judge = Judge("tiny", f"local:{TEACHER}")
+    local = transport(judge)
+    asked = [Request([{"role": "user", "content": text}], {"max_tokens": 4}) for text in ("hello", "What is 3 + 4?", "word " * 2000)]
+    together, alone = local(asked), [local([request])[0] for request in asked]
+    assert [r["text"] for r in together[:2]] == [r["text"] for r in alone[:2]] and isinstance(together[2], Failure)
+    assert together[1]["text"] == "7" and "does not fit the judge's context of 1024" in together[2].reason
+    top = together[1]["logprobs"]["content"][0]["top_logprobs"]
+    assert len(top) == 20 and top[0]["token"] == "7" and top[0]["logprob"] > math.log(0.5)
+    with Journal(tmp_path / "judge.jsonl") as journal:
+        failures = Asker(judge, journal, lambda: local, 4).ask(asked, lambda reply: True)
+        assert len(journal.rows) == 2 and len(failures) == 1
+
+
+@pytest.mark.parametrize("script", ["run_mtbench.sh", "run_alpaca.sh", "run_lm_eval.sh"])
+def test_help_tells_a_newcomer_all(script: str, capsys, monkeypatch) -> None:
+    text = (ROOT / "eval" / script).read_text()
+    assert subprocess.run(["bash", "-n", str(ROOT / "eval" / script)]).returncode == 0 and os.access(ROOT / "eval" / script, os.X_OK)
+    name = text.split("llamba.eval.commands ")[1].split()[0]
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    for part in ("pip install", "llamba eval fetch", f"eval/{script} runs/", "OUT/scores.jsonl", "--data DIR"):
+        assert part in shown, part
+    assert name == "lm_eval" or all(part in shown for part in ("--max-cost", "OPENAI_API_KEY", "local:FOLDER", "same command again"))
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable}
+    script = [str(ROOT / "eval" / "run_mtbench.sh")]
+    done = subprocess.run([*script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "first time:" in done.stdout
+    done = subprocess.run([*script, "nowhere/at/all", "--judge", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere/at/all must be a model folder")
+
+
+def test_a_missing_package_is_a_sentence(public_data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(scores, "version", lambda package: None)
+    assert "needs fschat, openai, not installed; pip install" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
@@ -253,5 +321,5 @@ def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path
             process.wait()
         subprocess.run(argv, cwd=ROOT, check=True)
         assert state.served - asked <= 32 + 5 * 2  # a kill loses at most what was on its way
-    for path in ("data/mt_bench/model_answer/teacher.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
+    for path in ("data/mt_bench/model_answer/student.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
         assert stable(tmp_path / "killed" / path) == stable(tmp_path / "whole" / path), path

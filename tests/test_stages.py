@@ -1,7 +1,10 @@
 """Matrix orientation and hidden-state alignment as training stages: losses against their definitions, and what training does."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -287,3 +290,40 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
 def test_stages_that_cannot_be_are_refused(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+ALIGN_RECIPE = """
+from llamba.recipe import Data, Hidden, Matrix, Recipe, Student
+from llamba.run import launch
+
+short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=6)
+recipe = Recipe(
+    teacher={teacher!r},
+    student=Student(mixer="mamba2", attention=[1]),
+    data=Data(train={train!r}, length=48),
+    stages=[Matrix(**short), Hidden(**short), Hidden(**short, target="block", ahead=2, train="all")],
+    output="run",
+)
+
+if __name__ == "__main__":
+    launch(recipe)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["cpu_ddp", "zero2", "zero3"])
+def test_two_processes_align_as_one(tmp_path: Path, teacher_folder: Path, chat_file: Path, launcher: str) -> None:
+    """Over gloo, with uneven targets: the losses of one process that accumulates twice as often."""
+    (tmp_path / "recipe.py").write_text(ALIGN_RECIPE.format(teacher=str(teacher_folder), train=str(chat_file)))
+    config = Path(__file__).parent.parent / "recipes" / "accelerate" / f"{launcher}.yaml"
+    several = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", "--mixed_precision", "no"]
+    fixed = {"PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for name, how in (("one", []), ("two", several)):
+        command = [sys.executable, *how, "recipe.py", f"output={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **fixed}, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+    for stage in ("1-matrix", "2-hidden", "3-hidden"):
+        one, two = (read_metrics(tmp_path / name / stage / METRICS) for name in ("one", "two"))
+        assert json.loads((tmp_path / "two" / stage / "stage.json").read_text())["results"]["processes"] == 2
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4), stage
+        assert two[-1]["layers"] == pytest.approx(one[-1]["layers"], rel=1e-4), stage

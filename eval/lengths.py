@@ -1,0 +1,142 @@
+"""Memory and speed by context length, against the teacher: what a state of fixed size is for.
+
+For each model and length, in a fresh process on a CPU (its peak memory is the process's), in this one on a GPU: prefill of T random
+tokens, then greedy decoding of `new` tokens with the cache that prefill left. Seconds are medians of `repeats`, after a warm-up.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamba.chat import load
+from llamba.eval.scores import model_name, save, score
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure: prefill lengths, tokens decoded after each, repeats."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    new: int = 32
+    repeats: int = 3
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if min(self.lengths) < 1 or self.new < 1 or self.repeats < 1:
+            raise ValueError("--lengths, --new-tokens and --repeats must be at least 1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Prefill and decoding in tokens per second, peak memory and the cache alone in MiB."""
+
+    prefill: float
+    decode: float
+    peak: float
+    cache: float
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache's layers hold."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    tensors = [t for value in held for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in tensors}.values())
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def _once(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float, int]:
+    """Seconds of prefill and of decoding, and the cache's bytes after prefill. ids [1, T]."""
+    _wait(model)
+    start = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    _wait(model)
+    middle, size, token = time.perf_counter(), cache_bytes(out.past_key_values), out.logits[:, -1:].argmax(-1)
+    decoding = time.perf_counter()
+    for _ in range(new):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    _wait(model)
+    return middle - start, time.perf_counter() - decoding, size
+
+
+def _peak(model: Any) -> float:
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def measure(name: str, length: int, options: Options) -> Measured:
+    """One model at one length, in this process."""
+    model, _ = load(name, options.dtype, options.device)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    _once(model, ids[:, : min(length, 64)], 2)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = [_once(model, ids, options.new) for _ in range(options.repeats)]
+    prefill, decode = (statistics.median(times) for times in list(zip(*found, strict=True))[:2])
+    return Measured(length / prefill, options.new / decode, _peak(model), found[0][2] / 2**20)
+
+
+def _apart(queue: Any, threads: int, *arguments: Any) -> None:
+    torch.set_num_threads(threads)
+    queue.put(measure(*arguments))
+
+
+def measure_apart(name: str, length: int, options: Options) -> Measured | None:
+    """The same in a process of its own; None where that process died (out of memory)."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_apart, args=(queue, torch.get_num_threads(), name, length, options))
+    process.start()
+    process.join()
+    return None if queue.empty() else queue.get()
+
+
+def run(names: Sequence[str], out: Path, options: Options) -> str:
+    """Measure models (the student, then the teacher) at all lengths; rows, a picture, and the table. A length that does not fit is said."""
+    lines, rows, curves = [f"{'model':<28}{'tokens':>8}{'prefill tok/s':>15}{'decode tok/s':>14}{'peak MiB':>10}{'cache MiB':>11}"], [], {}
+    for name in names:
+        shown = model_name(name)
+        curves[shown] = found = {length: measure_apart(name, length, options) for length in options.lengths}
+        for length, one in found.items():
+            if one is None:
+                lines.append(f"{shown:<28}{length:>8}  did not fit into memory")
+                continue
+            lines.append(f"{shown:<28}{length:>8}{one.prefill:>15,.0f}{one.decode:>14,.1f}{one.peak:>10,.0f}{one.cache:>11,.1f}")
+            named = {"prefill, tokens/s": one.prefill, "decode, tokens/s": one.decode, "peak MiB": one.peak, "cache MiB": one.cache}
+            rows += [score("lengths", f"{what} at {length}", shown, value, length=length) for what, value in named.items()]
+    save(out, rows)
+    draw({name: {k: v for k, v in found.items() if v} for name, found in curves.items()}, out / "lengths.png")
+    return "\n".join([*lines, f"picture: {out / 'lengths.png'}"])
+
+
+def draw(curves: dict[str, dict[int, Measured]], path: Path) -> None:
+    """Decoding speed, peak memory and cache by length, a line per model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 3), (("decode", "decode, tokens/s"), ("peak", "peak memory, MiB"), ("cache", "cache, MiB")), strict=True
+    ):
+        for name, found in curves.items():
+            axes.plot(list(found), [getattr(one, key) for one in found.values()], marker="o", label=name)
+        axes.set(xlabel="context, tokens", ylabel=label, xscale="log")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

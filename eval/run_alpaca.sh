@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# AlpacaEval 2 of a model, with any judge. `eval/run_alpaca.sh --help` tells everything.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m llamba.eval.commands alpaca "$@"
