@@ -163,7 +163,8 @@ def judgments(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from pathlib import Path
 
-    from llamba.eval.mt_bench import load_questions, read_judgments, report_single
+    from llamba.eval.judged import read_judgments, report_single
+    from llamba.eval.mt_bench import load_questions
 
     categories = {row["question_id"]: row["category"] for row in load_questions(args.data, None)}
     print(report_single(read_judgments(Path(args.file)), categories, Path(args.file).stem)[1])

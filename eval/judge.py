@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -102,6 +103,8 @@ class Transport(Protocol):
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply | Failure]: ...
 
+    def close(self) -> None: ...
+
 
 def digest(value: Any) -> str:
     """SHA-256 of a value's JSON."""
@@ -167,6 +170,10 @@ class Endpoint:
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
         return [reply | dict(zip(("input_tokens", "output_tokens"), counts, strict=True))]
 
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
@@ -229,7 +236,7 @@ class Asker:
             raise ValueError(f"asking {len(todo)} requests would cost about ${dollars:.2f}, above --max-cost {self.judge.max_cost}")
         transport, failures = self.make_transport(), dict[str, Failure]()
         chunks = [todo[:1]] + [todo[i : i + transport.batch] for i in range(1, len(todo), transport.batch)]  # the first goes alone
-        with tqdm(total=len(todo), desc=f"judge {self.judge.model}", unit="reply", disable=None) as bar:
+        with closing(transport), tqdm(total=len(todo), desc=f"judge {self.judge.model}", unit="reply", disable=None) as bar:
 
             def work(chunk: list[Request]) -> None:
                 found = self._chunk(transport, chunk, usable)

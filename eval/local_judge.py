@@ -48,6 +48,9 @@ class Local:
                 out[row] = reply | {"input_tokens": lengths[row]}
         return out
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     @torch.inference_mode()
     def _generate(self, texts: list[str], most: int) -> list[Reply]:
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True).to(self.model.device)

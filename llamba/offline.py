@@ -9,6 +9,7 @@ with the same bytes. Letters: m targets of a shard, k kept tokens, B rows, T tok
 """
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -194,3 +195,5 @@ def _fill(stage: Distill, rows: Rows, shards: Shards, load: Callable[[], PreTrai
     for number in _progress(wanted, shards):
         assert teacher is not None
         _make(stage, teacher, rows, shards, number)
+    del teacher
+    gc.collect()  # it may stand in cycles, and the student needs its memory

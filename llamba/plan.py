@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llamba.convert import student_config
 from llamba.draft import draft_config
@@ -14,7 +14,7 @@ from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Aligning, Attention, Dpo, Draft, Select, Stage, Training
+from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -105,6 +105,8 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
         own = count(made, config)
         cut = 0 if stage.head is None else _cut(config, stage.head)
         counts = replace(own, student=own.student - cut, teacher=counts.student)
+    if isinstance(stage, Distill) and stage.teacher is not None:
+        counts = replace(counts, teacher=_other_teacher(stage.teacher, config))
     length = (stage.data or recipe.data).length
     trainable = {"mixers": counts.mixers, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
     lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(stage, length)}"]
@@ -115,11 +117,31 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
     sharded = memory["activations"] + (total - memory["activations"]) / processes
     lines.append(f"    = {total / GIB:.1f} GiB (DDP); sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB")
     budget = _budget(stage, length)
+    if isinstance(stage, Distill) and stage.offline:
+        teacher = counts.teacher * _teacher_bytes(stage) / GIB
+        lines.append(f"    before it the teacher ({teacher:.1f} GiB) runs once: {8 * stage.offline + 4:,} bytes on disk for each target")
     per_token = _flops_per_token(config, counts, trainable, length, stage.gradient_checkpointing, _is_taught(stage))
     hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
     amount = "" if budget else " per 1,000,000,000 tokens"
     lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
     return lines
+
+
+def _other_teacher(name: str, config: PreTrainedConfig) -> int:
+    """Parameters of a stage's own teacher. Raises ValueError where its vocabulary is not the student's."""
+    found = teacher_config(resolve_model(name))
+    if found.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"student and teacher must share a vocabulary, got {config.vocab_size} tokens in the student and {found.vocab_size} in {name}"
+        )
+    with torch.device("meta"):
+        return _numel(AutoModelForCausalLM.from_config(found))
+
+
+def _teacher_bytes(stage: Training) -> float:
+    """Bytes per weight of a stage's teacher while it runs."""
+    bits = stage.teacher_bits if isinstance(stage, Distill) else None
+    return bits / 8 if bits else 2 if stage.precision == "bf16" else 4
 
 
 def _cut(config: PreTrainedConfig, head: int) -> int:
@@ -161,15 +183,16 @@ def _tokens(stage: Training, length: int) -> str:
 
 
 def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable: int, length: int) -> dict[str, float]:
-    """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher in bf16, activations."""
+    """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher, activations."""
     tokens = stage.micro_batch * (2 if isinstance(stage, Dpo) else 1) * length
     kept_per_layer = config.hidden_size if stage.gradient_checkpointing else 14 * config.hidden_size + 3 * config.intermediate_size
-    logits = 4 * min(tokens * config.vocab_size, 2**26) * 4
+    logits = 5 * min(tokens * config.vocab_size, 2**26) * 4
+    kept = isinstance(stage, Distill) and stage.offline is not None
     return {
         "student": 4 * counts.student,
         "gradients": 4 * trainable,
         "moments": 8 * trainable,
-        "teacher": (2 if stage.precision == "bf16" else 4) * counts.teacher * _is_taught(stage),
+        "teacher": 0 if kept or not _is_taught(stage) else _teacher_bytes(stage) * counts.teacher,
         "activations": 2 * tokens * kept_per_layer * config.num_hidden_layers + logits,
     }
 

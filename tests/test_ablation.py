@@ -63,6 +63,8 @@ def test_none_leaves_the_mlp_alone() -> None:
             source.model.layers[index].self_attn.o_proj.weight.zero_()
     assert rms_error(logits(made, tokens), logits(source, tokens)) < 1e-12
     assert not list(made.model.layers[0].self_attn.parameters())
+    made(tokens, use_cache=False).logits.sum().backward()
+    assert all(weight.grad is not None for weight in made.parameters())
 
 
 @kinds

@@ -1,6 +1,7 @@
 """AlpacaEval through alpaca_eval's own code: length control on the real 805 instructions, refusals, faults, resume."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -75,6 +76,9 @@ class InProcess:
             made.append(kept | {"input_tokens": 1, "output_tokens": 1})
         return made
 
+    def close(self) -> None:
+        pass
+
 
 def score(out: Path) -> dict[str, dict]:
     return {row["metric"]: row for row in read_lines(out / "scores.jsonl")}
@@ -110,7 +114,7 @@ def judged(data: Path, shortened: Path, tmp_path_factory) -> SimpleNamespace:
         options = alpaca.Options(str(data), str(shortened), refits=4)
         text = alpaca.run("short", out, settings, judge, options)
         asked = faults.requests
-        alpaca.run("short", out, settings, judge, options)
+        alpaca.run("short", out, settings, judge, dataclasses.replace(options, win_rate_only=True))
     pairs = zip(json.loads(shortened.read_text()), json.loads((data / alpaca.REFERENCE).read_text()), strict=True)
     same = sum(short["output"] == whole["output"] for short, whole in pairs)
     return SimpleNamespace(same=same, out=out, text=text, asked=asked, again=faults.requests - asked, judge=judge)

@@ -22,8 +22,8 @@ from llamba.eval import scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
 from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
+from llamba.eval.judged import read_judgments, report_single
 from llamba.eval.local_judge import transport
-from llamba.eval.mt_bench import read_judgments, report_single
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "recipes" / "tiny" / "teacher"

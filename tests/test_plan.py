@@ -85,3 +85,16 @@ def test_plan_of_the_recipe_file_needs_no_network() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "+16.943 M" in done.stdout and "hours" in done.stdout
+
+
+def test_a_stage_with_a_larger_teacher() -> None:
+    """70.55e9 weights in bf16, in 4 bits, or run once before training."""
+    settings = dict(teacher="meta-llama/Llama-3.1-70B-Instruct", tokens=1_000_000)
+    whole, four, offline = (
+        str(plan(recipe("meta-llama/Llama-3.1-8B-Instruct", Distill(**settings, **more))))
+        for more in ({}, {"teacher_bits": 4}, {"offline": 64})
+    )
+    assert "teacher 131.4," in whole and "teacher 32.9," in four
+    assert "teacher 0.0," in offline and "the teacher (131.4 GiB) runs once: 516 bytes on disk for each target" in offline
+    with pytest.raises(ValueError, match="must share a vocabulary, got 128256 tokens in the student and 51200 in microsoft/phi-1_5"):
+        str(plan(recipe(stage=Distill(teacher="microsoft/phi-1_5"))))

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from language import conversation
 from models import ids, student, teacher
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from llamba import checkpoints
 from llamba.convert import convert
 from llamba.data import Prepared, prepare
 from llamba.hybrid import mixer_layers
@@ -28,7 +30,7 @@ from llamba.record import HEARD
 from llamba.run import run
 from llamba.settings import TokenTraining
 from llamba.stages import STAGES, hidden, matrix
-from llamba.train import train_only
+from llamba.train import DistillTrainer, train_only
 from llamba.wrapped import inside
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"
@@ -198,8 +200,8 @@ def test_matrix_hidden_distill_in_one_recipe_each_lowering_its_own_loss(tmp_path
         Student(mixer="discrete_mamba2", attention=0.5),
         Data(train=str(embedded), eval=str(embedded), length=96),
         [
-            Matrix(**SHORT, lr=2e-3, steps=8),
-            Hidden(**SHORT, lr=2e-3, steps=8, target="block"),
+            Matrix(**{**SHORT, "precision": "bf16"}, lr=2e-3, steps=8),
+            Hidden(**{**SHORT, "precision": "bf16"}, lr=2e-3, steps=8, target="block"),
             Distill(**SHORT, lr=2e-3, steps=8, kl=1.0, ce=0.0, clip=1.0),
         ],
         str(tmp_path / "run"),
@@ -229,11 +231,12 @@ def stage_losses(stage, student_folder: Path, teacher_folder: Path, data: Prepar
     return [line["loss"] for line in read_metrics(out / METRICS)]
 
 
-@pytest.mark.parametrize("name", ["matrix", "hidden"])
+@pytest.mark.parametrize("name", ["matrix", "hidden", "distill"])
 @pytest.mark.parametrize("kind", ["low_rank", "toeplitz", "attention"])
-def test_ablation_mixers_are_aligned_too(tmp_path: Path, teacher_folder: Path, data: Prepared, name: str, kind: str) -> None:
+def test_ablation_mixers_are_trained_too(tmp_path: Path, teacher_folder: Path, data: Prepared, name: str, kind: str) -> None:
     convert(str(teacher_folder), mixer=kind, init="random").save_pretrained(tmp_path / "student")
-    stage = {"matrix": Matrix, "hidden": Hidden}[name](**SHORT, lr=5e-3, steps=6)
+    kinds = {"matrix": Matrix, "hidden": Hidden, "distill": partial(Distill, kl=1.0, ce=0.0, clip=1.0)}
+    stage = kinds[name](**SHORT, lr=5e-3, steps=6)
     losses = stage_losses(stage, tmp_path / "student", teacher_folder, data, tmp_path / "out")
     assert losses[-1] < 0.97 * losses[0]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaHybridForCausalLM"
@@ -257,6 +260,29 @@ def test_accumulation_changes_nothing_and_what_is_outside_stays(tmp_path: Path, 
             key = f"model.layers.{index}.self_attn."
             assert torch.equal(before[key + "in_proj.weight"][:48], after[key + "in_proj.weight"][:48])
             assert torch.equal(before[key + "conv1d.weight"][:16], after[key + "conv1d.weight"][:16])
+
+
+@pytest.mark.parametrize("stage", [Matrix(**SHORT, squared=True, rows=9, steps=5, save_every=2), Hidden(**SHORT, steps=5, save_every=2)])
+def test_a_stage_that_was_interrupted_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch, teacher_folder: Path, data: Prepared, stage
+) -> None:
+    """The rows that are sampled, too, are those of the uninterrupted run."""
+    convert(str(teacher_folder)).save_pretrained(tmp_path / "student")
+    whole = stage_losses(stage, tmp_path / "student", teacher_folder, data, tmp_path / "whole")
+    own = DistillTrainer.training_step
+
+    def stopping(self, *args):
+        if self.state.global_step == 3:
+            raise InterruptedError
+        return own(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(DistillTrainer, "training_step", stopping)
+        stage_losses(stage, tmp_path / "student", teacher_folder, data, tmp_path / "parts")
+    assert [found.name for found in checkpoints.complete(tmp_path / "parts" / "checkpoints")] == ["checkpoint-2"]
+    assert stage_losses(stage, tmp_path / "student", teacher_folder, data, tmp_path / "parts") == whole
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path, data: Prepared, small, tokenizer) -> None:

@@ -35,7 +35,7 @@ class NoMixer(Mixer):
         if past_key_values is not None:
             nothing = hidden_states.new_zeros(*hidden_states.shape[:2], 0)
             self._cached_run({"conv": nothing}, attention_mask or Recurrence(), past_key_values.layers[self.layer_idx])
-        return torch.zeros_like(hidden_states), None
+        return hidden_states * 0, None  # so that what feeds a mixer has a gradient, as wrappers expect of every trained weight
 
     def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         nothing = parts["conv"]
@@ -82,6 +82,8 @@ class Toeplitz(Mixer):
     matrix_parts = ("in_proj", "D")
 
     def __init__(self, config: MixerConfig, layer_idx: int):
+        if config.conv_after_repeat:
+            raise ValueError("toeplitz needs mixer.conv_after_repeat=false: nothing was published with it; got true")
         super().__init__(config, layer_idx)
         self.D = nn.Parameter(torch.zeros(config.heads))
 

@@ -43,10 +43,10 @@ def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel,
 
 def _distance(stage: Hidden, layers: Any, stream: Tensor, target: Tensor, calls: Calls, first: int, chosen: Tensor) -> Tensor:
     """Sum over the chosen tokens of the L2 distance to `target` [B, T, D], for layers fed with the teacher's `stream` [B, T, D]."""
+    hidden = calls.own(stream)
     if stage.target == "mixer":
-        hidden = inside(layers[0], layers[0], partial(_mixer_output, layers[0], calls.layers[first]), stream)
+        hidden = inside(layers[0], layers[0], partial(_mixer_output, layers[0], calls.layers[first]), hidden)
     else:
-        hidden = stream
         for place, layer in enumerate(layers):
             hidden = layer(hidden, **calls.layers[first + place])
     gap = at_least_fp32(hidden)[chosen] - at_least_fp32(target)[chosen]  # [n, D]

@@ -3,7 +3,8 @@
 Shapes: B batch, T time, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,18 +18,21 @@ from llamba.stages.teach import Pair, load_pair
 
 
 class Calls(NamedTuple):
-    """What each layer of the student is called with beside its hidden states, and the real tokens and documents of the batch."""
+    """What each layer of the student is called with beside its hidden states; the real tokens and documents of the batch; and where and
+    in which number format the student has its hidden states."""
 
     layers: list[dict[str, Any]]
     rec: Recurrence
+    own: Callable[[Tensor], Tensor]
 
 
 def calls_of(student: Any, stream: Tensor, batch: Batch) -> Calls:
     """For a batch whose tokens have the hidden states `stream` [B, T, D]."""
     positions, given = batch.get("position_ids"), batch.get("attention_mask")
     mask = padding_mask(given, stream.shape[1])
-    _, layers = student.base_model.prepare(stream, given, positions)
-    return Calls(layers, Recurrence(mask, document_numbers(None, positions, mask)))
+    own = methodcaller("to", student.device, student.dtype)
+    _, layers = student.base_model.prepare(own(stream), given, positions)
+    return Calls(layers, Recurrence(mask, document_numbers(None, positions, mask)), own)
 
 
 def predicting(batch: Batch) -> Tensor:

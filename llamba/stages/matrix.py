@@ -50,7 +50,7 @@ def _distance(stage: Matrix, layer: Any, stream: Tensor, scores: Scores, calls: 
         squared = squared_distance(mixing, scores.mixing(calls.rec), stage.rows)  # [B, H]
         return ((squared if stage.squared else norm(squared)).mean(1) * weight).sum()
 
-    distance: Tensor = inside(layer, layer, forward, stream)
+    distance: Tensor = inside(layer, layer, forward, calls.own(stream))
     return distance
 
 
