@@ -176,10 +176,10 @@ def _budget(stage: Training, length: int) -> int | None:
 def _tokens(stage: Training, length: int) -> str:
     per_step = _sequences(stage) * length
     if stage.tokens is not None:
-        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {stage.batch} x {length:,}"
+        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {_sequences(stage)} x {length:,}"
     if stage.steps is not None:
-        return f"{stage.steps:,} steps of {stage.batch} x {length:,} = at most {stage.steps * per_step:,} tokens"
-    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {stage.batch} x {length:,}"
+        return f"{stage.steps:,} steps of {_sequences(stage)} x {length:,} = at most {stage.steps * per_step:,} tokens"
+    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {_sequences(stage)} x {length:,}"
 
 
 def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable: int, length: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ models, has neither our resume nor our metrics, and no quality has been measured
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # said above
 
@@ -36,7 +37,8 @@ class Models:
 
 def main() -> None:
     """Train, and leave the model in `--output_dir`."""
-    parser = TrlParser((Models, GKDConfig))
+    kinds: Any = (Models, GKDConfig)
+    parser = TrlParser(kinds)
     parser.set_defaults(learning_rate=1e-6, activation_checkpointing=False, save_strategy="no", report_to="none", max_length=1024)
     chosen, config = parser.parse_args_and_config()
     student, teacher = resolve_model(chosen.model), resolve_model(chosen.teacher)
