@@ -3,6 +3,8 @@
 Only the Triton files of the operations import this module; a door does so when it takes a Triton path.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -31,3 +33,8 @@ def width(size: int, least: int = 16) -> int:
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its last axis is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context that launches on the device of `tensor`, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

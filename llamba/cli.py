@@ -148,7 +148,7 @@ def _matrices_options(group: Any) -> None:
     group.add_argument("--matrices", type=int, default=32, help="how many, one head of every layer in turn (default 32)")
     group.add_argument("--length", type=int, default=256, help="tokens of each (default 256)")
     group.add_argument("--steps", type=int, default=2000, help="of gradient descent, for low-rank and SSD (default 2000)")
-    group.add_argument("--picture", help="draw the table to this file")
+    group.add_argument("--picture", help="draw the table to this file (of multistep, too)")
 
 
 def _speculative_options(group: Any) -> None:
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("losses", "matrices", "ops", "speculative"))
+    command.add_argument("what", choices=("losses", "matrices", "multistep", "ops", "speculative", "train"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")

@@ -14,7 +14,7 @@ from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, Select, Stage, Training
+from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, PseudoLabel, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -97,6 +97,10 @@ def _parameters(c: Counts) -> list[str]:
 
 
 def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, counts: Counts) -> list[str]:
+    if isinstance(stage, PseudoLabel):
+        asked = (stage.data or recipe.data).train
+        limit = f"{stage.max_new_tokens:,} tokens each, temperature {stage.temperature:g}"
+        return [f"stage {number}   {stage.name}: {stage.teacher or recipe.teacher} answers {asked}, at most {limit}"]
     if not isinstance(stage, Training):
         return [f"stage {number}   {stage.name}"]
     if isinstance(stage, Draft):  # the student guides it

@@ -19,6 +19,7 @@ from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.hybrid import mixer_layers
 from llamba.log import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
+from llamba.reporters import reporters
 from llamba.settings import Training
 from llamba.wrapped import inside
 
@@ -102,7 +103,8 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),
         disable_tqdm=True,
-        report_to=stage.report_to or "none",
+        report_to=reporters(stage.report_to, folder.parent),
+        run_name=f"{folder.parent.parent.name}/{folder.parent.name}",
         use_cpu=on_cpu(),
         **more,
     )

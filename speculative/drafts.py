@@ -56,12 +56,12 @@ class ModelDraft:
     def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
         """Read what was added since, then `count` tokens one after the other."""
         logits = self._catch_up(rows)
-        device, tokens, weights = logits.device, list[Tensor](), list[Tensor | None]()
+        tokens, weights = list[Tensor](), list[Tensor | None]()
         for place in range(count):
-            drafted = torch.stack(tokens, 1) if tokens else torch.empty(len(rows), 0, dtype=torch.long, device=device)
             if self.choice.processors:
-                extended = [row + more for row, more in zip(rows, drafted.tolist(), strict=True)]
-                logits = self.choice.scores(logits[:, None], extended, drafted[:, :0])[:, 0]
+                drafted = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in rows]
+                extended = [row + more for row, more in zip(rows, drafted, strict=True)]
+                logits = self.choice.scores(logits[:, None], extended, logits.new_empty(len(rows), 0))[:, 0]
             token, weight = self.choice.pick(logits, noise[:, place])
             tokens.append(token)
             weights.append(weight)

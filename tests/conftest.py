@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,15 +45,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def make_tokenizer(texts: Sequence[str] = (" ".join(WORDS),) * 4, vocabulary: int = 300) -> PreTrainedTokenizerFast:
+def make_tokenizer(words: list[str] = WORDS, size: int = 300) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose post-processor puts a BOS before every text, like Llama 3's."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([" ".join(words)] * 4, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE

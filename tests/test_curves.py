@@ -1,12 +1,20 @@
 """The report's curves: what is read, what is drawn, and the table."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from llamba import curves
+from llamba import run as running
 from llamba.cli import main
+from llamba.log import read_metrics
+from llamba.recipe import Recipe, Student
+from llamba.reporters import reporters
+from llamba.settings import Data, Distill, Hidden
 
 
 def write_stage(folder: Path, lines: list[dict], seconds: float | None = None) -> None:
@@ -55,3 +63,41 @@ def test_report_refuses_what_is_no_run(tmp_path):
         main(["report", str(tmp_path)])
     with pytest.raises(ValueError, match="must be a run folder with a stage that has begun to train"):
         curves.curves_of(tmp_path / "nowhere")
+
+
+class Recorder(TrainerCallback):
+    """Stands for a reporter: transformers makes one from the name and calls it with every log."""
+
+    seen: list[tuple[str, dict]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append((args.run_name, dict(logs)))
+
+
+def test_numbers_go_to_reporters(tmp_path, teacher_folder, chat_file, monkeypatch):
+    """The same numbers as in metrics.jsonl, those of single layers too, under the run's and the stage's name."""
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    monkeypatch.setattr(Recorder, "seen", [])
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    short = dict(batch=4, micro_batch=4, steps=2, warmup=0, precision="fp32", log_every=1, report_to=["recorder"])
+    stages = [Hidden(**short), Distill(**short)]
+    last = running.run(Recipe(str(teacher_folder), Student(), Data(train=str(chat_file), length=48), stages, str(tmp_path / "run")))
+    for name, key in (("1-hidden", "layers/0"), ("2-distill", "kl")):
+        logged = [logs for run, logs in Recorder.seen if run == f"run/{name}" and "loss" in logs]
+        written = read_metrics(last.parent / name / "metrics.jsonl")
+        assert [logs["loss"] for logs in logged] == [line["loss"] for line in written] and all(key in logs for logs in logged)
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(last / "tensorboard")
+
+
+def test_reporters_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
+    with pytest.raises(ValueError, match="report_to must name reporters among .*wandb, got 'wandbb'"):
+        reporters(["wandbb"], tmp_path)
+
+    def missing():
+        raise RuntimeError("it needs the package x")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", missing)
+    with pytest.raises(ValueError, match="report_to=recorder cannot be used here: it needs the package x"):
+        reporters(["recorder"], tmp_path)
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "mine" and reporters(None, tmp_path) == []

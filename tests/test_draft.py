@@ -1,6 +1,8 @@
 """Drafts: what is taken from the teacher, pruned heads, the stage, the commands, and the benchmark."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,19 @@ from transformers import AutoModelForCausalLM
 from llamba.batches import Rows
 from llamba.bench import shapes, speculative
 from llamba.cli import main
+from llamba.convert import convert
 from llamba.draft import chosen_layers, draft_config, make_draft
 from llamba.hybrid import PrunedHead
 from llamba.losses import IGNORE
+from llamba.overrides import override
+from llamba.plan import plan
 from llamba.recipe import Recipe, Student
 from llamba.run import run
 from llamba.settings import Data, Distill, Draft
 from llamba.speculative import generate
 from llamba.stages.draft import frequent_tokens, objective
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_layers_are_evenly_spaced_from_the_first_to_the_last_as_published() -> None:
@@ -59,6 +66,17 @@ def test_a_pruned_draft_changes_nothing_of_what_comes_out() -> None:
     )  # fmt: skip
     assert theirs[0, 7:].tolist() == generate(model, ids(1, 7), max_new_tokens=14, eos_token_id=None).new[0]
     assert generate(model, ids(2, 7), draft=draft, max_new_tokens=14, eos_token_id=None, temperature=1.0, top_k=5).tokens == 28
+
+
+def test_a_draft_with_another_tokenizer_through_hugging_faces_universal_mode(small, tokenizer) -> None:
+    """Its tokens are made text and read again by the target's tokenizer; what comes out is the target's own."""
+    other = small.tokenizer(words="red blue cat dog runs sleeps and the big".split(), size=290)
+    model, draft = convert(small.llama(len(tokenizer)), init="paper"), small.llama(len(other), seed=1)
+    assert len(other) != len(tokenizer)
+    prompt = tokenizer("red green blue cat", return_tensors="pt")
+    more = {**prompt, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    want = model.generate(**more)
+    assert torch.equal(model.generate(**more, assistant_model=draft, tokenizer=tokenizer, assistant_tokenizer=other), want)
 
 
 def test_places_of_tokens_in_a_pruned_head() -> None:
@@ -183,3 +201,14 @@ def test_published_rows_and_shapes() -> None:
     assert 7.2 < sizes["table5-zephyr-50-2"][0] < 8.0 and 0.6 < sizes["table5-zephyr-50-2"][1] < 0.75
     with pytest.raises(ValueError, match="preset must be table1, table5 or one of"):
         shapes.chosen("table9")
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("llama3_draft", "1,532"), ("zephyr_draft", "698")])
+def test_draft_recipes_plan_and_run_two_steps(name: str, parameters: str, teacher_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="recipe")["recipe"]
+    assert re.search(rf"stage 2   draft: trains {parameters}\.\d+ M \(all\)", str(plan(recipe)))
+    short = [f"stages.{stage}.{key}" for stage in ("distill", "draft") for key in ("steps=2", "batch=4", "warmup=0", "precision=fp32")]
+    rows = [f"data.{key}" for key in (f"train={chat_file}", "length=48", "template=null")]
+    rows += [f"stages.draft.{row}" for row in rows] + (["stages.draft.head=100"] if name == "llama3_draft" else [])
+    made = run(override(recipe, [f"teacher={teacher_folder}", f"output={tmp_path / 'run'}", *rows, *short], name))
+    assert made.name == "1-distill" and (made.parent / "2-draft" / "config.json").exists()

@@ -148,6 +148,15 @@ def test_help_lists_the_keys(recipe_file, monkeypatch, capsys):
 
 def test_published_recipe_holds_the_papers_values():
     recipe = runpy.run_path(str(ROOT / "recipes" / "llama3_50pct.py"))["recipe"]
-    [stage] = recipe.stages
-    assert (stage.lr, stage.betas, stage.weight_decay, stage.clip, stage.batch, stage.warmup) == (8e-5, (0.9, 0.98), 0.0, 0.1, 64, 63)
-    assert (stage.ce, stage.kl, stage.train, recipe.data.length) == (1.0, 0.1, "mixers", 2048)
+    labels, quarter, half = recipe.stages
+    assert recipe.student.attention == 0.75 and half.attention == 0.5 and labels.name == "pseudo_label"
+    for stage, warmup in ((quarter, 188), (half, 63)):
+        assert (stage.lr, stage.betas, stage.weight_decay, stage.clip, stage.batch, stage.warmup) == (
+            8e-5,
+            (0.9, 0.98),
+            0.0,
+            0.1,
+            64,
+            warmup,
+        )
+        assert (stage.ce, stage.kl, stage.train, recipe.data.length) == (1.0, 0.1, "mixers", 2048)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common import accumulator
-from ..launch import dense_rows, sums_in, width
+from ..launch import dense_rows, on_device, sums_in, width
 from .triton_kernels import convolve, convolve_back, ring_update
 
 TILES = 16  # tiles of time of a program of the gradient: its sums over time go to memory once
@@ -20,17 +20,19 @@ TILES = 16  # tiles of time of a program of the gradient: its sums over time go 
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor, docs: Tensor | None) -> Tensor:
     """`causal_conv1d` where every token is real; shapes as there, y [B, T, C] alone."""
     docs = None if docs is None else docs.to(torch.int32).contiguous()
-    return _Fused.apply(dense_rows(x), weight.contiguous(), bias, state.contiguous(), docs, activation == "silu")
+    with on_device(x):
+        return _Fused.apply(dense_rows(x), weight.contiguous(), bias, state.contiguous(), docs, activation == "silu")
 
 
 def fused_ring(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, ring: Tensor, length: Tensor, new: Tensor) -> Tensor:
     """`causal_conv1d_ring` in one launch; shapes as there."""
     (B, T, C), W, BC = x.shape, weight.shape[1], min(256, width(x.shape[2]))
     x, y = dense_rows(x), torch.empty(B, T, C, dtype=x.dtype, device=x.device)
-    ring_update[triton.cdiv(C, BC), B](
-        x, weight.contiguous(), bias, ring, length, new, y, *x.stride()[:2], T, C, ring.shape[1],
-        W=W, SILU=activation == "silu", BC=BC, ACC=sums_in(x), num_warps=4,
-    )  # fmt: skip
+    with on_device(x):
+        ring_update[triton.cdiv(C, BC), B](
+            x, weight.contiguous(), bias, ring, length, new, y, *x.stride()[:2], T, C, ring.shape[1],
+            W=W, SILU=activation == "silu", BC=BC, ACC=sums_in(x), num_warps=4,
+        )  # fmt: skip
     return y
 
 

@@ -33,7 +33,7 @@ def decay_sums(a, docs, whole, rest, stride_ab, stride_at, stride_ah, T, H, Q: t
 def carry(
     u, v, whole, rest, dt, first, states, last, facing, across,
     stride_ub, stride_ut, stride_uh, stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh,
-    T, H, P, N, K, U_SHARE: tl.constexpr, V_SHARE: tl.constexpr, REVERSE: tl.constexpr,
+    T, H, P: tl.constexpr, N: tl.constexpr, K, U_SHARE: tl.constexpr, V_SHARE: tl.constexpr, REVERSE: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile [BP, BN] of S <- exp(sum of a chunk) S + sum over its tokens of weight u v^T; `states` gets S before each chunk.

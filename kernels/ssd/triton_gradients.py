@@ -15,7 +15,8 @@ from .triton_outputs import within
 def head_gradients(
     x, b, c, whole, rest, dt, states, dstates, across, dy, dc, da, ddt, dD,
     stride_xb, stride_xt, stride_xh, stride_bb, stride_bt, stride_bh, stride_cb, stride_ct, stride_ch, stride_db, stride_dt, stride_dh,
-    T, H, P, N, R: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    T, H, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dc [B, T, H, N], da and ddt [B, T, H], dD [B, K, H] (to be summed) of one chunk and head, from dy [B, T, H, P].
 
@@ -66,7 +67,7 @@ def head_gradients(
 def shared_gradients(
     left, shared, right, whole, rest, dt, D, dstates, out,
     stride_lb, stride_lt, stride_lh, stride_sb, stride_st, stride_sh, stride_rb, stride_rt, stride_rh, stride_db, stride_dt, stride_dh,
-    stride_s, stride_o, T, H, width_s, width_o, R: tl.constexpr,
+    stride_s, stride_o, T, H, width_s: tl.constexpr, width_o: tl.constexpr, R: tl.constexpr,
     Q: tl.constexpr, BS: tl.constexpr, BO: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_j = sum over heads and i >= j of decay dt_j (shared_j . left_i) right_i, + what the state after the chunk asks for, + D right_j.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common import accumulator
-from ..launch import dense_rows, precision, sums_in, width
+from ..launch import dense_rows, on_device, precision, sums_in, width
 from .triton_carry import carry, decay_sums
 from .triton_gradients import head_gradients, shared_gradients
 from .triton_outputs import outputs
@@ -45,7 +45,8 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `ssd`, with masked tokens already at a = 0 and dt = 0; shapes as in `ssd`, docs [B, T]."""
     x, b, c = dense_rows(x), dense_rows(b.to(x.dtype)), dense_rows(c.to(x.dtype))
-    return _Fused.apply(x, a, b, c, dt, D, state, None if docs is None else docs.to(torch.int32).contiguous(), chunk)
+    with on_device(x):
+        return _Fused.apply(x, a, b, c, dt, D, state, None if docs is None else docs.to(torch.int32).contiguous(), chunk)
 
 
 def _options(x: Tensor, P: int, N: int, Q: int) -> dict[str, Any]:

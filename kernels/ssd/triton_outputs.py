@@ -21,7 +21,8 @@ def within(w, r, Q: tl.constexpr, KEYS_FIRST: tl.constexpr):
 def outputs(
     x, b, c, whole, rest, dt, D, states, y,
     stride_xb, stride_xt, stride_xh, stride_bb, stride_bt, stride_bh, stride_cb, stride_ct, stride_ch, stride_db, stride_dt, stride_dh,
-    T, H, P, N, R: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    T, H, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, P] from the tokens of the chunk and the state before it; heads of a group run next to each other."""
     h, k, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

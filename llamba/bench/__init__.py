@@ -1,5 +1,8 @@
 """Benchmarks, each against a peer on the same work in the same process."""
 
-from llamba.bench import losses, matrices, ops, speculative
+from llamba.bench import losses, matrices, multistep, ops, speculative, train
 
-BENCHES = {"losses": losses.main, "matrices": matrices.main, "ops": ops.main, "speculative": speculative.main}
+BENCHES = {
+    "losses": losses.main, "matrices": matrices.main, "multistep": multistep.main, "ops": ops.main, "speculative": speculative.main,
+    "train": train.main,
+}  # fmt: skip

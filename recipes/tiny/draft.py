@@ -1,4 +1,4 @@
-"""A draft for the embedded teacher's student: two layers of the teacher, trained towards the student. Goes on with the run of `make demo`.
+"""A draft for the embedded teacher's student: two layers of the teacher, trained on the answers. Goes on with the run of `make demo`.
 
 python recipes/tiny/draft.py [key=value ...]
 llamba bench speculative --model runs/demo --draft runs/demo/2-draft --prompts runs/demo-data/held_out.jsonl
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from demo import CONVERSATIONS, LENGTH, write_conversations
 from demo import recipe as demo
-from language import SKILLS, exam
+from language import conversation
 
 from llamba.run import launch
 from llamba.settings import Draft
@@ -22,18 +22,18 @@ recipe = replace(
     demo,
     stages=[
         *demo.stages,
-        Draft(layers=2, kl=1.0, ce=0.0, lr=3e-3, clip=1.0, warmup=30, batch=8, micro_batch=8, steps=600, precision="fp32",
-              save_every=300, log_every=20),
+        Draft(layers=2, kl=0.0, ce=1.0, lr=3e-3, clip=1.0, warmup=30, batch=8, micro_batch=8, steps=1500, precision="fp32",
+              save_every=500, log_every=20),
     ],
 )  # fmt: skip
 
 
-def write_prompts(path: Path, per_skill: int = 4) -> None:
-    """Held-out questions of every skill as rows of `messages`, made once."""
+def write_prompts(path: Path, count: int = 40) -> None:
+    """New conversations of the kind trained on, each up to its last answer, as rows of `messages`; made once."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [exam(skill, random.Random(f"1/{skill}/{number}"))[0] for number in range(per_skill) for skill in SKILLS]
+    rows = [conversation(random.Random(f"held out/{number}"), LENGTH // 4)[:-1] for number in range(count)]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
 
 

@@ -1,0 +1,108 @@
+"""Several tokens a launch against one token a launch: Figure 3 of "The Mamba in the Llama" (arXiv 2408.15237).
+
+For each step size K: the time that the decode kernel of one Mamba-2 mixer takes for 32 tokens in 32 / K launches of K tokens, against 32
+launches of one. On CUDA the launches are replayed from a graph, so that launch gaps do not count twice. Shapes: those of Llama-3-8B,
+divided by `--shrink`. H query heads, G key/value heads, P head width, N = P state width, W convolution width.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
+from llamba.provenance import append_row
+
+TOKENS = 32
+STEPS = (1, 2, 4, 8, 16, 32)
+H, G, P, W = 32, 8, 128, 4
+DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _weights(heads: int, groups: int, width: int, dtype: torch.dtype, device: str) -> Weights:
+    channels = 2 * groups * width + heads * width
+    conv, bias = torch.randn(channels, W, dtype=dtype, device=device), torch.zeros(channels, dtype=dtype, device=device)
+    dt_bias, A_log, D = torch.zeros(3, heads, device=device).unbind()
+    return Weights(conv, bias, dt_bias, A_log, D, torch.ones(heads * width, device=device))
+
+
+def _launches(step: int, shrink: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """A call that emits 32 tokens, `step` at a time, every one of them kept."""
+    heads, groups, width = max(H // shrink, 1), max(G // shrink, 1), max(P // shrink, 16)
+    weights, held = _weights(heads, groups, width, dtype, device), buffers(1, heads, groups, width, width, W, step, dtype, device)
+    at, new = cursors(1, device), torch.full((1,), step, dtype=torch.int32, device=device)
+    rows = 2 * heads * width + 2 * groups * width + heads
+    tokens = torch.randn(TOKENS // step, 1, step, rows, dtype=dtype, device=device).unbind()
+
+    def run() -> None:
+        for block in tokens:
+            plan(at, new, step, held.x.shape[1], keep=True)
+            mamba2_steps(block, weights, held, at)
+            commit(at, new)
+
+    return run
+
+
+def _graphed(run: Callable[[], None]) -> Callable[[], None]:
+    """The launches of `run` as one CUDA graph."""
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _milliseconds(run: Callable[[], None], device: str, repeats: int) -> float:
+    """Median milliseconds of a call, after two to warm up."""
+    times = []
+    for repeat in range(repeats + 2):
+        started = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        if repeat > 1:
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def measure(shrink: int, dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, Any]]:
+    """One row per step size: milliseconds for 32 tokens, and how many times as fast as one token a launch."""
+    rows: list[dict[str, Any]] = []
+    for step in STEPS:
+        run = _launches(step, shrink, dtype, device)
+        spent = _milliseconds(_graphed(run) if device.startswith("cuda") else run, device, repeats)
+        first = rows[0]["ms"] if rows else spent
+        rows.append({"bench": "multistep", "step": step, "tokens": TOKENS, "ms": spent, "speedup": first / spent})
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """The rows as a picture: multi-step against single-step, as in the paper."""
+    from matplotlib.figure import Figure  # half a second, and only for pictures
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    several = rows[1:]
+    axes.plot([row["step"] for row in several], [row["ms"] for row in several], marker="o", label="K tokens a launch")
+    axes.axhline(rows[0]["ms"], linestyle="--", label="one token a launch")
+    axes.set(xscale="log", xlabel="K", ylabel=f"ms for {TOKENS} tokens", ylim=(0, None))
+    axes.set_xticks([row["step"] for row in several], [str(row["step"]) for row in several])
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table; with `--out`, append the rows to a .jsonl file with what made them; with `--picture`, draw it."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.manual_seed(0)
+    rows = measure(args.shrink, DTYPES[args.dtype], device, args.repeats)
+    for row in rows:
+        print(f"{row['step']:3d} tokens a launch   {row['ms']:9.3f} ms for {TOKENS}   x{row['speedup']:.2f}", flush=True)
+        if args.out:
+            append_row(args.out, row | {"device": device, "shrink": args.shrink, "dtype": args.dtype})
+    if args.picture:
+        draw(rows, args.picture)

@@ -1,0 +1,91 @@
+"""A training step of the SSD, forward and backward: Triton against the chunked PyTorch form, beside what the device can do at most.
+
+Shapes: those of a Llama-3-8B mixer, B = 1, T = 4,096, H = 32, G = 8, P = N = 128, with H, G and T divided by `--shrink`. The two ceilings
+are measured on the spot: a copy (bytes read and written) and a bf16 matrix product.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamba.kernels.ssd import ssd
+from llamba.provenance import append_row
+
+T, H, G, P = 4096, 32, 8, 128
+DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median seconds of a call, after two to warm up."""
+    times = []
+    for repeat in range(repeats + 2):
+        started = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        if repeat > 1:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def ceilings(device: str, shrink: int, repeats: int) -> dict[str, float]:
+    """GB/s of a copy and TFLOP/s of a bf16 matrix product."""
+    numbers, side = (1 << 30) // shrink**3, 8192 // shrink
+    source, target = torch.empty(2, numbers, dtype=torch.uint8, device=device).unbind()
+    left, right = torch.randn(2, side, side, device=device).bfloat16().unbind()
+    copied = _seconds(lambda: target.copy_(source), device, repeats)
+    multiplied = _seconds(lambda: left @ right, device, repeats)
+    return {"copy_gb_s": 2 * numbers / copied / 1e9, "matmul_tflop_s": 2 * side**3 / multiplied / 1e12}
+
+
+def _inputs(shrink: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    tokens, heads, groups = max(T // shrink, 64), max(H // shrink, 1), max(G // shrink, 1)
+    shapes = {"x": (1, tokens, groups, P), "b": (1, tokens, groups, P), "c": (1, tokens, heads, P)}
+    made = {name: torch.randn(*shape, device=device).to(dtype) for name, shape in shapes.items()}
+    made |= {"a": -torch.rand(1, tokens, heads, device=device), "dt": torch.rand(1, tokens, heads, device=device)}
+    made["D"] = torch.randn(heads, device=device)
+    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+
+
+def _step(inputs: dict[str, Any], impl: str) -> Callable[[], None]:
+    dy = torch.randn_like(inputs["c"])  # of y [B, T, H, P]: P = N
+
+    def run() -> None:
+        y, _ = ssd(**inputs, impl=impl)
+        torch.autograd.grad(y, list(inputs.values()), dy)
+
+    return run
+
+
+def measure(impl: str, shrink: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
+    """One row: milliseconds and, on CUDA, peak MiB beyond the inputs."""
+    run = _step(_inputs(shrink, dtype, device), impl)
+    row: dict[str, Any] = {"bench": "train", "impl": impl, "ms": _seconds(run, device, repeats) * 1e3}
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table; with `--out`, append the rows to a .jsonl file with what made them."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.manual_seed(0)
+    limits = ceilings(device, args.shrink, args.repeats)
+    print(f"copy {limits['copy_gb_s']:.0f} GB/s   bf16 matrix product {limits['matmul_tflop_s']:.1f} TFLOP/s")
+    first = None
+    for impl in ("torch", "triton") if device.startswith("cuda") else ("torch",):
+        row = measure(impl, args.shrink, DTYPES[args.dtype], device, args.repeats)
+        first = first or row["ms"]
+        row |= {"speedup": first / row["ms"], "device": device, "shrink": args.shrink, "dtype": args.dtype, **limits}
+        memory = f"   peak {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
+        print(f"{impl:<8} {row['ms']:9.3f} ms   x{row['speedup']:.2f}{memory}", flush=True)
+        if args.out:
+            append_row(args.out, row)

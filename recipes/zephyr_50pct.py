@@ -1,0 +1,33 @@
+"""Zephyr-7B with half of its attention turned into Mamba-2, distilled on the teacher's own answers.
+
+Source: Wang, Paliotta, May, Rush, Dao, "The Mamba in the Llama" (arXiv 2408.15237), its Zephyr recipe; as `llama3_50pct.py`, with a
+warm-up of 1,500 scheduler steps (188 optimizer steps on 8 processes) before both conversions.
+
+Scores there, Mamba-1 (`student.mixer=mamba1`) at 50% attention after supervised fine-tuning and DPO: MT-Bench 7.31 (DPO of three epochs;
+7.12 after one) and AlpacaEval 2 length-controlled 20.66 (DPO of one epoch). Teacher: 7.34 and 13.20.
+Cost there: both conversions about 10 hours, fine-tuning about 3 days, everything less than 5 days, on 8 A100 80 GB.
+
+One-shot conversion, without the step at 25%: `student.attention=0.5 stages.2.skip=true`.
+The balance of KL and CE, and the sampling of the answers, are translated as `llama3_50pct.py` says.
+"""
+
+from llamba.recipe import Data, Recipe, Student
+from llamba.run import launch
+from llamba.settings import Distill, PseudoLabel
+
+PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
+
+recipe = Recipe(
+    teacher="HuggingFaceH4/zephyr-7b-beta",
+    student=Student(mixer="mamba2", attention=0.75),
+    data=Data(train="stage:pseudo_label", length=2048, template="zephyr"),
+    stages=[
+        PseudoLabel(data=PROMPTS, turns="all", max_prompt=2000, max_new_tokens=2048, temperature=0.7, top_p=0.95),
+        Distill(kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=188, batch=64),
+        Distill(attention=0.5, kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=188, batch=64),
+    ],
+    output="runs/zephyr_50pct",
+)
+
+if __name__ == "__main__":
+    launch(recipe)

@@ -1,0 +1,94 @@
+"""Compile the Triton kernels for an H100 or H200 where there is none, at Llama-3-8B's shapes; one JSON line per kernel.
+
+Run as a script without TRITON_INTERPRET. ptxas and cuobjdump come with triton.
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import llamba.kernels.conv1d.triton_op as conv1d
+import llamba.kernels.decode.triton_op as decode
+import llamba.kernels.ssd.triton_op as ssd
+from llamba.kernels.decode import Weights, buffers, cursors
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages")
+ALIGNED = [["tt.divisibility", 16]]
+T, H, G, P, W = 4096, 32, 8, 128, 4
+C = 2 * G * P + H * P
+
+
+class Recorder:
+    """Stands for a kernel and notes its launches instead of making them."""
+
+    def __init__(self, kernel: Any, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **named: self.launches.append((self.kernel, args, named))
+
+
+def launches() -> list:
+    """Every launch of a training step's SSD and convolution, and of a speculative round, on tensors without content."""
+    noted: list = []
+    for module in (ssd, conv1d, decode):
+        for name, value in vars(module).copy().items():
+            if isinstance(value, triton.JITFunction):
+                setattr(module, name, Recorder(value, noted))
+    wide = torch.empty(1, T, H * P + C + H, dtype=torch.bfloat16)
+    raw = wide[..., H * P : H * P + C].requires_grad_()
+    conv, bias = torch.empty(C, W, requires_grad=True), torch.empty(C)
+    y = conv1d.fused(raw, conv, bias, "silu", torch.empty(1, W - 1, C, dtype=torch.bfloat16), None)
+    torch.autograd.grad(y.sum(), conv)
+    x, b, c = (t.unflatten(-1, (-1, P)) for t in raw.split([G * P, G * P, H * P], -1))
+    a = torch.empty(1, T, H, requires_grad=True)
+    y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
+    torch.autograd.grad(y.sum() + last.sum(), a)
+    weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
+    decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
+    return noted
+
+
+def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str, Any]:
+    """What ptxas says about one launch."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in named.items() if k not in OPTIONS}
+    fixed = {name for name, p in inspect.signature(kernel.fn).parameters.items() if p.annotation is tl.constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name], attributes[(place,)] = "*" + TYPES[value.dtype], ALIGNED
+        elif name in fixed or value is None or (value == 1 and name not in kernel.do_not_specialize):
+            signature[name], constants[(place,)] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(place,)] = ALIGNED
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={k: named[k] for k in OPTIONS if k in named})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    counts = {"registers": int(registers), "stack": int(stack), "shared": made.metadata.shared}
+    return {"kernel": kernel.fn.__name__, **counts, "wgmma": "wgmma.mma_async" in made.asm["ptx"]}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for launch in launches():
+        print(json.dumps(compile_launch(*launch)), flush=True)

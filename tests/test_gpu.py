@@ -1,0 +1,125 @@
+"""The Triton kernels as compiled for the GPU at hand, against the sequential forms in fp64: `pytest -m gpu`.
+
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C channels.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from triton_tools import poisoned, rms, with_gradients
+
+from llamba.kernels.conv1d import causal_conv1d
+from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
+from llamba.kernels.ssd import ssd
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative RMS error: operands of tensor cores are rounded once
+every_dtype = pytest.mark.parametrize("dtype", BUDGET, ids=str)
+
+
+def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    made = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=made).to("cuda", dtype)
+
+
+def _check(got: dict[str, Tensor], truth: dict[str, Tensor], relative: float) -> None:
+    for name, exact in truth.items():
+        assert rms(got[name].double() - exact.double()) <= relative * rms(exact), name
+
+
+def _exact(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in inputs.items()}
+
+
+@every_dtype
+@pytest.mark.parametrize("T", [1, 63, 100, 257])
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_ssd(dtype: torch.dtype, T: int, width: int) -> None:
+    B, H, G = 2, 8, 2
+    shapes = {"x": (B, T, G, width), "b": (B, T, G, width), "c": (B, T, H, width)}
+    inputs = {name: _randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+    wide = {"a": (B, T, H), "dt": (B, T, H), "D": (H,), "state": (B, H, width, width)}
+    inputs |= {name: _randn(*shape, dtype=torch.float32) for name, shape in wide.items()}
+    inputs["a"] = -inputs["a"].abs()
+    options = {"seq_idx": torch.arange(T, device="cuda").mul(3).div(T, rounding_mode="floor").expand(B, T).contiguous()}
+    with poisoned():
+        got = with_gradients(ssd, inputs, impl="triton", **options)
+    _check(got, with_gradients(ssd, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
+
+
+@every_dtype
+@pytest.mark.parametrize("T", [1, 3, 100])
+def test_conv1d(dtype: torch.dtype, T: int) -> None:
+    inputs = {"x": _randn(2, T, 200, dtype=dtype), "state": _randn(2, 3, 200, dtype=dtype)}
+    inputs |= {"weight": _randn(200, 4, dtype=torch.float32), "bias": _randn(200, dtype=torch.float32)}
+    with poisoned():
+        got = with_gradients(causal_conv1d, inputs, activation="silu", impl="triton")
+    _check(got, with_gradients(causal_conv1d, _exact(inputs), activation="silu", impl="sequential"), BUDGET[dtype])
+
+
+def _decode(impl: str, dtype: torch.dtype, sizes: list[int], keep: bool) -> tuple[Tensor, Tensor]:
+    """The same tokens in rounds of these sizes: outputs and, once everything is folded, the state."""
+    H, G, P, N, W, total = 8, 2, 128, 128, 4, sum(sizes)
+    C = G * P + G * N + H * N
+    parameters = (
+        _randn(C, W, dtype=torch.float32),
+        _randn(C, dtype=torch.float32),
+        *(_randn(H + k, dtype=torch.float32)[:H] for k in range(3)),
+    )
+    weights = Weights(*parameters, _randn(H * P, dtype=torch.float32))
+    tokens = _randn(1, total, H * P + C + H, dtype=torch.bfloat16).to(dtype)
+    held, at, outs, start = buffers(1, H, G, P, N, W, total, dtype, "cuda"), cursors(1, "cuda"), [], 0
+    for size in sizes:
+        new = torch.tensor([size], device="cuda")
+        plan(at, new, size, held.x.shape[1], keep)
+        outs.append(mamba2_steps(tokens[:, start : start + size], weights, held, at, impl=impl))
+        commit(at, new)
+        start += size
+    plan(at, torch.zeros_like(new), 1, 1, keep=False)
+    mamba2_steps(tokens[:, :1], weights, held, at, impl=impl)
+    return torch.cat(outs, 1), held.state
+
+
+@every_dtype
+def test_decode_kernel_equals_its_torch_form(dtype: torch.dtype) -> None:
+    for got, want in zip(_decode("triton", dtype, [1, 3, 2], False), _decode("torch", dtype, [1, 3, 2], False), strict=True):
+        assert rms(got.double() - want.double()) <= BUDGET[dtype] * rms(want)
+
+
+@every_dtype
+def test_one_token_and_several_give_the_same_bits(dtype: torch.dtype) -> None:
+    single, state = _decode("triton", dtype, [1] * 6, True)
+    for sizes, keep in (([6], True), ([2, 3, 1], False), ([5, 1], False)):
+        outputs, last = _decode("triton", dtype, sizes, keep)
+        assert torch.equal(outputs, single) and torch.equal(last, state)
+
+
+def test_a_round_can_be_captured_and_replayed() -> None:
+    """One CUDA graph serves every number of new and kept tokens."""
+    H, G, P, N, W, T = 8, 2, 128, 128, 4, 5
+    C = G * P + G * N + H * N
+    ones = [torch.ones(H, device="cuda")] * 3
+    weights = Weights(_randn(C, W, dtype=torch.float32), None, *ones, torch.ones(H * P, device="cuda"))
+    tokens, kept = _randn(1, T, H * P + C + H, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32, device="cuda")
+    static, new = torch.zeros_like(tokens), torch.zeros(1, dtype=torch.int32, device="cuda")
+    graphed, at = buffers(1, H, G, P, N, W, T, torch.bfloat16, "cuda"), cursors(1, "cuda")
+    plain, by = buffers(1, H, G, P, N, W, T, torch.bfloat16, "cuda"), cursors(1, "cuda")
+
+    def one_round(tokens: Tensor, held, cursor) -> Tensor:
+        plan(cursor, new, T, held.x.shape[1], keep=False)
+        out = mamba2_steps(tokens, weights, held, cursor)
+        commit(cursor, kept)
+        return out
+
+    one_round(static, graphed, at)  # compiles; with new = 0 nothing changes
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = one_round(static, graphed, at)
+    for turn, (use, keep) in enumerate([(5, 2), (3, 3), (1, 0), (5, 5), (4, 1), (5, 5), (5, 5)]):
+        new.fill_(use)
+        kept.fill_(keep)
+        static.copy_(tokens.roll(turn, -1))
+        graph.replay()
+        assert torch.equal(out, one_round(static, plain, by)), turn
+    assert torch.equal(graphed.state, plain.state) and torch.equal(at.length, by.length)
