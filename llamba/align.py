@@ -1,5 +1,6 @@
 """What the stages on TRL's trainers share: the library's data, order, checkpoints, errors and metrics under TRL's losses."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Aligner(StageTrainer):
     source: str
     lora: Any
 
+    def __init__(self, model: PreTrainedModel, *args: Any, **more: Any) -> None:
+        ids = {name: model.config.to_dict().get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        self._own = ids, copy.deepcopy(model.generation_config)
+        super().__init__(model, *args, **more)
+
     def begin(self, stage: Aligning, source: str, rows: Ordered, held_out: Any) -> None:
         """Give the trainer its rows. `source`: the folder of the model that it was made with.
 
@@ -62,8 +68,16 @@ class Aligner(StageTrainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints hold what is trained; the model that the stage leaves has LoRA's updates in its weights."""
+        """Checkpoints hold what is trained; the model that the stage leaves has LoRA's updates in its weights.
+
+        It has its own special tokens again, too: trainers write the tokenizer's into it, and where that pads with its end
+        token, the end token's embedding would not be trained by the next stage.
+        """
         if self.lora is None or _internal_call:
+            if not _internal_call:
+                plain: Any = self.accelerator.unwrap_model(self.model)
+                plain.config.update(self._own[0])
+                plain.generation_config = self._own[1]
             return super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             lora.merged(self.accelerator.unwrap_model(self.model), self.source).save_pretrained(str(output_dir))

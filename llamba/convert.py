@@ -72,11 +72,14 @@ def kept_layers(attention: Attention, layers: int) -> list[int]:
 def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, options: dict[str, Any] | None = None) -> PreTrainedConfig:
     """The student's configuration; needs no weights. `options` override single values of the mixer's configuration.
 
-    Raises ValueError for an unsupported family, or where a layer that has the student's mixer already should keep attention.
+    A teacher that is a student already stays as it is with `attention=1`. Raises ValueError for an unsupported family, or
+    where a layer that has the student's mixer already should keep attention.
     """
     family = family_of(teacher)
     values = teacher.to_dict()
     kept = kept_layers(attention, teacher.num_hidden_layers)
+    if attention == 1 and mixer_layers(teacher):  # a student already, and no layer of it is to be converted further
+        kept, mixer = [i for i in kept if i not in mixer_layers(teacher)], values["mixer"]["kind"]
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
     types = list(values.get("layer_types") or [plain] * teacher.num_hidden_layers)
     lost = [i for i in kept if i in mixer_layers(teacher)]

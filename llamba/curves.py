@@ -12,6 +12,7 @@ from llamba.log import METRICS, read_metrics
 
 PICTURE = "report.png"
 _NOT_LOSSES = {"step", "tokens", "tokens_per_s", "lr", "grad_norm", "epoch"}
+_LARGE = ("logps/", "logits/")  # sums over an answer's tokens, hundreds beside rewards of about one
 
 Points = tuple[list[float], list[float]]  # x and y of a curve
 
@@ -45,7 +46,7 @@ class Curves:
     def losses(self) -> list[str]:
         """Keys of losses and scores, in order of appearance."""
         keys = dict.fromkeys(key for line in self.lines for key, value in line.items() if isinstance(value, (int, float)))
-        return [key for key in keys if key not in _NOT_LOSSES]
+        return [key for key in keys if key not in _NOT_LOSSES and not key.removeprefix("eval_").startswith(_LARGE)]
 
     def layers(self) -> list[str]:
         """Layers with a distance of their own (a line's `layers`: layer -> number), in order."""

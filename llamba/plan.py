@@ -14,7 +14,7 @@ from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Distill, Draft, PseudoLabel, Select, Stage, Training
+from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, PseudoLabel, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
@@ -124,7 +124,7 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
     if isinstance(stage, Distill) and stage.offline:
         teacher = counts.teacher * _teacher_bytes(stage) / GIB
         lines.append(f"    before it the teacher ({teacher:.1f} GiB) runs once: {8 * stage.offline + 4:,} bytes on disk for each target")
-    per_token = _flops_per_token(config, counts, trainable, length, stage.gradient_checkpointing)
+    per_token = _flops_per_token(config, counts, trainable, length, stage.gradient_checkpointing, _is_taught(stage))
     hours = (budget or 1e9) * per_token / (processes * PEAK_FLOPS * UTILISATION) / 3600
     amount = "" if budget else " per 1,000,000,000 tokens"
     lines.append(f"    {hours:.1f} hours{amount} on {processes} H100 at {UTILISATION:.0%} of peak (an estimate from arithmetic alone)")
@@ -161,24 +161,34 @@ def _signed(count: int) -> str:
     return f"{count / 1e6:+,.3f} M"
 
 
+def _is_taught(stage: Training) -> bool:
+    """Whether a second model computes beside the student while it is trained: a teacher, or a reference asked step by step."""
+    return not isinstance(stage, Aligning) or (isinstance(stage, Dpo) and not stage.precompute)
+
+
+def _sequences(stage: Training) -> int:
+    """Sequences per optimizer step; a pair of answers is two."""
+    return stage.batch * (2 if isinstance(stage, Dpo) else 1)
+
+
 def _budget(stage: Training, length: int) -> int | None:
     if stage.tokens is not None:
         return stage.tokens
-    return None if stage.steps is None else stage.steps * stage.batch * length
+    return None if stage.steps is None else stage.steps * _sequences(stage) * length
 
 
 def _tokens(stage: Training, length: int) -> str:
-    per_step = stage.batch * length
+    per_step = _sequences(stage) * length
     if stage.tokens is not None:
-        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {stage.batch} x {length:,}"
+        return f"{stage.tokens:,} tokens = {-(-stage.tokens // per_step):,} steps of {_sequences(stage)} x {length:,}"
     if stage.steps is not None:
-        return f"{stage.steps:,} steps of {stage.batch} x {length:,} = at most {stage.steps * per_step:,} tokens"
-    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {stage.batch} x {length:,}"
+        return f"{stage.steps:,} steps of {_sequences(stage)} x {length:,} = at most {stage.steps * per_step:,} tokens"
+    return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {_sequences(stage)} x {length:,}"
 
 
 def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable: int, length: int) -> dict[str, float]:
     """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher, activations."""
-    tokens = stage.micro_batch * length
+    tokens = stage.micro_batch * (2 if isinstance(stage, Dpo) else 1) * length
     kept_per_layer = config.hidden_size if stage.gradient_checkpointing else 14 * config.hidden_size + 3 * config.intermediate_size
     logits = 5 * min(tokens * config.vocab_size, 2**26) * 4
     kept = isinstance(stage, Distill) and stage.offline is not None
@@ -186,12 +196,14 @@ def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable
         "student": 4 * counts.student,
         "gradients": 4 * trainable,
         "moments": 8 * trainable,
-        "teacher": 0 if kept else _teacher_bytes(stage) * counts.teacher,
+        "teacher": 0 if kept or not _is_taught(stage) else _teacher_bytes(stage) * counts.teacher,
         "activations": 2 * tokens * kept_per_layer * config.num_hidden_layers + logits,
     }
 
 
-def _flops_per_token(config: PreTrainedConfig, counts: Counts, trainable: int, length: int, checkpointing: bool) -> float:
+def _flops_per_token(
+    config: PreTrainedConfig, counts: Counts, trainable: int, length: int, checkpointing: bool, taught: bool = True
+) -> float:
     """2 per weight and pass: teacher and student forward, activation gradients, weight gradients of what is trained; attention itself."""
     embedding = config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     attention = (
@@ -200,7 +212,7 @@ def _flops_per_token(config: PreTrainedConfig, counts: Counts, trainable: int, l
     kept = sum(kind != RECURRENT for kind in config.layer_types)
     teacher = 2 * (counts.teacher - embedding) + attention * config.num_hidden_layers
     student = 2 * (counts.student - embedding) + attention * kept
-    return teacher + student * (3 if checkpointing else 2) + 2 * trainable
+    return teacher * taught + student * (3 if checkpointing else 2) + 2 * trainable
 
 
 def _published(config: PreTrainedConfig) -> tuple[dict[str, int], dict[str, int]]:

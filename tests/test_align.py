@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from llamba import checkpoints, pairs
@@ -343,3 +345,20 @@ def test_no_decay_on_what_is_no_matrix(tmp_path, chats, student):
     trainer = sft.trainer_of(Sft(**SHORT, steps=1), student, chats, tmp_path)
     decayed = {name.rpartition(".")[2] if "self_attn" in name else name for name in trainer.get_decay_parameter_names(trainer.model)}
     assert not decayed & {"A_log", "D", "dt_bias", "bias", "model.norm.weight"} and "model.layers.0.mlp.up_proj.weight" in decayed
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_special_tokens_stay_the_models(tmp_path, chats, preferred, student, name):
+    """A tokenizer without a padding token, as Llama 3's: trainers give it the end token, and write that into the model."""
+    bare = shutil.copytree(student, tmp_path / "bare")
+    for file in ("config.json", "generation_config.json"):
+        (bare / file).write_text(json.dumps(json.loads((bare / file).read_text()) | {"pad_token_id": None}))
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(bare)
+    run, data, stage = (sft.run, chats, Sft(**SHORT, steps=1)) if name == "sft" else (dpo.run, preferred, Dpo(**SHORT, steps=1))
+    run(stage, str(bare), "", data, tmp_path / "out")
+    for kind in (AutoConfig, GenerationConfig):
+        before, after = (kind.from_pretrained(folder) for folder in (bare, tmp_path / "out"))
+        keys = ("pad_token_id", "bos_token_id", "eos_token_id")
+        assert [getattr(after, key) for key in keys] == [getattr(before, key) for key in keys] and after.pad_token_id is None

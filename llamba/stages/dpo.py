@@ -51,7 +51,7 @@ class DpoStage(Aligner, DPOTrainer):
     @torch.no_grad()
     def consult(self, stage: Dpo, rows: Pairs, used: Sequence[int], held_out: Pairs | None) -> None:
         """Take what training needs of the reference: its states on a probe and, where precomputed, its log-probabilities."""
-        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):  # whole weights are at hand
             self._take_probe(rows if held_out is None else held_out, range(PROBE) if held_out else used[:PROBE])
         if stage.precompute:
             self._log_probs(rows, used, self.folder / "reference-train.npy")
