@@ -16,13 +16,27 @@ published or had to be translated:
   positions of a sequence, prompt and padding included. Here both are means over target tokens, so the published balance
   is about `kl=205`; its clip at 0.1 hid the scale. `kl=0.1` below is the balance as written.
 * How the answers were sampled: not published. Here as Llama 3's own settings say; every turn of a conversation is answered.
+
+After distillation: SFT (2e-5, 1% warm-up, 64 sequences of 2,048 packed tokens, one epoch) and DPO (beta 0.01, 5e-7, 10% warm-up, 32
+pairs, one epoch; the published recipe of three epochs is `stages.dpo.beta=0.1 stages.dpo.epochs=3`). Here SFT learns the answers alone
+(`stages.sft.targets=all` learns every token, as the paper), and pairs of more than 2,048 tokens are left out, not cut.
 """
 
 from llamba.recipe import Data, Recipe, Student
 from llamba.run import launch
-from llamba.settings import Distill, PseudoLabel
+from llamba.settings import Distill, Dpo, PseudoLabel, Sft
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="llama3")
+CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="llama3")
+PAIRS = Data(
+    train=[
+        "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+        "HuggingFaceH4/orca_dpo_pairs:train_prefs",
+        "JunxiongWang/llama3-ultrafeedback-armorm:train",
+    ],
+    length=2048,
+    template="llama3",
+)
 
 recipe = Recipe(
     teacher="meta-llama/Meta-Llama-3-8B-Instruct",
@@ -32,6 +46,8 @@ recipe = Recipe(
         PseudoLabel(data=PROMPTS, turns="all", max_prompt=2000, max_new_tokens=2048, temperature=0.6, top_p=0.9),
         Distill(kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=188, batch=64),
         Distill(attention=0.5, kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=63, batch=64),
+        Sft(data=CHATS, lr=2e-5, warmup=0.01, batch=64, gradient_checkpointing=True),
+        Dpo(data=PAIRS, beta=0.01, lr=5e-7, warmup=0.1, batch=32, gradient_checkpointing=True),
     ],
     output="runs/llama3_50pct",
 )
