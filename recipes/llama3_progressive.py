@@ -29,7 +29,7 @@ PAIRS = Data(
         "HuggingFaceH4/orca_dpo_pairs:train_prefs",
         "JunxiongWang/llama3-ultrafeedback-armorm:train",
     ],
-    length=1024,
+    length=2048,
     template="llama3",
 )
 TUNE: dict[str, Any] = dict(

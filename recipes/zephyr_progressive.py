@@ -16,7 +16,7 @@ from llamba.settings import Distill, Dpo, PseudoLabel, Sft
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="zephyr")
-PAIRS = Data(train="HuggingFaceH4/ultrafeedback_binarized:train_prefs", length=1024, template="zephyr")
+PAIRS = Data(train="HuggingFaceH4/ultrafeedback_binarized:train_prefs", length=2048, template="zephyr")
 TUNE: dict[str, Any] = dict(
     data=CHATS, targets="all", lr=2e-5, betas=(0.9, 0.999), clip=1.0, warmup=0.01, batch=64, gradient_checkpointing=True
 )
