@@ -148,7 +148,7 @@ def test_help_lists_the_keys(recipe_file, monkeypatch, capsys):
 
 def test_published_recipe_holds_the_papers_values():
     recipe = runpy.run_path(str(ROOT / "recipes" / "llama3_50pct.py"))["recipe"]
-    labels, quarter, half = recipe.stages
+    labels, quarter, half, sft, dpo = recipe.stages
     assert recipe.student.attention == 0.75 and half.attention == 0.5 and labels.name == "pseudo_label"
     for stage, warmup in ((quarter, 188), (half, 63)):
         assert (stage.lr, stage.betas, stage.weight_decay, stage.clip, stage.batch, stage.warmup) == (
@@ -160,3 +160,5 @@ def test_published_recipe_holds_the_papers_values():
             warmup,
         )
         assert (stage.ce, stage.kl, stage.train, recipe.data.length) == (1.0, 0.1, "mixers", 2048)
+    assert (sft.lr, sft.batch, sft.data.length, sft.epochs, sft.train) == (2e-5, 64, 2048, 1.0, "all")
+    assert (dpo.lr, dpo.beta, dpo.batch, dpo.epochs, dpo.reference) == (5e-7, 0.01, 32, 1.0, "input")
