@@ -13,7 +13,7 @@ demo-recall: .venv/ready
 	$(BIN)/python recipes/tiny/recall.py
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: .venv/ready-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
