@@ -33,7 +33,7 @@ from llamba.settings import Hidden, Matrix, Stage
 from llamba.stages import distill
 
 HERE = Path(__file__).parent
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 TUNING_SEED = 100
 LENGTH, BATCH, HELD_OUT = 256, 8, 64
 COMMON: dict[str, Any] = dict(betas=(0.9, 0.98), clip=1.0, warmup=10, batch=BATCH, micro_batch=BATCH, save_every=10**6, log_every=40)
