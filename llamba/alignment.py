@@ -82,6 +82,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Any, teacher: Any, blocks: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        """The sum; keeps the gradients of `inputs`, where any is wanted."""
         wanted, leaves = any(ctx.needs_input_grad), [value.detach().requires_grad_() for value in inputs]
         total, gradients = torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves if wanted]
         with no_autocast(inputs[0]):

@@ -60,6 +60,7 @@ class Metrics(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        """Write and show a training line; the Trainer's closing summary, which has no loss, is left out."""
         if "loss" not in logs or not state.is_world_process_zero:
             return
         now, tokens = time.monotonic(), self.rows.tokens_at(state.global_step)

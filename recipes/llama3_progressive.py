@@ -12,7 +12,8 @@ Further: `stages.6.skip=false` adds 6.25% (the last of each 16 layers), `stages.
 `stages.5.skip=true` ends at 25%.
 
 Fine-tuning as published: AdamW (0.9, 0.999), 2e-5, cosine, 1% warm-up, 64 sequences of 2,048 packed tokens, cross-entropy on all tokens,
-one epoch. DPO: beta 0.01, 5e-7, 10% warm-up, 32 pairs of 1,024 tokens, one epoch. The rest as `llama3_50pct.py` says.
+one epoch. DPO: beta 0.01, 5e-7, 10% warm-up, 32 pairs, one epoch; there pairs were cut at 1,024
+tokens, here those of more than 2,048 are left out. The rest as `llama3_50pct.py` says.
 """
 
 from typing import Any

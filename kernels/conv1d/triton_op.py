@@ -53,6 +53,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and state; those of weight and bias are summed over parts of the time axis."""
         x, weight, bias, state, docs = ctx.saved_tensors
         (B, T, C), W, options = x.shape, weight.shape[1], _options(x, weight, ctx.silu, 64)
         tiles = min(TILES, triton.cdiv(T + W - 1, options["BT"]))

@@ -60,6 +60,7 @@ class _Chunked(torch.autograd.Function):
         docs: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
+        """Outputs y and the last state, block after block; keeps the state before each block."""
         inputs = Inputs(x, a, b, c, dt, D, docs, None if docs is None else document_before(docs))
         y = x.new_empty(*c.shape[:3], x.shape[3])
         last, states = state.to(accumulator(x.dtype)), []

@@ -117,6 +117,7 @@ class _Fused(torch.autograd.Function):
         docs: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
+        """Outputs y and the last state; keeps the inputs and the sums of decays."""
         inputs = Tensors(x, a, b, c, dt, D, docs)
         (B, T, G, P), (H, N) = x.shape, c.shape[2:]
         Q = width(chunk)
@@ -134,6 +135,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all inputs; the states before each chunk are made again."""
         saved = ctx.saved_tensors  # once: activation checkpointing gives them only once
         inputs, state, sums, Q = Tensors(*saved[:7]), saved[7], Sums(*saved[8:]), ctx.chunk
         x, a, b, c, dt, D, _ = inputs

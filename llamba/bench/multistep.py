@@ -6,13 +6,12 @@ divided by `--shrink`. H query heads, G key/value heads, P head width, N = P sta
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from llamba.bench.timing import median_seconds
 from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
 from llamba.provenance import append_row
 
@@ -56,25 +55,12 @@ def _graphed(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _milliseconds(run: Callable[[], None], device: str, repeats: int) -> float:
-    """Median milliseconds of a call, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        if repeat > 1:
-            times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
-
-
 def measure(shrink: int, dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, Any]]:
     """One row per step size: milliseconds for 32 tokens, and how many times as fast as one token a launch."""
     rows: list[dict[str, Any]] = []
     for step in STEPS:
         run = _launches(step, shrink, dtype, device)
-        spent = _milliseconds(_graphed(run) if device.startswith("cuda") else run, device, repeats)
+        spent = 1e3 * median_seconds(_graphed(run) if device.startswith("cuda") else run, device, repeats)
         first = rows[0]["ms"] if rows else spent
         rows.append({"bench": "multistep", "step": step, "tokens": TOKENS, "ms": spent, "speedup": first / spent})
     return rows

@@ -5,14 +5,13 @@ are measured on the spot: a copy (bytes read and written) and a bf16 matrix prod
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llamba.bench.timing import median_seconds
 from llamba.kernels.ssd import ssd
 from llamba.provenance import append_row
 
@@ -20,26 +19,13 @@ T, H, G, P = 4096, 32, 8, 128
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds of a call, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        if repeat > 1:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 def ceilings(device: str, shrink: int, repeats: int) -> dict[str, float]:
     """GB/s of a copy and TFLOP/s of a bf16 matrix product."""
     numbers, side = (1 << 30) // shrink**3, 8192 // shrink
     source, target = torch.empty(2, numbers, dtype=torch.uint8, device=device).unbind()
     left, right = torch.randn(2, side, side, device=device).bfloat16().unbind()
-    copied = _seconds(lambda: target.copy_(source), device, repeats)
-    multiplied = _seconds(lambda: left @ right, device, repeats)
+    copied = median_seconds(lambda: target.copy_(source), device, repeats)
+    multiplied = median_seconds(lambda: left @ right, device, repeats)
     return {"copy_gb_s": 2 * numbers / copied / 1e9, "matmul_tflop_s": 2 * side**3 / multiplied / 1e12}
 
 
@@ -65,7 +51,7 @@ def _step(inputs: dict[str, Any], impl: str) -> Callable[[], None]:
 def measure(impl: str, shrink: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
     """One row: milliseconds and, on CUDA, peak MiB beyond the inputs."""
     run = _step(_inputs(shrink, dtype, device), impl)
-    row: dict[str, Any] = {"bench": "train", "impl": impl, "ms": _seconds(run, device, repeats) * 1e3}
+    row: dict[str, Any] = {"bench": "train", "impl": impl, "ms": median_seconds(run, device, repeats) * 1e3}
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
