@@ -45,22 +45,26 @@ ARROWS: dict[str, set[str]] = {
     "pairs": {"data", "settings", "sources"},
     "lora": {"settings", "train"},
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
-    "loading": set(),
+    "loading": {"families"},
     "offline": {"batches", "losses", "settings", "sources", "train"},
     "engines": {"chat"},
     "stages": set(
         "align alignment batches chat checkpoints convert data draft engines folders hybrid loading log losses mixers offline pairs "
         "record select settings sources train wrapped".split()
     ),
+    "inputs": {"data", "folders", "settings"},
+    "preflight": set("convert data engines folders inputs loading lora pairs recipe settings sources train".split()),
     "run": {
         "checkpoints",
         "convert",
         "data",
         "errors",
         "folders",
+        "inputs",
         "overrides",
         "pairs",
         "plan",
+        "preflight",
         "provenance",
         "recipe",
         "settings",

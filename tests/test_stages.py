@@ -16,7 +16,7 @@ from models import ids, student, teacher
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llamba import checkpoints
 from llamba.convert import convert
@@ -290,6 +290,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
     convert(str(teacher_folder), mixer="none").save_pretrained(tmp_path / "none")
     small.llama(len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "shallow")
     small.llama(len(tokenizer), num_attention_heads=2).save_pretrained(tmp_path / "few-heads")
+    convert(str(teacher_folder)).save_pretrained(tmp_path / "half")
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "other")
     wrong = [
         (Matrix, "mamba1", teacher_folder, "use the hidden stage"),
         (Matrix, "none", teacher_folder, "leave the stage out"),
@@ -297,6 +300,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
         (Hidden, "mamba1", tmp_path / "shallow", "the same num_hidden_layers, got 4 in .*mamba1 and 2 in"),
         (Matrix, "mamba1", tmp_path / "few-heads", "the same num_attention_heads, got 4"),
         (Hidden, "shallow", tmp_path / "shallow", "needs a student with converted layers"),
+        (Matrix, "half", tmp_path / "half", r"reads the teacher's attention, and .*half has none in layers \[0, 2\]"),
+        (Hidden, "half", tmp_path / "other", "model_type must be one of .* got 'gpt_neox'"),
     ]
     for kind, made, guide, words in wrong:
         with pytest.raises(ValueError, match=words):
