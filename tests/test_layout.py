@@ -70,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
         "settings",
         "stages",
     },
-    "plan": {"convert", "draft", "families", "folders", "hybrid", "mixers", "recipe", "settings", "teachers"},
+    "plan": {"convert", "draft", "families", "folders", "hybrid", "lora", "mixers", "recipe", "settings", "teachers"},
     "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
