@@ -12,6 +12,7 @@ from llamba.folders import DONE, finished, resolve_model
 from llamba.inputs import limit_of, missing
 from llamba.loading import require_alike, require_bitsandbytes, require_model, require_same_vocabulary
 from llamba.recipe import Recipe, layers_of
+from llamba.reporters import require_reporters
 from llamba.settings import Aligning, Distill, Dpo, Hidden, Matrix, PseudoLabel, Select, Sft, Stage, TokenTraining, Training
 from llamba.train import accumulation
 
@@ -27,6 +28,7 @@ def check(recipe: Recipe, out: Path) -> None:
         _check_model(recipe, stage, out)
         if isinstance(stage, Training):
             accumulation(stage)
+            require_reporters(stage.report_to)
     _check_layers(recipe, list(todo.values()), out)
 
 

@@ -48,6 +48,7 @@ UNFIT = {
     "a stream without an end": (Sft(data=Data(train="rows.jsonl", streaming=True)), "data.streaming needs sft.tokens or sft.steps"),
     "packed pairs": (Dpo(data=Data(train="rows.jsonl", packing=True)), "do not go with preference pairs"),
     "a batch that does not divide": (Distill(batch=64, micro_batch=3), "distill.batch must be a multiple of .* = 3 x 1, got 64"),
+    "a reporter that nobody knows": (Distill(report_to=["wandbb"]), "report_to must name reporters among .*, got 'wandbb'"),
     "bits without the package": (Distill(teacher_bits=4), "teacher_bits=4 needs the package bitsandbytes"),
     "LoRA without the package": (Sft(lora=Lora()), "lora needs peft"),
     "QLoRA without the package": (Dpo(lora=Lora(bits=4)), "needs (peft|bitsandbytes)"),
