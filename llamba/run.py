@@ -34,6 +34,7 @@ from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Select, Sft, Tok
 
 RECIPE = "recipe.json"
 BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
+_MAY_CHANGE = {"gradient_checkpointing", "log_every", "micro_batch", "report_to", "save_every"}  # in a stage that has begun
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
 
@@ -47,10 +48,16 @@ def _write(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def _lasting(stage: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage that its result depends on. (Published code counts each forward pass alike, whatever its size.)"""
+    lasting = {"micro_batch"} if stage.get("reduction") == "batchmean_legacy" else set()
+    return {key: value for key, value in stage.items() if key not in _MAY_CHANGE or key in lasting}
+
+
 def _settled(recipe: Recipe, out: Path) -> dict[str, Any]:
     """What of a recipe the finished and begun work in `out` rests on."""
     values = overrides.to_dict(recipe)
-    begun = [stage for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
+    begun = [_lasting(stage) for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
     first = {key: values[key] for key in ("seed", "student", "teacher")} if finished(out) else {}
     return first | {"stages": [stage | {"data": stage["data"] or values["data"]} for stage in begun]}
 
