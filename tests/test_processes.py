@@ -120,7 +120,7 @@ def test_two_processes_tune_and_prefer_as_one(tmp_path, teacher_folder, chat_fil
     """SFT on packed rows and DPO, over gloo: losses, rewards, held-out scores of one process that accumulates twice as often."""
     rows = [
         {"prompt": first["messages"][:1], "chosen": first["messages"][1:2], "rejected": other["messages"][1:2]}
-        for first, other in zip(small.chats(25, seed=5), small.chats(25, seed=6), strict=True)
+        for first, other in zip(small.chats(24, seed=5), small.chats(24, seed=6), strict=True)
     ]
     pairs = small.write_rows(tmp_path / "pairs.jsonl", rows)
     (tmp_path / "recipe.py").write_text(ALIGNING.format(teacher=str(teacher_folder), chats=str(chat_file), pairs=str(pairs)))
@@ -135,7 +135,7 @@ def test_two_processes_tune_and_prefer_as_one(tmp_path, teacher_folder, chat_fil
         for line, other in zip(read_metrics(one / METRICS), read_metrics(two / METRICS), strict=True):
             missing = {"kl"} if name.startswith("zero") else set()  # a probe needs whole weights
             assert line.keys() - missing == other.keys()
-            for key in other.keys() - {"tokens_per_s", "grad_norm"}:
+            for key in (key for key in other if key in ("loss", "kl") or key.startswith(("rewards/", "eval_"))):
                 assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-4), (name, stage, line["step"], key)
         weights = load_file(one / "model.safetensors")
         saved = AutoModelForCausalLM.from_pretrained(two).state_dict()
