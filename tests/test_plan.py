@@ -91,6 +91,7 @@ def test_plan_of_the_recipe_file_needs_no_network() -> None:
     assert "+16.943 M" in done.stdout and "hours" in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks by the old name
 @pytest.mark.parametrize("train", ["all", "mixers"])
 def test_lora_counts_what_peft_trains(tmp_path: Path, teacher_folder: Path, train: str) -> None:
     """Trained parameters and bytes held, against the model that the stage would train."""
