@@ -25,10 +25,10 @@ def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
     rows, state, out = torch.arange(B, device=z.device), kept, zxbcdt.new_zeros(B, T, H * P)
     for t in range(T):
         position, alive = at.length + t, at.new > t
-        values = tuple(buffer[rows, position % L].to(wide) for buffer in (held.x, held.b, held.dt))
-        state = torch.where(alive[:, None, None, None], _advance(state, *values, weights), state)
+        x_t, b_t, dt_t = (buffer[rows, position % L].to(wide) for buffer in (held.x, held.b, held.dt))
+        state = torch.where(alive[:, None, None, None], _advance(state, x_t, b_t, dt_t, weights), state)
         folded = torch.where((alive & (position + 1 == at.fold_to))[:, None, None, None], state, folded)
-        y = _output(state, values[0], c[:, t].unflatten(-1, (H, N)), z[:, t].to(wide).unflatten(-1, (H, P)), weights)
+        y = _output(state, x_t, c[:, t].unflatten(-1, (H, N)), z[:, t].to(wide).unflatten(-1, (H, P)), weights)
         out[:, t] = y.flatten(1).masked_fill(~alive[:, None], 0)
     held.state.copy_(folded)
     return out
