@@ -1,6 +1,7 @@
 """`llamba eval …`, and what the shell scripts of this folder call: one parser per benchmark."""
 
 import argparse
+import errno
 import json
 import sys
 from typing import Any
@@ -20,7 +21,8 @@ the judge:
 
 what it costs:
   Before the first request the number of judgments and tokens is printed; with --price IN OUT (dollars per million tokens) the
-  dollars too. --max-cost refuses, and stops in the middle, above that. --estimate prints and asks nothing.
+  dollars too. --max-cost refuses, and stops in the middle, above that (each run has its own budget). --estimate makes the answers,
+  prints, and asks nothing.
 
 stopping and going on:
   Answers are kept batch by batch, replies of the judge one by one. Stop it with Ctrl-C, and give the same command again: it asks
@@ -28,6 +30,8 @@ stopping and going on:
 """
 
 MT_BENCH = """Score a chat model on MT-Bench: answer its 80 two-turn questions, have a judge grade both answers from 1 to 10, report.
+
+MODEL may also be a file of answers in FastChat's format (NAME.jsonl), to be judged alone.
 
 first time:
   pip install --constraint constraints.txt -e '.[eval]'
@@ -87,43 +91,66 @@ what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
 """
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"temperature\": null}}', got {text}")
+    return found
+
+
 def _parser(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=name, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
 
-def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int) -> None:
+def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int, questions: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
     parser.add_argument("--out", help="where everything goes (default: MODEL/eval, or runs/eval/NAME)")
-    parser.add_argument("--data", help="a folder with the benchmark's files (default: what `llamba eval fetch` got)")
     parser.add_argument(
         "--batch", type=int, default=batch, help=f"questions answered at once (default {batch}); part of the result's identity"
     )
     parser.add_argument("--max-new-tokens", type=int, default=most, help=f"longest answer (default {most})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--draft", help="a smaller model that speculates; the answers stay the same")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--limit", type=int, help="only so many questions: a try, not a score")
+    parser.add_argument("--seed", type=int, default=0, help="of the answers' random numbers (default 0)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved; float32 on a CPU"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--draft", metavar="MODEL", help='a smaller model of the same vocabulary that speculates, or "lookup"; only rounding may differ'
+    )
+    parser.add_argument("--system", help="system message (default: none)")
+    if questions:
+        parser.add_argument("--data", help="a folder with the benchmark's files (default: what `llamba eval fetch` got)")
+        parser.add_argument("--limit", type=_count, help="only so many questions: a try, not a score")
 
 
 def _judge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", help="the judge's model name, as its endpoint knows it")
     parser.add_argument("--judge-url", default="https://api.openai.com/v1", help="its endpoint, or local:FOLDER (default OpenAI)")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key (default OPENAI_API_KEY)")
-    parser.add_argument("--judge-parameters", type=json.loads, default={}, metavar="JSON", help="override request parameters; null removes")
+    parser.add_argument(
+        "--judge-parameters", type=_parameters, default={}, metavar="JSON", help="override request parameters; null removes"
+    )
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default 8)")
     parser.add_argument("--retries", type=int, default=10, help="tries of one request after 429, 5xx or a lost connection (default 10)")
     parser.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million input and output tokens")
     parser.add_argument("--max-cost", type=float, help="dollars; needs --price")
-    parser.add_argument("--estimate", action="store_true", help="print what judging would take, and ask nothing")
+    parser.add_argument("--estimate", action="store_true", help="answer, print what judging would take, and ask nothing")
     parser.add_argument("--max-failed", type=float, default=0.05, help="end with an error above this share of failures (default 0.05)")
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from llamba.eval.answers import Settings
+    from llamba.eval.answerer import Settings
 
     return Settings(args.batch, args.max_new_tokens, args.seed, args.dtype, args.device, args.draft, args.system)
 
@@ -147,11 +174,15 @@ def mt_bench(argv: list[str]) -> None:
     parser.add_argument("--against", metavar="MODEL", help="pairwise: the other model, or a FastChat answer file (.jsonl)")
     parser.add_argument("--judge-repeats", type=int, default=1, help="judge everything so many times, and report the spread")
     args = parser.parse_args(argv)
-    from llamba.eval.mt_bench import Options, run
-    from llamba.eval.scores import results_folder
+    from pathlib import Path
 
+    from llamba.eval.mt_bench import Options, run
+    from llamba.eval.scores import results_folder, slug
+
+    made = args.model.endswith(".jsonl")  # answers, and no model
+    out = Path(args.out or f"runs/eval/{slug(Path(args.model).stem)}") if made else results_folder(args.model, args.out)
     options = Options(args.mode, args.against, args.data, args.limit, args.judge_repeats, args.max_failed, args.estimate)
-    print(run(args.model, results_folder(args.model, args.out), _settings(args), _judge(args), options))
+    print(run(args.model, out, _settings(args), _judge(args), options))
 
 
 def judgments(argv: list[str]) -> None:
@@ -219,7 +250,7 @@ example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 1638
 def recall(argv: list[str]) -> None:
     """Associative recall, phone book, needle in a haystack."""
     parser = _parser("llamba eval recall", RECALL)
-    _answer_options(parser, 4, 24)
+    _answer_options(parser, 4, 24, questions=False)
     parser.add_argument("--tasks", nargs="+", default=["mqar", "phone", "needle"], help="mqar, phone, needle (default: all)")
     parser.add_argument("--pairs", type=int, nargs="+", help="mqar: numbers of pairs")
     parser.add_argument("--names", type=int, nargs="+", help="phone: numbers of names")
@@ -324,7 +355,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
     disable_progress_bar()
     with one_line_errors():
-        COMMANDS[argv[0]](argv[1:])
+        try:
+            COMMANDS[argv[0]](argv[1:])
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                done = "what was answered and judged so far is kept: make room and give the same command again"
+                raise ValueError(f"the disk is full ({error}); {done}") from error
+            raise
 
 
 if __name__ == "__main__":

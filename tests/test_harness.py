@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamba
 from llamba.eval import harness
 from llamba.eval.commands import main
-from llamba.eval.journal import read_lines
+from llamba.eval.journal import read_lines, write_lines
+from llamba.eval.report import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -98,9 +99,56 @@ def test_a_papers_task_set_runs_on_local_files_whatever_the_batch(student: Path,
         )
     arc = one["lm_eval/arc_easy", "acc_norm"]
     assert arc["n"] == 4 and arc["shots"] == 0 and arc["task_set"] == "mohawk_table1" and arc["value"] % 25 == 0
+    assert [path.name for path in sorted((local / "out1/items").glob("*arc_easy*"))] == [
+        "lm_eval_arc_easy_acc--hybrid0.json", "lm_eval_arc_easy_acc_norm--hybrid0.json"]  # fmt: skip
+    values = json.loads((local / "out1/items/lm_eval_arc_easy_acc_norm--hybrid0.json").read_text())["values"]
+    assert len(values) == 4 and sum(v for (v,) in values.values()) / 4 == arc["value"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     right = [predict(model, tokenizer, row) == row["answerKey"] for row in ARC]
     assert one["lm_eval/arc_easy", "acc"]["value"] == 100 * sum(right) / len(right)
+
+
+def test_models_are_compared_question_by_question(student: Path, teacher_folder: Path, local: Path, few_tasks: None) -> None:
+    """In one folder; a second run leaves the first one's files; a run with --limit is marked and compared on what both answered."""
+    for model, more in ((teacher_folder, []), (student, ["--limit", "3"]), (student, [])):
+        main(["lm_eval", str(model), "arc_easy", "--out", "both", "--batch_size", "4", "--device", "cpu", *more])
+        if more:
+            assert scores(local / "both")["lm_eval/arc_easy", "acc"]["limit"] == 3
+    rows = [row for row in read_lines(local / "both/scores.jsonl") if row["metric"] == "acc"]
+    assert len(rows) == 2 and not any("limit" in row for row in rows)
+    assert len(list((local / "both/lm_eval/results").rglob("results_*.json"))) == 3
+    gap = next(line for line in differences([local / "both"]) if "arc_easy, acc:" in line)
+    assert f"= {rows[0]['value'] - rows[1]['value']:.2f} [" in gap.replace("= -0.00", "= 0.00") and gap.endswith("of 4 questions")
+
+
+def test_a_groups_questions_are_those_of_its_tasks(tmp_path: Path) -> None:
+    """As lm-eval writes MMLU, nested groups, and TruthfulQA, whose group has no score."""
+    results = {
+        "results": {
+            "g": {"acc,none": 0.6}, "inner": {"acc,none": 0.5}, "a": {"acc,none": 0.5}, "b": {"acc,none": 0.5}, "c": {"acc,none": 1.0},
+            "open": {"alias": "open"}, "d": {"exact_match,strict": 1.0, "exact_match,loose": 0.0},
+        },
+        "group_subtasks": {"g": ["inner", "c"], "inner": ["a", "b"], "open": ["d"]},
+        "n-shot": {},
+    }  # fmt: skip
+    (tmp_path / "results_now.json").write_text(json.dumps(results))
+    for task, values in {"a": [1, 0], "b": [0, 1], "c": [1]}.items():
+        rows = [{"doc_id": i, "doc_hash": "x" * 9, "filter": "none", "metrics": ["acc"], "acc": float(v)} for i, v in enumerate(values)]
+        write_lines(tmp_path / f"samples_{task}_now.jsonl", rows)
+    strict = {"doc_id": 0, "doc_hash": "y", "filter": "strict", "metrics": ["exact_match"], "exact_match": 1.0}
+    write_lines(tmp_path / "samples_d_now.jsonl", [strict, strict | {"filter": "loose", "exact_match": 0.0}])
+    found = harness.items(tmp_path / "results_now.json")
+    assert set(found) == {("g", "acc"), ("d", "exact_match (strict)"), ("d", "exact_match (loose)")}
+    assert len(found["g", "acc"]) == 5 and sum(v for (v,) in found["g", "acc"].values()) == 300
+    parts = {row["benchmark"]: row.get("part_of") for row in harness._rows(results, "m", "s")}
+    assert parts == {
+        "lm_eval/g": None,
+        "lm_eval/inner": "g",
+        "lm_eval/a": "inner",
+        "lm_eval/b": "inner",
+        "lm_eval/c": "g",
+        "lm_eval/d": None,
+    }
 
 
 @torch.inference_mode()
