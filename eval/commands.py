@@ -17,7 +17,7 @@ the judge:
     vLLM, llama.cpp, …   --judge NAME --judge-url http://127.0.0.1:8000/v1  (no key needed on this machine)
     in this process      --judge-url local:FOLDER
   Models that refuse temperature or max_tokens: --judge-parameters '{"temperature": null, "max_tokens": null,
-  "max_completion_tokens": 4096}' (null leaves a parameter out).
+  "max_completion_tokens": 4096}' (null leaves a parameter out; for AlpacaEval 16 do).
 
 what it costs:
   Before the first request the number of judgments and tokens is printed; with --price IN OUT (dollars per million tokens) the
@@ -37,6 +37,9 @@ first time:
   pip install --constraint constraints.txt -e '.[eval]'
   llamba eval fetch mt_bench           (or --data DIR with a copy of FastChat's three files)
   eval/run_mtbench.sh runs/llama3_50pct --judge gpt-4.1 --price 2 8 --max-cost 5
+
+against the teacher, both orders of every pair:
+  eval/run_mtbench.sh runs/llama3_50pct --judge gpt-4.1 --mode pairwise --against meta-llama/Meta-Llama-3-8B-Instruct
 """
 
 MT_BENCH_FILES = """
@@ -79,15 +82,17 @@ Everything else goes to lm-eval as it is: --batch_size 8, --device cuda, --limit
 
 first time:
   pip install --constraint constraints.txt -e '.[eval]'
-  llamba eval fetch pubmedqa           (only for Mamba-in-Llama's Table 3: lm-eval's own PubMedQA no longer loads)
+  llamba eval fetch pubmedqa           (only for Mamba-in-Llama's Table 3: lm-eval's own PubMedQA no longer loads;
+                                        its home publishes no checksum, so sizes alone are checked)
   eval/run_lm_eval.sh runs/phi_mohawk mohawk_table1 --batch_size 16
 
 The tasks' data comes from the Hugging Face hub, once; offline, HF_HOME must hold it and HF_HUB_OFFLINE=1 keeps lm-eval from asking.
 Scores move in the last digit with the batch size (sums of floats in another order): use one batch size for one table.
 
 what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
-  OUT/lm_eval/results/     lm-eval's own files
+  OUT/lm_eval/results/     lm-eval's own files, with every sample
   OUT/scores.jsonl         every metric with its interval, commit, command, versions, hardware and date; both acc and acc_norm
+  llamba report RUN…       puts runs side by side, with paired differences
 """
 
 
@@ -288,7 +293,10 @@ def perplexity(argv: list[str]) -> None:
 
 def zero_shot(argv: list[str]) -> None:
     """GSM8K or CRUXEval, zero-shot and greedy."""
-    about = "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR."
+    about = (
+        "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR.\n"
+        "CRUXEval's home publishes no checksum: its file is used as it comes."
+    )
     parser = _parser("llamba eval zero_shot", about)
     parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
     _answer_options(parser, 8, 2048)
