@@ -1,48 +1,56 @@
 """A model over a cache that stands still: what it does between prompt and end is device work alone, which a CUDA graph can hold.
 
-Shapes: B batch, T time, H query heads, G key/value heads, R = H // G, P head width, V vocabulary, S slots of an attention layer. Row b's
-token at position p has its key and value in slot p. Cursors, positions and masks are on the device; recurrent layers go through the
-kernels of `llamba.kernels.decode`. Layers, norms and projections are the model's own modules.
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, V vocabulary, S slots of an attention layer. Row b's token at
+position p has its key and value in slot p. Cursors and positions are on the device; recurrent layers go through the kernels of
+`llamba.kernels.decode`. Weights are the model's own; what stands between two projections is one launch where the layers are those of a
+Llama (`LEAN`), and the layer's own forward elsewhere.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from llamba.cache import SteppedLayer
 from llamba.hybrid import RECURRENT
+from llamba.kernels.block import add_norm, gated
 from llamba.kernels.decode import commit, cursors, plan
+from llamba.kernels.slots import attend, place
 from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
 from llamba.speculative.steps import STEPS
 
 OWN_ATTENTION = "llamba_slots"
+LEAN = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # norm, mixer, sum, norm, SwiGLU, sum
 
 
-def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: "Sight", scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of queries [B, H, T, P] to all slots [B, G, S, P], the query heads of a group as further queries of one head.
-
-    attention_mask [B, 1, R T, S] is added. Returns [B, T, H, P], as transformers' attention functions do.
-    """
-    (B, H, T, P), G = query.shape, key.shape[1]
-    together = query.reshape(B, G, H // G * T, P)
-    y = scaled_dot_product_attention(together, key, value, attn_mask=attention_mask, scale=scaling)
-    return y.reshape(B, H, T, value.shape[-1]).transpose(1, 2), None
+    """`attend` as transformers calls it: queries [B, H, T, P], all slots [B, S, G, P]; returns [B, T, H, P]."""
+    return attend(query.transpose(1, 2), key, value, attention_mask.positions, scaling, attention_mask.window), None
 
 
-AttentionInterface.register(OWN_ATTENTION, attend)
+AttentionInterface.register(OWN_ATTENTION, attention)
+
+
+class Sight(NamedTuple):
+    """What stands for an attention layer's mask: each token [B, T] sees what stands before it, at most `window` tokens."""
+
+    positions: Tensor
+    window: int | None
 
 
 @contextmanager
 def own_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """Within, the model's attention layers call `attend`."""
+    """Within, the model's attention layers call `attention`."""
     before = config._attn_implementation
     config._attn_implementation = OWN_ATTENTION
     try:
@@ -59,10 +67,10 @@ class SlotLayer:
         self.rows, self.positions = torch.arange(rows, device=device)[:, None], torch.empty(0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, G, T, P]; returns those of all slots [B, G, S, P]."""
+        """Store keys and values [B, G, T, P]; returns those of all slots [B, S, G, P]."""
         self.keys[self.rows, self.positions] = key_states.transpose(1, 2)
         self.values[self.rows, self.positions] = value_states.transpose(1, 2)
-        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return self.keys, self.values
 
     def load(self, layer: PlacedLayer) -> None:
         """Take over what a prompt left."""
@@ -98,9 +106,12 @@ class Static:
         layers: list[Any] = [self._layer(index, rows, dtype, device) for index in range(len(self.kinds))]
         self.placed = [layer for layer in layers if isinstance(layer, SlotLayer)]
         self.cache = Cache(layers=layers)
-        self.counts, self.places = torch.arange(longest, device=device), torch.arange(slots, device=device)
+        self.counts = torch.arange(longest, device=device)
+        places = torch.arange(slots, device=device)[None]
         example = torch.empty(1, dtype=dtype, device=device)
-        self.rotary = [part[0] for part in self.backbone.rotary_emb(example, position_ids=self.places[None])] if self.placed else []
+        self.rotary: list[Tensor] = [part[0] for part in self.backbone.rotary_emb(example, position_ids=places)] if self.placed else []
+        whole = all(part.shape[-1] == self.placed[0].keys.shape[-1] for part in self.rotary)  # heads are turned as a whole
+        self.lean = whole and all(type(layer) in LEAN for layer in self.backbone.layers) and model.config.hidden_act == "silu"
 
     def _layer(self, index: int, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
         if self.kinds[index] != RECURRENT:
@@ -133,27 +144,47 @@ class Static:
         """
         plan(self.at, new, self.longest, self.ring, keep)
         positions = self.at.length[:, None] + self.counts[: tokens.shape[1]]  # [B, T]
+        return self._lean(tokens, positions) if self.lean else self._by_layers(tokens, positions)
+
+    def _lean(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The layers of a Llama, with one launch between two projections."""
+        delta, hidden = self.backbone.embed_tokens(tokens), None  # [B, T, D]
+        for layer, own, kind in zip(self.backbone.layers, self.cache.layers, self.kinds, strict=True):
+            hidden, normed = _add_norm(delta, hidden, layer.input_layernorm)
+            if isinstance(own, SlotLayer):
+                delta = self._attention(layer.self_attn, normed, own, positions, self.windows[kind])
+            else:
+                delta = layer.self_attn(normed, past_key_values=self.cache)[0]
+            hidden, normed = _add_norm(delta, hidden, layer.post_attention_layernorm)
+            delta = layer.mlp.down_proj(gated(layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed)))
+        return self.head(_add_norm(delta, hidden, self.norm)[1])
+
+    def _attention(self, module: Any, normed: Tensor, own: SlotLayer, positions: Tensor, window: int | None) -> Tensor:
+        q, k, v = (proj(normed).unflatten(-1, (-1, module.head_dim)) for proj in (module.q_proj, module.k_proj, module.v_proj))
+        if isinstance(module, Qwen3Attention):
+            q, k = module.q_norm(q), module.k_norm(k)
+        q = place(q, k, v, *self.rotary, positions, own.keys, own.values)
+        return module.o_proj(attend(q, own.keys, own.values, positions, module.scaling, window).flatten(2))
+
+    def _by_layers(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Any family's layers, by their own forward."""
         for layer in self.placed:
             layer.positions = positions
-        masks = {kind: self._mask(positions, self.windows[kind]) for kind in set(self.kinds) - {RECURRENT}}
         rotary = tuple(part[positions] for part in self.rotary)
         hidden = self.backbone.embed_tokens(tokens)  # [B, T, D]
         with own_attention(self.config):
             for layer, kind in zip(self.backbone.layers, self.kinds, strict=True):
+                sight = None if kind == RECURRENT else Sight(positions, self.windows[kind])
                 hidden = layer(
-                    hidden, attention_mask=masks.get(kind), position_ids=positions, past_key_values=self.cache, use_cache=True,
+                    hidden, attention_mask=sight, position_ids=positions, past_key_values=self.cache, use_cache=True,
                     position_embeddings=rotary,
                 )  # fmt: skip
         return self.head(self.norm(hidden))
 
-    def _mask(self, positions: Tensor, window: int | None) -> Tensor:
-        """What is added to the scores [B, 1, R T, S]: 0 for slots that a token sees, else -inf."""
-        at = positions[:, :, None]
-        seen = self.places <= at if window is None else (self.places <= at) & (self.places > at - window)
-        keys = self.placed[0].keys
-        mask = torch.zeros(seen.shape, dtype=keys.dtype, device=keys.device).masked_fill(~seen, -torch.inf)
-        return mask[:, None].repeat(1, 1, self.config.num_attention_heads // keys.shape[2], 1)
-
     def commit(self, kept: Tensor) -> None:
         """Keep the first kept[b] tokens of the call before. Only device work."""
         commit(self.at, kept)
+
+
+def _add_norm(delta: Tensor, hidden: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    return add_norm(delta, hidden, norm.weight, norm.variance_epsilon)
