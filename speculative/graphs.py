@@ -24,7 +24,7 @@ from llamba.speculative.lookahead import Auto, Fixed
 from llamba.speculative.static import Static
 
 ENGINES = ("auto", "eager", "graphs")
-KEPT_DECODERS = 4  # of a model, with their caches and graphs; the oldest leaves
+KEPT_DECODERS = 6  # of a model, with their caches and graphs; the oldest leaves
 LEAST_SLOTS = 256
 
 logger = logging.getLogger("llamba.speculative")
