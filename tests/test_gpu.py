@@ -10,8 +10,10 @@ from test_speculative import noisy, ragged
 from torch import Tensor
 from triton_tools import poisoned, rms, with_gradients
 
+from llamba.kernels.block import add_norm, gated
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
+from llamba.kernels.slots import attend, place
 from llamba.kernels.ssd import ssd
 from llamba.speculative import generate, graphs
 from llamba.speculative.choose import Choice
@@ -127,6 +129,35 @@ def test_a_round_can_be_captured_and_replayed() -> None:
         graph.replay()
         assert torch.equal(out, one_round(static, plain, by)), turn
     assert torch.equal(graphed.state, plain.state) and torch.equal(at.length, by.length)
+
+
+@every_dtype
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_to_slots(dtype: torch.dtype, T: int, window: int | None) -> None:
+    B, H, G, P, S = 2, 8, 2, 128, 1024
+    positions = torch.tensor([[700], [3]], device="cuda") + torch.arange(T, device="cuda")
+    q, keys, values = (_randn(*shape, dtype=dtype) for shape in ((B, T, H, P), (B, S, G, P), (B, S, G + 1, P)))
+    values = values[:, :, 1:].contiguous()  # other numbers than the keys
+    with poisoned():
+        got = attend(q, keys, values, positions, P**-0.5, window, impl="triton")
+    want = attend(q.double(), keys.double(), values.double(), positions, P**-0.5, window, impl="torch")
+    assert rms(got.double() - want) <= BUDGET[dtype] * rms(want)
+
+
+@every_dtype
+def test_what_stands_beside_the_mixers(dtype: torch.dtype) -> None:
+    B, T, H, G, P, S, D = 2, 5, 8, 2, 128, 64, 1000
+    q, k, v = (_randn(B, T, heads, P, dtype=dtype) for heads in (H, G, G))
+    angles, positions = _randn(S, P // 2, dtype=torch.float32).repeat(1, 2), torch.arange(B * T, device="cuda").view(B, T)
+    made = []
+    for impl, wide in (("triton", dtype), ("torch", torch.float64)):
+        keys, values = torch.zeros(2, B, S, G, P, dtype=wide, device="cuda").unbind()
+        turned = place(q.to(wide), k.to(wide), v.to(wide), angles.cos().to(wide), angles.sin().to(wide), positions, keys, values, impl=impl)
+        x, residual, weight = (_randn(*shape, dtype=dtype).to(wide) for shape in ((B, T, D), (B, T + 1, D), (D,)))
+        made.append((turned, keys, values, *add_norm(x, residual[:, 1:], weight, 1e-5, impl=impl), gated(x, residual[:, 1:], impl=impl)))
+    for got, want in zip(*made, strict=True):
+        assert rms(got.double() - want) <= BUDGET[dtype] * rms(want)
 
 
 @pytest.mark.parametrize(("mixer", "attention"), [("mamba2", 0.5), ("discrete_mamba2", 0.0)])
