@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from llamba.folders import resolve_model
-from llamba.speculative import generate
+from llamba.speculative import Auto, generate
+from llamba.speculative.lookahead import schedule
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and forgets), /exit or end of file leaves"
 
@@ -54,10 +55,16 @@ class Printer(TextStreamer):
 
 @dataclass(frozen=True)
 class Speculation:
-    """Where drafts come from (a loaded model, or "lookup": the text itself) and how many tokens are drafted at a time."""
+    """Where drafts come from (a loaded model, or "lookup": the text itself) and how many tokens are drafted at a time.
+
+    Raises ValueError for a lookahead that is neither a number in range nor an `Auto`, which learns from answer to answer.
+    """
 
     draft: Any
-    lookahead: Any = "auto"
+    lookahead: int | Auto = field(default_factory=Auto)
+
+    def __post_init__(self) -> None:
+        schedule(self.lookahead)
 
 
 def load_draft(name: str, model: Any) -> Any:

@@ -71,8 +71,10 @@ def _lookahead(text: str) -> int | str:
 
 def _speculation(args: argparse.Namespace, model: Any) -> Any:
     from llamba.chat import Speculation, load_draft
+    from llamba.speculative import Auto
 
-    return None if args.draft is None else Speculation(load_draft(args.draft, model), args.lookahead)
+    lookahead = Auto() if args.lookahead == "auto" else args.lookahead
+    return None if args.draft is None else Speculation(load_draft(args.draft, model), lookahead)
 
 
 def _chat(args: argparse.Namespace) -> None:

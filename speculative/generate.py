@@ -18,7 +18,7 @@ from llamba.hybrid import RECURRENT
 from llamba.speculative.accept import accept, accept_greedy
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
-from llamba.speculative.lookahead import Auto, Fixed
+from llamba.speculative.lookahead import Auto, Fixed, schedule
 from llamba.speculative.rewind import Rewindable, kinds_of
 
 
@@ -65,7 +65,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     draft: PreTrainedModel | Drafter | Literal["lookup"] | None = None,
-    lookahead: int | Literal["auto"] = 4,
+    lookahead: int | Literal["auto"] | Auto = 4,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -81,14 +81,14 @@ def generate(
 
     attention_mask [B, T]: 0 for padding on the left. `draft`: a model with the same vocabulary (a Llama-type model of transformers, or
     one of ours), "lookup" (copies from the text so far), or an object with the methods of `Drafter`. `lookahead`: tokens drafted a
-    round, or "auto". `temperature` 0 is greedy. `eos_token_id`: "model" takes those of the model's generation configuration, None does
-    not stop. `logits_processor`, `stopping_criteria` and `streamer` are transformers'; they are called for every token. The random
-    numbers come from `generator` (on the CPU; None: torch's own).
+    round, or "auto"; an `Auto` keeps what it has learnt for the next call. `temperature` 0 is greedy. `eos_token_id`: "model" takes those
+    of the model's generation configuration, None does not stop. `logits_processor`, `stopping_criteria` and `streamer` are transformers';
+    they are called for every token. The random numbers come from `generator` (on the CPU; None: torch's own).
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
     choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
     rows = _rows(ids, attention_mask)
-    count = _lookahead(lookahead)
+    count = schedule(lookahead)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if streamer is not None and len(rows) > 1:
@@ -245,14 +245,6 @@ def _rows(ids: Tensor, mask: Tensor | None) -> Rows:
     if mask.shape != ids.shape or not bool((mask.bool().long().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all()):
         raise ValueError("attention_mask must have the shape of ids, and padding must stand on the left (tokenizer.padding_side = 'left')")
     return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(ids.tolist(), mask.tolist(), strict=True)]
-
-
-def _lookahead(given: int | str) -> Fixed | Auto:
-    if given == "auto":
-        return Auto()
-    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < KEPT:
-        raise ValueError(f'lookahead must be 1 to {KEPT - 1} (the cache holds the last {KEPT} tokens) or "auto"; got {given!r}')
-    return Fixed(given)
 
 
 def _check_context(name: str, model: PreTrainedModel, length: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llamba.bench.shapes import Published, build, chosen
 from llamba.chat import load, load_draft
 from llamba.provenance import append_row
-from llamba.speculative import Generation, generate
+from llamba.speculative import Auto, Generation, generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import ModelDraft, Proposal, Rows
 from llamba.speculative.rewind import Rewindable
@@ -112,9 +112,10 @@ def measure(
         return Rehearsed(draft, len(prompts[number]) + tokens + CAPACITY, prompts[number] + plain.new[number], acceptance)
 
     best: dict[Any, Generation] = {0: plain}
+    paces = {count: Auto() if count == "auto" else count for count in lookaheads}  # "auto" goes on learning from prompt to prompt
     for _ in range(repeats):  # in turns, so that a slow moment of the machine meets all alike
         for count in (0, *lookaheads):
-            asked: dict[str, Any] = {"draft": source, "lookahead": count} if count else {"draft": lambda number: None}
+            asked: dict[str, Any] = {"draft": source, "lookahead": paces[count]} if count else {"draft": lambda number: None}
             made = _decode(model, prompts, tokens, **asked, **ends)
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
