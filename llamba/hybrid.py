@@ -3,7 +3,10 @@
 Shapes: B batch, T time of this call, D model width, V vocabulary. Everything but the mixers is the family's own code in transformers.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from llamba.cache import RecurrentLayer, adopt
+from llamba.cache import KEPT, RecurrentLayer, adopt
 from llamba.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.mixers.base import FP32_PARAMETERS
 
@@ -239,8 +242,10 @@ class HybridCausalLM(PreTrainedModel):
 
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
         if assistant_model is not None:
-            check_rewindable(assistant_model)
-        return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
+            check_draft(self, assistant_model)
+        made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
+        made.get_candidates = partial(_few, made.get_candidates)
+        return made
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
@@ -259,13 +264,22 @@ def check_room(cache: Cache, tokens: int) -> None:
         )
 
 
-def check_rewindable(draft: PreTrainedModel) -> None:
-    """Raise ValueError for a draft whose state cannot be taken back: a recurrent model that is not ours."""
+def _few(whole: Callable[..., tuple[Tensor, Tensor | None]], tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Candidates [B, T] behind the tokens, no more of them than the cache can take back: another tokenizer may make any number."""
+    made, logits = whole(tokens, *args, **kwargs)
+    return made[:, : tokens.shape[1] + KEPT - 1], None if logits is None else logits[:, : KEPT - 1]
+
+
+def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise ValueError for a draft that cannot go back (a recurrent model that is not ours); warn of one larger than the target."""
     if draft._is_stateful:
         raise ValueError(
             f"the draft's state must be able to go back, and that of {type(draft).__name__} cannot; use a Llama-type model or "
             "a model of ours"
         )
+    large, small = (sum(p.numel() for p in model.parameters()) for model in (draft, target))
+    if large > small:
+        warnings.warn(f"the draft has {large:,} parameters, more than the target's {small:,}: it cannot make decoding faster", stacklevel=4)
 
 
 def _init_weights(family: Any, module: nn.Module) -> None:
