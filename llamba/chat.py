@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from llamba.folders import resolve_model
+from llamba.folders import resolve_draft, resolve_model
 from llamba.speculative import Auto, generate
 from llamba.speculative.lookahead import schedule
 
@@ -68,10 +68,10 @@ class Speculation:
 
 
 def load_draft(name: str, model: Any) -> Any:
-    """The draft that `name` means for a loaded model: "lookup", or a run folder, model folder or hub name."""
+    """The draft that `name` means for a loaded model: "lookup", or a run folder (the draft it has made), model folder or hub name."""
     if name == "lookup":
         return name
-    draft: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=model.dtype)
+    draft: Any = AutoModelForCausalLM.from_pretrained(resolve_draft(name), dtype=model.dtype)
     return draft.to(model.device).eval()
 
 

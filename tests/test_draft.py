@@ -154,8 +154,11 @@ def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Pat
         main([*command, "--draft", draft, "--lookahead", "3"])
         got = capsys.readouterr()
         assert got.out == want and "tokens/s" in got.err
-    main([*command, "--chat", "--draft", str(finished / "2-draft")])
+    main([*command, "--chat", "--draft", str(finished)])  # the draft that the run has made
     assert "drafted tokens accepted" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--draft", "lookup", "--lookahead", "fast"])
+    assert "error: lookahead must be 1 to 31" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_models_reports_what_it_measured(finished: Path, tmp_path: Path, capsys) -> None:
