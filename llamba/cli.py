@@ -138,7 +138,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--draft", help='a smaller model of the same vocabulary (or the run that made it) speculates, or "lookup"; the output stays the same'
+        "--draft", help='a smaller model of the same vocabulary (or the run that made it) drafts, or "lookup"; the output stays the same'
     )
     parser.add_argument("--lookahead", type=_lookahead, default="auto", help="tokens drafted at a time, or auto (default)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
