@@ -27,7 +27,8 @@ class Generation:
     """What was generated, and how fast.
 
     `sequences` [B, T]: prompts as given and new tokens, padded behind the end; `new` the new tokens of each row. `rounds` counts calls
-    of the target after the prompt, `drafted` and `accepted` tokens over all rows, `seconds` all but the reading of the prompt.
+    of the target after the prompt, `drafted` tokens over all rows and those of them that stood and came out (`accepted`), `seconds` all
+    but the reading of the prompt.
     """
 
     sequences: Tensor
@@ -56,7 +57,8 @@ class Generation:
         text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
         if not self.drafted:
             return text
-        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {self.rounds} rounds"
+        rounds = f"{self.rounds} round{'s'[: self.rounds > 1]}"
+        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {rounds}"
 
 
 def generate(
@@ -174,17 +176,18 @@ class _Job:
         count = min(self.lookahead.next(), most) if self.source is not None else 0
         proposal = self._propose(count)
         stand, last, scores = self._verify(proposal)
-        fates, drafts = [], proposal.tokens.tolist()
+        fates, kept, drafts = [], list[int](), proposal.tokens.tolist()
         for place, (number, row) in enumerate(zip(numbers, self.rows, strict=True)):
             new, finished = self.stops.cut(number, row, [*drafts[place][: stand[place]], last[place]], scores[place])
             row += new
             fates.append(finished)
+            kept.append(min(stand[place], len(new)))
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(new))
         self.rounds += 1
-        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(stand)
+        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(kept)
         self._go_back(count, proposal, stand)
-        self.lookahead.learn(count, stand, proposal.counts, time.perf_counter() - started)
+        self.lookahead.learn(count, kept, proposal.counts, time.perf_counter() - started)
         return self._keep(numbers, fates)
 
     def _propose(self, count: int) -> Proposal:

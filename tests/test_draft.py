@@ -146,7 +146,8 @@ def test_a_head_larger_than_the_vocabulary_is_refused() -> None:
         draft_config(teacher().config, 2, 102)
 
 
-def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Path, capsys) -> None:
+def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text((finished / "2-draft" / "config.json").read_text())
     command = ["generate", str(finished), "red green", "--max-new-tokens", "12", "--device", "cpu"]
     main(command)
     want = capsys.readouterr().out
@@ -156,9 +157,14 @@ def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Pat
         assert got.out == want and "tokens/s" in got.err
     main([*command, "--chat", "--draft", str(finished)])  # the draft that the run has made
     assert "drafted tokens accepted" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*command, "--draft", "lookup", "--lookahead", "fast"])
-    assert "error: lookahead must be 1 to 31" in capsys.readouterr().err
+    for wrong, message in (
+        (["--draft", "lookup", "--lookahead", "fast"], "error: lookahead must be 1 to 31"),
+        (["--lookahead", "3"], "error: --lookahead needs --draft"),
+        (["--draft", str(tmp_path)], f"error: {tmp_path} cannot be loaded: "),  # no weights
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*command, *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_the_benchmark_of_models_reports_what_it_measured(finished: Path, tmp_path: Path, capsys) -> None:
