@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, nargs="+", help="files, folders or hub sets to measure on")
     command.add_argument("--keep", type=float, default=0.25, help="part of layers that keep attention (default 0.25)")
     command.add_argument("--method", choices=("restore", "swap"), default="restore", help="put attention back (default), or take it away")
-    command.add_argument("--heads", action="store_true", help="score every head, too")
+    command.add_argument("--heads", action="store_true", help="rank heads, too, to look at: attention is kept by whole layers alone")
     command.add_argument("--rows", type=int, default=64, help="sequences to measure on (default 64)")
     command.add_argument("--batch", type=int, default=1, help="sequences in one forward pass (default 1)")
     command.add_argument("--length", type=int, default=2048, help="tokens at which sequences are cut (default 2048)")
