@@ -93,8 +93,10 @@ def measure(
 
     `endless`: no token ends a text. `same` says whether both decoded the same tokens, which in low precision near ties may undo.
     """
-    ends: dict[str, Any] = {"eos_token_id": None} if endless else {}
-    plain = _decode(model, prompts, tokens, lambda number: None, **ends)
+    same: dict[str, Any] = {"eos_token_id": None} if endless else {}
+    if isinstance(draft, str) or acceptance is not None:
+        same["engine"] = "eager"  # the only one that takes such drafts, so plain decoding takes it too
+    plain = _decode(model, prompts, tokens, lambda number: None, **same)
 
     def source(number: int) -> Any:
         if acceptance is None:
@@ -106,7 +108,7 @@ def measure(
     for _ in range(repeats):  # in turns, so that a slow moment of the machine meets all alike
         for count in (0, *lookaheads):
             asked: dict[str, Any] = {"draft": source, "lookahead": paces[count]} if count else {"draft": lambda number: None}
-            made = _decode(model, prompts, tokens, **asked, **ends)
+            made = _decode(model, prompts, tokens, **asked, **same)
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
     rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
