@@ -226,6 +226,18 @@ def test_the_bench_of_decoding_starts(tmp_path, capsys) -> None:
     assert "of 5 tokens" in said and row["bench"] == "decode" and row["tokens_per_second"] > 0 < row["verify_ms"]
 
 
+def test_the_bench_of_speculation_measures_rounds_of_this_engine(monkeypatch) -> None:
+    """On CUDA both sides and the costs v and c come from graphs; here they are made to."""
+    from llamba.bench import speculative as bench
+
+    used = []
+    model = student("mamba2")
+    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2, "graphs") > 0
+    monkeypatch.setattr(bench, "round_seconds", lambda *arguments: used.append(arguments[2]) or 1.0)
+    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2, "graphs") == 1.0 and used == [2]
+    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2) != 1.0, "auto is eager on a CPU"
+
+
 def test_the_bytes_of_a_token_are_counted() -> None:
     """All weights but the embedding, and one row of that; a head that is the embedding is read whole."""
     config = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}

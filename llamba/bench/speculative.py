@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.bench.decode import round_seconds
 from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
 from llamba.bench.timing import median_seconds
@@ -23,6 +24,7 @@ from llamba.provenance import append_row
 from llamba.speculative import Auto, Generation, generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import ModelDraft, Proposal, Rows
+from llamba.speculative.graphs import serves
 from llamba.speculative.rewind import Rewindable
 
 Row = dict[str, Any]
@@ -47,8 +49,13 @@ class Rehearsed(ModelDraft):
 
 
 @torch.inference_mode()
-def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20) -> float:
-    """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round."""
+def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20, engine: str = "auto") -> float:
+    """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round.
+
+    `engine`: as of `generate`; in graphs, what stands is kept and the rest is taken back.
+    """
+    if serves(engine, model, None, Choice(), None):
+        return round_seconds(model, prompt, tokens - 1, repeats)
     reader = Rewindable(model, len(prompt) + (repeats + 2) * tokens + CAPACITY)
     reader.start([prompt])
     if record:
@@ -112,8 +119,9 @@ def measure(
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
     rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
-    one = step_seconds(model, prompts[0], 1, record=False)
-    cost = 0.0 if isinstance(draft, str) else step_seconds(draft, prompts[0], 1, record=True) / one
+    engine = same.get("engine", "auto")
+    one = step_seconds(model, prompts[0], 1, record=False, engine=engine)
+    cost = 0.0 if isinstance(draft, str) else step_seconds(draft, prompts[0], 1, record=True, engine=engine) / one
     for count in lookaheads:
         made = best[count]
         row: Row = {
@@ -126,7 +134,7 @@ def measure(
             "same": made.new == plain.new,
         }
         if isinstance(count, int):
-            overhead = step_seconds(model, prompts[0], count + 1, record=True) / one - 1
+            overhead = step_seconds(model, prompts[0], count + 1, record=True, engine=engine) / one - 1
             row |= {"verify_overhead": overhead, "draft_cost": cost}
             row["predicted"] = row["tokens_per_round"] / (1 + overhead + cost * count)
         rows.append(row)
