@@ -90,6 +90,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"its rotary angles ({reader.backbone.rotary_emb.rope_type}) depend on the length"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
+    if model.config.to_dict().get("quantization_config"):
+        return "its weights are quantised, and what multiplies them may look at the device"
     return None
 
 
