@@ -69,9 +69,7 @@ def step_seconds(steps: dict[Any, tuple[Any, int, bool]], prompt: list[int], rep
 
     They are taken in turns, so that a slow moment of the machine meets all alike, after two turns to warm up.
     """
-    reads = {
-        name: (model.device.type, _reads(model, prompt, tokens, record, repeats + 2)) for name, (model, tokens, record) in steps.items()
-    }
+    reads = {name: (step[0].device.type, _reads(*step, prompt, repeats + 2)) for name, step in steps.items()}
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 2):
         for name, (device, read) in reads.items():
