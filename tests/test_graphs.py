@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 from triton_tools import needs_interpreter
 
-from llamba.bench.decode import weight_bytes
+from llamba.bench.decode import round_call, weight_bytes
 from llamba.kernels.decode import mamba2_steps
 from llamba.speculative import generate, graphs, steps
 from llamba.speculative.choose import Choice
@@ -230,12 +230,11 @@ def test_the_bench_of_speculation_measures_rounds_of_this_engine(monkeypatch) ->
     """On CUDA both sides and the costs v and c come from graphs; here they are made to."""
     from llamba.bench import speculative as bench
 
-    used = []
-    model = student("mamba2")
-    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2, "graphs") > 0
-    monkeypatch.setattr(bench, "round_seconds", lambda *arguments: used.append(arguments[2]) or 1.0)
-    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2, "graphs") == 1.0 and used == [2]
-    assert bench.step_seconds(model, ids(6).tolist(), 3, True, 2) != 1.0, "auto is eager on a CPU"
+    model, made, prompt = student("mamba2"), [], ids(6).tolist()
+    monkeypatch.setattr(bench, "round_call", lambda *arguments: made.append(arguments) or round_call(*arguments))
+    seconds = bench.step_seconds({"one": (model, 1, False), "three": (model, 3, True)}, prompt, 2, "graphs")
+    assert seconds["one"] > 0 < seconds["three"] and made == [(model, prompt, 0, 4), (model, prompt, 2, 4)]
+    assert bench.step_seconds({"one": (model, 1, False)}, prompt, 2)["one"] > 0 and len(made) == 2, "auto is eager on a CPU"
 
 
 def test_the_bytes_of_a_token_are_counted() -> None:

@@ -6,6 +6,7 @@ reads every weight but the embedding's (one row of it): the bandwidth of a copy,
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +54,18 @@ def hugging_face(model: Any, prompt: list[int], tokens: int, repeats: int) -> fl
     return tokens / max(all_of_it - reading, 1e-9)
 
 
+def round_call(model: Any, prompt: list[int], drafted: int, calls: int) -> Callable[[], None]:
+    """What reads the model's last token and `drafted` ones behind it, and keeps what stands; with room for `calls` calls."""
+    tokens = calls * (drafted + 1)
+    made = Decoder(model, None, 1, len(prompt) + tokens + drafted, drafted, Choice(), 8)
+    made.start(model, None, [prompt], tokens, set())
+    return made.round(drafted)[-1]
+
+
 @torch.inference_mode()
 def round_seconds(model: Any, prompt: list[int], drafted: int, repeats: int) -> float:
-    """Median seconds in which the model reads its last token and `drafted` ones behind it, and keeps what stands."""
-    steps = (repeats + 2) * (drafted + 1)
-    made = Decoder(model, None, 1, len(prompt) + steps + drafted, drafted, Choice(), 8)
-    made.round(drafted)
-    made.start(model, None, [prompt], steps, set())
-    return median_seconds(made.round(drafted)[-1], model.device.type, repeats)
+    """Median seconds of a `round_call`."""
+    return median_seconds(round_call(model, prompt, drafted, repeats + 2), model.device.type, repeats)
 
 
 def measure(shrink: int, dtype: torch.dtype, device: str, tokens: int, repeats: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ where the draft's layers fit into the target, else by a draft that is told what 
 
 import argparse
 import json
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamba.bench.decode import round_seconds
+from llamba.bench.decode import round_call
 from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
-from llamba.bench.timing import median_seconds
 from llamba.chat import load, load_draft
 from llamba.provenance import append_row
 from llamba.speculative import Auto, Generation, generate
@@ -48,15 +49,14 @@ class Rehearsed(ModelDraft):
         return Proposal(tokens[None] % self.reader.model.config.vocab_size, [len(told)], None)
 
 
-@torch.inference_mode()
-def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20, engine: str = "auto") -> float:
-    """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round.
+def _reads(model: Any, tokens: int, record: bool, prompt: list[int], calls: int, engine: str) -> Callable[[], None]:
+    """A call that reads `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round.
 
     `engine`: as of `generate`; in graphs, what stands is kept and the rest is taken back.
     """
     if serves(engine, model, None, Choice(), None):
-        return round_seconds(model, prompt, tokens - 1, repeats)
-    reader = Rewindable(model, len(prompt) + (repeats + 2) * tokens + CAPACITY)
+        return round_call(model, prompt, tokens - 1, calls)
+    reader = Rewindable(model, len(prompt) + calls * tokens + CAPACITY)
     reader.start([prompt])
     if record:
         reader.record()
@@ -67,7 +67,25 @@ def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repea
         reader.take_back([back])
         reader.pin()
 
-    return median_seconds(read, model.device.type, repeats)
+    return read
+
+
+@torch.inference_mode()
+def step_seconds(steps: dict[Any, tuple[Any, int, bool]], prompt: list[int], repeats: int = 20, engine: str = "auto") -> dict[Any, float]:
+    """Median seconds of each step by this engine: a model, how many tokens it reads, and whether they may be taken back.
+
+    They are taken in turns, so that a slow moment of the machine meets all alike, after two turns to warm up.
+    """
+    reads = {name: (step[0].device.type, _reads(*step, prompt, repeats + 2, engine)) for name, step in steps.items()}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 2):
+        for name, (device, read) in reads.items():
+            started = time.perf_counter()
+            read()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
 def _total(runs: list[Generation]) -> Generation:
@@ -119,9 +137,10 @@ def measure(
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
     rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
-    engine = same.get("engine", "auto")
-    one = step_seconds(model, prompts[0], 1, record=False, engine=engine)
-    cost = 0.0 if isinstance(draft, str) else step_seconds(draft, prompts[0], 1, record=True, engine=engine) / one
+    steps: dict[Any, tuple[Any, int, bool]] = {0: (model, 1, False)}
+    steps |= {count: (model, count + 1, True) for count in lookaheads if isinstance(count, int)}
+    steps |= {} if isinstance(draft, str) else {"draft": (draft, 1, True)}
+    cost = step_seconds(steps, prompts[0], engine=same.get("engine", "auto"))
     for count in lookaheads:
         made = best[count]
         row: Row = {
@@ -134,9 +153,9 @@ def measure(
             "same": made.new == plain.new,
         }
         if isinstance(count, int):
-            overhead = step_seconds(model, prompts[0], count + 1, record=True, engine=engine) / one - 1
-            row |= {"verify_overhead": overhead, "draft_cost": cost}
-            row["predicted"] = row["tokens_per_round"] / (1 + overhead + cost * count)
+            overhead, drafting = cost[count] / cost[0] - 1, cost.get("draft", 0.0) / cost[0]
+            row |= {"verify_overhead": overhead, "draft_cost": drafting}
+            row["predicted"] = row["tokens_per_round"] / (1 + overhead + drafting * count)
         rows.append(row)
     return rows
 
