@@ -10,6 +10,7 @@ from triton_tools import poisoned, rms, with_gradients
 
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
+from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -45,6 +46,22 @@ def test_ssd(dtype: torch.dtype, T: int, width: int) -> None:
     with poisoned():
         got = with_gradients(ssd, inputs, impl="triton", **options)
     _check(got, with_gradients(ssd, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
+
+
+@every_dtype
+@pytest.mark.parametrize("T", [1, 63, 100, 257])
+@pytest.mark.parametrize(("C", "S", "N"), [(64, 4, 16), (96, 2, 48), (256, 2, 128), (200, 1, 16)])
+def test_selective_scan(dtype: torch.dtype, T: int, C: int, S: int, N: int) -> None:
+    B = 2
+    shapes = {"x": (B, T, C), "b": (B, T, S, N), "c": (B, T, S, N)}
+    inputs = {name: _randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+    wide = {"dt": (B, T, C), "A": (C, N), "D": (C,), "state": (B, C, N)}
+    inputs |= {name: _randn(*shape, dtype=torch.float32) for name, shape in wide.items()}
+    inputs |= {"dt": inputs["dt"].square(), "A": -inputs["A"].exp()}
+    options = {"seq_idx": torch.arange(T, device="cuda").mul(3).div(T, rounding_mode="floor").expand(B, T).contiguous()}
+    with poisoned():
+        got = with_gradients(selective_scan, inputs, impl="triton", **options)
+    _check(got, with_gradients(selective_scan, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
 
 
 @every_dtype

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py sets it where there is no GPU
+GUARD = 64  # entries around what `poisoned` makes
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
 
 
@@ -36,19 +38,48 @@ def grid_backwards() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def scans_by_row() -> Iterator[Callable[..., Any]]:
+    """Let the interpreter's associative scans combine whole rows: entry by entry, as its own does, a tile takes a second.
+
+    Yields its own.
+    """
+    from triton.runtime.interpreter import ScanOps
+
+    def by_row(self: Any, inputs: Any) -> list[Any]:
+        values = [np.moveaxis(one.handle.data, self.axis, 0) for one in inputs]
+        done = [tuple(value[0] for value in values)]
+        for row in zip(*(value[1:] for value in values), strict=True):
+            pair = (self.to_tensor(value, one.dtype) for value, one in zip((*done[-1], *row), [*inputs, *inputs], strict=True))
+            done.append(tuple(made.handle.data for made in self.combine_fn.fn(*pair)))
+        stacked = (np.moveaxis(np.stack(rows), 0, self.axis) for rows in zip(*done, strict=True))
+        return [self.to_tensor(value, one.dtype) for value, one in zip(stacked, inputs, strict=True)]
+
+    original, ScanOps.generic_scan = ScanOps.generic_scan, by_row
+    try:
+        yield original
+    finally:
+        ScanOps.generic_scan = original
+
+
+@contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty makes with NaN: a number that a kernel forgets to write shows."""
-    empty = torch.empty
+    """Fill what torch.empty makes with NaN, and lay NaN around it: a number that a kernel forgets to write shows, or one too many."""
+    empty, made = torch.empty, []
 
     def nan(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        plain = empty(*args, **kwargs)
+        if not plain.is_floating_point():
+            return plain
+        made.append(empty(plain.numel() + 2 * GUARD, dtype=plain.dtype, device=plain.device).fill_(float("nan")))
+        return made[-1][GUARD:-GUARD].view(plain.shape)
 
     torch.empty = nan
     try:
         yield
     finally:
         torch.empty = empty
+    for whole in made:
+        assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all(), "written beside an output: error"
 
 
 def corrupted(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
