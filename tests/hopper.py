@@ -22,6 +22,7 @@ import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_op as decode
 import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.ssd.triton_op as ssd
+import llamba.kernels.ssd.triton_step as step
 from llamba.kernels.decode import Weights, buffers, cursors
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -44,7 +45,7 @@ class Recorder:
 def launches() -> list:
     """Every launch of a training step's SSD, selective scan and convolution, and of a speculative round, on tensors without content."""
     noted: list = []
-    for module in (ssd, selective_scan, conv1d, decode):
+    for module in (ssd, step, selective_scan, conv1d, decode):
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, Recorder(value, noted))
@@ -59,6 +60,8 @@ def launches() -> list:
     torch.autograd.grad(y.sum() + last.sum(), a)
     _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32))
     _mamba1_scan(1, H, P, None)
+    with torch.no_grad():
+        step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
     return noted

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py sets it where there is no GPU
-GUARD = 64  # entries around what `poisoned` makes
+MARGIN = 64  # numbers on either side of a poisoned tensor; keeps the alignment that kernels are compiled for
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
 
 
@@ -63,23 +63,23 @@ def scans_by_row() -> Iterator[Callable[..., Any]]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty makes with NaN, and lay NaN around it: a number that a kernel forgets to write shows, or one too many."""
-    empty, made = torch.empty, []
+    """Fill what torch.empty makes with NaN, and what lies beside it: a number that a kernel forgets to write shows, and one too many."""
+    empty, wholes = torch.empty, []
 
     def nan(*args: Any, **kwargs: Any) -> Tensor:
-        plain = empty(*args, **kwargs)
-        if not plain.is_floating_point():
-            return plain
-        made.append(empty(plain.numel() + 2 * GUARD, dtype=plain.dtype, device=plain.device).fill_(float("nan")))
-        return made[-1][GUARD:-GUARD].view(plain.shape)
+        made = empty(*args, **kwargs)
+        if not made.is_floating_point():
+            return made
+        wholes.append(empty(made.numel() + 2 * MARGIN, dtype=made.dtype, device=made.device).fill_(float("nan")))
+        return wholes[-1][MARGIN:-MARGIN].view(made.shape)
 
     torch.empty = nan
     try:
         yield
     finally:
         torch.empty = empty
-    for whole in made:
-        assert whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all(), "written beside an output: error"
+    for whole in wholes:
+        assert whole[:MARGIN].isnan().all() and whole[-MARGIN:].isnan().all(), "error: a kernel wrote outside its tensor"
 
 
 def corrupted(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:

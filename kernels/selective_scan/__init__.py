@@ -10,11 +10,12 @@ from torch import Tensor
 from ..choice import Obstacle, choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .blocked import blocked
+from .packages import by_mamba_ssm, obstacles
 from .reference import sequential
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
-FORMS = ("torch", "sequential", "triton")
+FORMS = ("torch", "sequential", "triton", "mamba_ssm")
 TRITON_WIDEST = 256  # entries of N that a Triton program holds
 
 
@@ -42,7 +43,7 @@ def selective_scan(
     Returns y [B, T, C] in the dtype of x and the state after the last token [B, C, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    form = choose("selective_scan", impl, FORMS, x, _obstacle(b))
+    form = choose("selective_scan", impl, FORMS, x, _obstacle(b), packages=obstacles(A, state, seq_idx))
     check_positive("chunk", chunk)
     _check(x, dt, A, b, c, D, state, seq_idx, mask)
     docs = documents(seq_idx, mask)
@@ -55,6 +56,8 @@ def selective_scan(
             from .triton_op import fused
 
             y, last = fused(x, dt, A, b, c, D, state, docs, chunk)
+        elif form == "mamba_ssm":
+            y, last = by_mamba_ssm(x, dt, A, b, c, D)
         else:
             y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None], 0)), last
