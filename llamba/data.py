@@ -30,7 +30,10 @@ Tokens = tuple[list[int], list[int]]  # ids and 1 for each target, both [T]
 
 @dataclass
 class Count:
-    """What became of a source's rows: kept, cut at the length limit, skipped for want of words or of targets."""
+    """What became of a source's rows: kept, cut at the length limit, skipped for want of words or of targets.
+
+    `next`: the row at which reading goes on where a limit ended it, and where it began; 0 for a source that is read whole.
+    """
 
     source: str
     files: dict[str, str]  # path: sha256
@@ -41,6 +44,7 @@ class Count:
     target_tokens: int = 0
     cut: int = 0
     skipped: dict[str, int] = field(default_factory=lambda: {"empty": 0, "no_targets": 0})
+    next: int = 0
 
     def __str__(self) -> str:
         skips = ", ".join(f"{number} skipped ({why})" for why, number in self.skipped.items() if number)
@@ -54,16 +58,20 @@ def marks_answers(template: str | None) -> bool:
     return bool(template and _GENERATION.search(template))
 
 
+def own_template(data: Data) -> str | None:
+    """The chat template that the data name, None where they name none. Raises ValueError for one that does not exist."""
+    if data.template is None:
+        return None
+    known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    path = TEMPLATES / f"{data.template}.jinja" if data.template in known else Path(data.template)
+    if not path.is_file():
+        raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
+    return path.read_text(encoding="utf-8")
+
+
 def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
-    template = tokenizer.chat_template
-    if data.template is not None:
-        known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-        path = TEMPLATES / f"{data.template}.jinja" if data.template in known else Path(data.template)
-        if not path.is_file():
-            raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
-        template = path.read_text(encoding="utf-8")
-    return template
+    return tokenizer.chat_template if data.template is None else own_template(data)
 
 
 def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
@@ -143,9 +151,19 @@ def _is_empty(row: sources.Row, whole: bool) -> bool:
     return not all(answer.strip() for answer in answers)
 
 
+def _rows(data: Data, count: Count) -> Iterator[tuple[str, sources.Row]]:
+    """The rows of a source, once each, from row `count.next` on and around the end; `next` counts along, past rows that were used."""
+    first = count.next
+    for start, stop in ((first, None), (0, first)):
+        count.next = start
+        for row in sources.rows(count.source, data.streaming, data.part, start, stop):
+            yield row
+            count.next += 1
+
+
 def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
-    for where, row in sources.rows(count.source, data.streaming, data.part):
+    for where, row in _rows(data, count):
         if count.tokens >= limit:
             return
         if _is_empty(row, tokenizer.whole):
@@ -197,9 +215,18 @@ def _write_source(data: Data, tokenizer: Tokenizer, count: Count, limit: float, 
         count.sequences += len(packs)
 
 
-def _write(data: Data, names: list[str], weights: list[float] | None, tokenizer: Tokenizer, limit: float, folder: Path) -> list[Count]:
+def place(source: str, part: tuple[int, int] | None) -> str:
+    """The name of a source, or of a part of it, as something that is read from its start to its end."""
+    return source if part is None else f"{source} part {part[0]} of {part[1]}"
+
+
+def _write(
+    data: Data, names: list[str], weights: list[float] | None, tokenizer: Tokenizer, limit: float, folder: Path, starts: dict[str, int]
+) -> list[Count]:
     folder.mkdir()
     counts = [Count(name, {str(path): sources.sha256(path) for path in sources.files(name)}, sources.licence(name)) for name in names]
+    for count in counts:
+        count.next = starts.get(place(count.source, data.part), 0)
     for count, share in zip(counts, weights or [1.0] * len(names), strict=True):
         _write_source(data, tokenizer, count, limit * share / sum(weights or [1.0]), folder)
         if weights and not count.rows:
@@ -215,12 +242,19 @@ def names(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path, limit: int | None = None) -> dict[str, Any]:
+def prepare(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: str,
+    folder: Path,
+    limit: int | None = None,
+    starts: dict[str, int] | None = None,
+) -> dict[str, Any]:
     """Tokenise `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
-    `limit`: training tokens after which reading stops. Returns the manifest, also written as `data.json`: per source its
-    files' sha256, licence, rows, tokens, target tokens, cut and skipped rows. Raises ValueError for broken rows (naming
-    file and line) and where nothing is left to learn from.
+    `limit`: training tokens after which reading stops; `starts`: the row at which reading of a `place` begins. Returns the
+    manifest, also written as `data.json`: per source its files' sha256, licence, rows, tokens, target tokens, cut and
+    skipped rows. Raises ValueError for broken rows (naming file and line) and where nothing is left to learn from.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -237,6 +271,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
                 reader,
                 limit if train and limit else float("inf"),
                 partial / split,
+                (starts or {}) if train else {},
             )
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]
@@ -267,7 +302,14 @@ class Prepared(NamedTuple):
         return Rows(self.folder / split) if (self.folder / split).is_dir() else None
 
 
-def set_name(data: Data, targets: str, limit: int | None) -> str:
+def stopped(data: Data, folder: Path) -> dict[str, int]:
+    """The row at which the next stage goes on in each source of a streamed set; nothing for data that is read whole."""
+    if not data.streaming:
+        return {}
+    return {place(count["source"], data.part): count["next"] for count in json.loads((folder / MANIFEST).read_text())["train"]}
+
+
+def set_name(data: Data, targets: str, limit: int | None, starts: dict[str, int]) -> str:
     """The folder name of a tokenised set: its targets and a digest of all that it was made from."""
-    made_from = json.dumps([asdict(data), targets, limit])
+    made_from = json.dumps([asdict(data), targets, limit, *([starts] if starts else [])])
     return f"{targets}-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"

@@ -73,12 +73,17 @@ def _cut(row: list[int], ends: Sequence[int]) -> Answer:
     return Answer(row if last is None else row[:last], last is not None)
 
 
-def vllm_engine(name: str, sampling: Sampling, ends: Sequence[int]) -> Engine:
-    """vLLM, which takes every device by itself. Raises ValueError where it is not installed, and under a launcher of several processes."""
+def require_vllm() -> None:
+    """Raises ValueError where vLLM is not installed, and under a launcher of several processes."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("engine='vllm' needs the package vllm (pip install vllm), which is not installed; use engine='transformers'")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("engine='vllm' uses all devices from one process; start the recipe with python, not with accelerate launch")
+
+
+def vllm_engine(name: str, sampling: Sampling, ends: Sequence[int]) -> Engine:
+    """vLLM, which takes every device by itself. Raises ValueError where it is not installed, and under a launcher of several processes."""
+    require_vllm()
     import vllm
 
     model = vllm.LLM(model=name, tensor_parallel_size=max(1, torch.accelerator.device_count()))

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+from llamba.families import family_of
+
+
+def require_bitsandbytes(bits: int) -> None:
+    """Raises ValueError where the package that quantises is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"teacher_bits={bits} needs the package bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
 def _quantised(bits: int, compute: torch.dtype) -> BitsAndBytesConfig:
     """8-bit (LLM.int8, Dettmers et al. 2022) or 4-bit (NF4, Dettmers et al. 2023). Raises ValueError where the package is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"teacher_bits={bits} needs the package bitsandbytes, which is not installed; pip install bitsandbytes")
+    require_bitsandbytes(bits)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
@@ -30,6 +37,30 @@ def load_teacher(name: str, precision: str, bits: int | None = None, devices: to
         more["device_map"] = devices if devices == "auto" else {"": devices}
     teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if precision == "bf16" else torch.float32, **more)
     return teacher.requires_grad_(False).eval()
+
+
+def require_model(name: str) -> PreTrainedConfig:
+    """The configuration of a model folder or hub name. Raises ValueError where there is none, or a folder has no weights."""
+    if Path(name).is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in Path(name).iterdir()):
+        raise ValueError(f"{name} must be a model folder with weights (*.safetensors), found none")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} must be a model folder or a hub name that can be reached; {reason}") from error
+
+
+def require_alike(stage: str, student: str, teacher: str) -> None:
+    """Raises ValueError for a stage that compares layer by layer, where the two models' layers do not answer to each other."""
+    own, other = require_model(student), require_model(teacher)
+    family_of(other)
+    keys = ("num_hidden_layers", "hidden_size", "vocab_size", *(("num_attention_heads",) if stage == "matrix" else ()))
+    for key in keys:
+        if getattr(own, key) != getattr(other, key):
+            raise ValueError(
+                f"stage {stage} needs a student and a teacher with the same {key}, got {getattr(own, key)} in {student} and "
+                f"{getattr(other, key)} in {teacher}"
+            )
 
 
 def _tokens(name: str) -> dict[int, str] | None:

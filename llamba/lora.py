@@ -18,16 +18,22 @@ def _require(package: str, setting: str) -> None:
         raise ValueError(f"{setting} needs {_NEEDS[package]}")
 
 
+def require_packages(lora: Lora) -> None:
+    """Raises ValueError where peft, or bitsandbytes for `bits`, is missing."""
+    _require("peft", "lora")
+    if lora.bits is not None:
+        _require("bitsandbytes", "lora.bits=4")
+
+
 def load_frozen(folder: str, lora: Lora, precision: str) -> PreTrainedModel:
     """The model that stays as it is under LoRA: in bf16 where the stage computes in bf16, or in 4 bits.
 
     Raises ValueError where peft or bitsandbytes is missing.
     """
-    _require("peft", "lora")
+    require_packages(lora)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     more: dict[str, Any] = {}
     if lora.bits is not None:
-        _require("bitsandbytes", "lora.bits=4")
         device = "cpu" if on_cpu() else torch.accelerator.current_device_index()
         more = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -130,7 +130,13 @@ def _write(data: Data, given: list[str], tokenizer: PairTokenizer, folder: Path)
     return counts
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path, limit: int | None = None) -> dict[str, Any]:
+def require_whole(data: Data) -> None:
+    """Raises ValueError for data that are packed or streamed, which pairs cannot be."""
+    if data.packing or data.streaming:
+        raise ValueError("data.packing and data.streaming do not go with preference pairs; give the stage data of its own without them")
+
+
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path) -> dict[str, Any]:
     """Tokenise the pairs of `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
     Pairs that do not fit into `data.length` with both answers whole are counted and left out, and so are pairs with an
@@ -138,8 +144,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder
     both answers (naming file and line), a template that does not open an answer, and where no pair is left.
     """
     assert targets == "pairs", targets
-    if data.packing or data.streaming:
-        raise ValueError("data.packing and data.streaming do not go with preference pairs; give the stage data of its own without them")
+    require_whole(data)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

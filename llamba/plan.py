@@ -14,12 +14,13 @@ from llamba.folders import resolve_model
 from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import ATTENTION, build_mixer
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, PseudoLabel, Select, Stage, Training
+from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, Lora, PseudoLabel, Select, Stage, Training
 from llamba.teachers import teacher_config
 
 GIB = 2**30
 PEAK_FLOPS = 989e12  # dense bf16 of one H100 or H200
 UTILISATION = 0.4
+NF4_BITS = 4.127  # per weight, with the scales of blocks of 64 (doubly quantised; arXiv 2305.14314, section 3)
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,19 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
         counts = replace(counts, teacher=_other_teacher(stage.teacher, config))
     length = (stage.data or recipe.data).length
     trainable = {"mixers": counts.mixers, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
-    lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({stage.train}), {_tokens(stage, length)}"]
+    lora = stage.lora if isinstance(stage, Aligning) else None
+    held, how = 4.0 * counts.student, str(stage.train)
+    if lora is not None:
+        trainable, held = _adapted(config, counts, stage, lora)
+        how += f", LoRA of rank {lora.rank}"
+    lines = [f"stage {number}   {stage.name}: trains {_millions(trainable)} ({how}), {_tokens(stage, length)}"]
     processes = int(os.environ.get("WORLD_SIZE", "0")) or 8
-    memory = _memory(config, counts, stage, trainable, length)
+    memory = {"student": held} | _memory(config, counts, stage, trainable, length)
     total = sum(memory.values())
     lines.append("    memory per GPU, nothing sharded: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items()))
     sharded = memory["activations"] + (total - memory["activations"]) / processes
-    lines.append(f"    = {total / GIB:.1f} GiB (DDP); sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB")
+    shares = "" if lora else f"; sharded over {processes} GPUs (ZeRO-3, FSDP2): {sharded / GIB:.1f} GiB"
+    lines.append(f"    = {total / GIB:.1f} GiB (DDP){shares}")
     budget = _budget(stage, length)
     if isinstance(stage, Distill) and stage.offline:
         teacher = counts.teacher * _teacher_bytes(stage) / GIB
@@ -166,6 +173,11 @@ def _is_taught(stage: Training) -> bool:
     return not isinstance(stage, Aligning) or (isinstance(stage, Dpo) and not stage.precompute)
 
 
+def _is_own_reference(stage: Training) -> bool:
+    """Whether the reference is the student without LoRA's updates."""
+    return isinstance(stage, Dpo) and stage.lora is not None and stage.reference == "input"
+
+
 def _sequences(stage: Training) -> int:
     """Sequences per optimizer step; a pair of answers is two."""
     return stage.batch * (2 if isinstance(stage, Dpo) else 1)
@@ -186,14 +198,26 @@ def _tokens(stage: Training, length: int) -> str:
     return f"{stage.epochs:g} epoch(s) of the data (counted when they are read), steps of {_sequences(stage)} x {length:,}"
 
 
+def _adapted(config: PreTrainedConfig, counts: Counts, stage: Training, lora: Lora) -> tuple[int, float]:
+    """Parameters that LoRA trains, and the bytes of the student with them: frozen weights in the stage's precision or in 4 bits."""
+    from llamba.lora import targets  # here, so that other plans need not import the trainer
+
+    with torch.device("meta"):
+        student = family_of(config).causal_lm(config)
+    shapes = {name: student.get_parameter(f"{name}.weight").shape for name in targets(student, "all")}
+    trained = lora.rank * sum(sum(shapes[name]) for name in targets(student, stage.train))
+    quantised = sum(shape.numel() for shape in shapes.values()) if lora.bits else 0
+    frozen = (counts.student - quantised) * (2 if stage.precision == "bf16" else 4) + quantised * NF4_BITS / 8
+    return trained, frozen + 4 * trained
+
+
 def _memory(config: PreTrainedConfig, counts: Counts, stage: Training, trainable: int, length: int) -> dict[str, float]:
-    """Bytes on one GPU: fp32 student, fp32 gradients and two moments of what is trained, the teacher, activations."""
+    """Bytes on one GPU beside the student: fp32 gradients and two moments of what is trained, the teacher, activations."""
     tokens = stage.micro_batch * (2 if isinstance(stage, Dpo) else 1) * length
     kept_per_layer = config.hidden_size if stage.gradient_checkpointing else 14 * config.hidden_size + 3 * config.intermediate_size
     logits = 5 * min(tokens * config.vocab_size, 2**26) * 4
-    kept = isinstance(stage, Distill) and stage.offline is not None
+    kept = (isinstance(stage, Distill) and stage.offline is not None) or _is_own_reference(stage)
     return {
-        "student": 4 * counts.student,
         "gradients": 4 * trainable,
         "moments": 8 * trainable,
         "teacher": 0 if kept or not _is_taught(stage) else _teacher_bytes(stage) * counts.teacher,

@@ -10,7 +10,6 @@
 A step's folder counts from the moment it holds DONE, which is written last.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -27,14 +26,15 @@ from transformers import AutoTokenizer
 from llamba import checkpoints, data, overrides, pairs
 from llamba.data import Prepared
 from llamba.errors import one_line_errors
-from llamba.folders import DONE, ROWS, finished, resolve_model
+from llamba.folders import DONE, finished, resolve_model
+from llamba.inputs import STAGE, limit_of, sources_of, starts_of
 from llamba.provenance import versions
 from llamba.recipe import Recipe, layers_of
-from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
+from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Select, Sft, TokenTraining
 
 RECIPE = "recipe.json"
-STAGE = "stage.json"
 BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
+_MAY_CHANGE = {"gradient_checkpointing", "log_every", "micro_batch", "report_to", "save_every"}  # in a stage that has begun
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
 
@@ -48,10 +48,16 @@ def _write(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def _lasting(stage: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage that its result depends on. (Published code counts each forward pass alike, whatever its size.)"""
+    lasting = {"micro_batch"} if stage.get("reduction") == "batchmean_legacy" else set()
+    return {key: value for key, value in stage.items() if key not in _MAY_CHANGE or key in lasting}
+
+
 def _settled(recipe: Recipe, out: Path) -> dict[str, Any]:
     """What of a recipe the finished and begun work in `out` rests on."""
     values = overrides.to_dict(recipe)
-    begun = [stage for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
+    begun = [_lasting(stage) for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
     first = {key: values[key] for key in ("seed", "student", "teacher")} if finished(out) else {}
     return first | {"stages": [stage | {"data": stage["data"] or values["data"]} for stage in begun]}
 
@@ -72,7 +78,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
     _write(path, overrides.to_dict(recipe))
 
 
-def _describe(folder: Path, name: str, settings: dict[str, Any], started: float, results: dict[str, Any]) -> None:
+def _describe(folder: Path, name: str, settings: dict[str, Any], started: float, results: dict[str, Any], **more: Any) -> None:
     """Write stage.json and, last, DONE."""
     report = {
         "stage": name,
@@ -81,6 +87,7 @@ def _describe(folder: Path, name: str, settings: dict[str, Any], started: float,
         "command": sys.argv,
         "seconds": round(time.time() - started, 1),
         "versions": versions(),
+        **more,
     }
     _write(folder / STAGE, report)
     (folder / DONE).touch()
@@ -105,53 +112,22 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     gc.collect()
 
 
-def _sources(data: Data, out: Path, number: int) -> Data:
-    """The data of stage `number` with `stage:NAME` replaced by the rows that the last such stage before it left."""
-
-    def resolve(source: str) -> str:
-        kind, _, name = source.partition(":")
-        if kind != "stage":
-            return source
-        made = [folder for folder in finished(out, ROWS) if folder.name.partition("-")[2] == name and _number(folder) < number]
-        if not made:
-            raise ValueError(f"data source {source} needs an earlier stage {name!r}, and stage {number} has none before it")
-        return str(made[-1] / ROWS)
-
-    def every(given: str | list[str] | None) -> Any:
-        return [resolve(source) for source in given] if isinstance(given, list) else given and resolve(given)
-
-    return dataclasses.replace(data, train=every(data.train), eval=every(data.eval))
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.partition("-")[0])
-
-
-def _limit(data: Data, stage: TokenTraining | Select | Sft | Dpo) -> int | None:
-    """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
-    if not data.streaming:
-        return None
-    if isinstance(stage, Select):
-        return stage.rows * data.length
-    if stage.tokens is None and stage.steps is None:
-        raise ValueError(f"data.streaming needs {stage.name}.tokens or {stage.name}.steps, to know how much to read; got neither")
-    return stage.tokens or (stage.steps or 0) * stage.batch * data.length
-
-
 def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
     """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
     stage = recipe.stages[number - 1]
-    config = _sources(stage.data or recipe.data, out, number)
+    config = sources_of(stage.data or recipe.data, out, number)
     if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         return Prepared(config, recipe.seed)
-    limit, prepare = _limit(config, stage), pairs.prepare if stage.targets == "pairs" else data.prepare
-    folder = out / "data" / data.set_name(config, stage.targets, limit)
+    limit, starts = limit_of(config, stage), starts_of(config, out, number)
+    folder = out / "data" / data.set_name(config, stage.targets, limit, starts)
 
     def work() -> None:
         if folder.exists():
             data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
+        elif stage.targets == "pairs":
+            pairs.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder)
         else:
-            prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit)
+            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit, starts)
 
     _once(folder, work)
     return Prepared(config, recipe.seed, folder)
@@ -185,7 +161,8 @@ def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
         def finish() -> None:
             if (folder / "config.json").exists():
                 AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
-            _describe(folder, stage.name, settings, started, results)
+            stopped = {} if prepared.folder is None else data.stopped(prepared.config, prepared.folder)
+            _describe(folder, stage.name, settings, started, results, **({"stopped_at": stopped} if stopped else {}))
 
         _once(folder / DONE, finish)
     if _rank() == 0:
@@ -199,10 +176,13 @@ def run(recipe: Recipe) -> Path:
     Under a launcher every process calls this; conversion and tokenising are done by the first process alone. Raises
     ValueError for anything wrong with the recipe, its teacher, its data, its folder or the disk.
     """
+    from llamba import preflight  # here, as the stages in `_stage`
+
     out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
     with checkpoints.disk_errors(out):
         if _rank() == 0:
             _claim(recipe, out)
+            preflight.check(recipe, out)
         last = out / "0-convert"
         first = last
         _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first))

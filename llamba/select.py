@@ -25,6 +25,7 @@ from llamba.losses import head_sums
 from llamba.train import model_inputs
 
 Method = Literal["restore", "swap"]
+_HEADS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -261,4 +262,7 @@ def table(ranking: Ranking, layers: list[int]) -> str:
     lines = [f"{'rank':>4} {'layer':>5} {'score':>11}  (nats per target token, {ranking.method} from KL {ranking.start:.4g})"]
     for place, layer in enumerate(ranking.order(), 1):
         lines.append(f"{place:>4} {layer:>5} {ranking.scores[layer]:>11.4g}  {'keeps attention' if layer in layers else ''}".rstrip())
+    if ranking.heads is not None:
+        best = (f"{head['layer']}.{head['head']} ({head['score']:.3g})" for head in ranking.head_order()[:_HEADS_SHOWN])
+        lines.append(f"heads that score highest, as layer.head: {', '.join(best)}")
     return "\n".join(lines)

@@ -158,15 +158,18 @@ def licence(source: str) -> str | None:
     return stated.read_text().strip().partition("\n")[0] if stated.is_file() else None
 
 
-def rows(source: str, streaming: bool = False, part: tuple[int, int] | None = None) -> Iterator[tuple[str, Row]]:
+def rows(
+    source: str, streaming: bool = False, part: tuple[int, int] | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, Row]]:
     """All rows of a source in order, each with the place it stands (file and line number), checked for form.
 
     A row is {"text"}, {"messages"} or {"prompt", "chosen", "rejected"}, the latter three lists of messages. `streaming`
-    reads a hub set as it is needed, not whole; `part` (k, n) takes every n-th row from row k on. Raises ValueError that
-    names the place for a line that is no JSON object and for a row of another form.
+    reads a hub set as it is needed, not whole; `part` (k, n) takes every n-th row from row k on; `start` and `stop` count
+    the rows that are left. Raises ValueError that names the place for a line that is no JSON object and for a row of
+    another form.
     """
     first, every = part or (0, 1)
-    yield from islice(_all_rows(source, streaming), first, None, every)
+    yield from islice(islice(_all_rows(source, streaming), first, None, every), start, stop)
 
 
 def _all_rows(source: str, streaming: bool) -> Iterator[tuple[str, Row]]:

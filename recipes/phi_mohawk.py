@@ -9,7 +9,9 @@ Cost: not published; by arithmetic about one day of an H100.
 The paper copies nothing from attention. `student.init=attention` does, and later work finds that it saves most of the tokens.
 Hyper-parameters are the paper's: AdamW (0.9, 0.95), weight decay 0.1, learning rate 1e-4, 10% linear warm-up, flat, 10% linear
 decay to 1e-8; 2^15 tokens a step, 2^19 in the last stage. Its final run lowered the last stage's learning rate to a value that is
-not published, and its code leaves gradients unclipped; 1.0 here. For Mamba-2: `student.mixer=mamba2`.
+not published, and its code leaves gradients unclipped; 1.0 here. Each stage reads on in C4 where the one before stopped. `hidden`
+compares outputs of mixers, as the code beside the paper does; `stages.hidden.target=block` those of blocks, as its authors' later
+training code. For Mamba-2: `student.mixer=mamba2`.
 """
 
 from typing import Any

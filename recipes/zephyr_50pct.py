@@ -10,9 +10,10 @@ Cost there: both conversions about 10 hours, fine-tuning about 3 days, everythin
 One-shot conversion, without the step at 25%: `student.attention=0.5 stages.2.skip=true`.
 The balance of KL and CE, and the sampling of the answers, are translated as `llama3_50pct.py` says.
 
-After distillation: SFT (2e-5, 1% warm-up, 64 sequences of 2,048 packed tokens, one epoch) and DPO (beta 0.01, 5e-7, 10% warm-up, 32
-pairs, one epoch; the published recipe of three epochs is `stages.dpo.beta=0.1 stages.dpo.epochs=3`). Here SFT learns the answers alone
-(`stages.sft.targets=all` learns every token, as the paper), and pairs of more than 2,048 tokens are left out, not cut.
+After distillation: SFT (2e-5, 1% warm-up, 64 sequences of 2,048 packed tokens, one epoch, 55,064 steps there, cross-entropy on all tokens;
+`stages.sft.targets=answers` learns the answers alone) and DPO (beta 0.01, 5e-7, 10% warm-up, 32 pairs, one epoch; the published recipe of
+three epochs is `stages.dpo.beta=0.1 stages.dpo.epochs=3`). Here pairs of more than 2,048 tokens are left out; there they were cut at 1,024,
+prompts at 512. Packed documents do not see each other here; there they did.
 """
 
 from llamba.recipe import Data, Recipe, Student
@@ -31,7 +32,7 @@ recipe = Recipe(
         PseudoLabel(data=PROMPTS, turns="all", max_prompt=2000, max_new_tokens=2048, temperature=0.7, top_p=0.95),
         Distill(kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=188, batch=64),
         Distill(attention=0.5, kl=0.1, ce=1.0, lr=8e-5, betas=(0.9, 0.98), clip=0.1, warmup=188, batch=64),
-        Sft(data=CHATS, lr=2e-5, warmup=0.01, batch=64, gradient_checkpointing=True),
+        Sft(data=CHATS, targets="all", lr=2e-5, warmup=0.01, batch=64, gradient_checkpointing=True),
         Dpo(data=PAIRS, beta=0.01, lr=5e-7, warmup=0.1, batch=32, gradient_checkpointing=True),
     ],
     output="runs/zephyr_50pct",

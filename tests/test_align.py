@@ -271,6 +271,16 @@ def test_kl_is_that_of_whole_distributions(tmp_path, preferred, student, teacher
     assert trainer._kl() == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("train", ["mixers", "all_but_mlps"])
+def test_dpo_leaves_frozen_weights_as_they_are(tmp_path, preferred, student, train):
+    dpo.run(Dpo(**SHORT | {"lr": 3e-2}, steps=2, train=train), student, "", preferred, tmp_path)
+    before, after = weights(student), weights(tmp_path)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    mixers = {name for name in before if ".layers.0.self_attn." in name or ".layers.2.self_attn." in name}
+    frozen = before.keys() - mixers if train == "mixers" else {name for name in before if ".mlp." in name}
+    assert frozen and not moved & frozen and "model.layers.0.self_attn.in_proj.weight" in moved
+
+
 @pytest.mark.parametrize("loss", DPO_LOSSES)
 def test_every_loss_takes_a_step(tmp_path, preferred, student, loss):
     smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0

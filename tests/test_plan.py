@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
-from llamba.plan import plan
-from llamba.recipe import Data, Distill, Recipe, Student
+from llamba import lora
+from llamba.convert import convert
+from llamba.plan import _adapted, plan
+from llamba.recipe import Data, Distill, Recipe, Stage, Student
+from llamba.settings import Dpo, Lora, Sft
 from llamba.teachers import KNOWN, teacher_config
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +25,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def recipe(teacher: str = "meta-llama/Meta-Llama-3-8B-Instruct", stage: Distill | None = None, **student) -> Recipe:
+def recipe(teacher: str = "meta-llama/Meta-Llama-3-8B-Instruct", stage: Stage | None = None, **student) -> Recipe:
     return Recipe(teacher=teacher, student=Student(**student), data=Data(train="x.jsonl"), stages=[stage or Distill()], output="runs/x")
 
 
@@ -85,6 +89,32 @@ def test_plan_of_the_recipe_file_needs_no_network() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "+16.943 M" in done.stdout and "hours" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("train", ["all", "mixers"])
+def test_lora_counts_what_peft_trains(tmp_path: Path, teacher_folder: Path, train: str) -> None:
+    """Trained parameters and bytes held, against the model that the stage would train."""
+    from peft import get_peft_model
+
+    convert(str(teacher_folder)).save_pretrained(tmp_path)
+    stage = Sft(lora=Lora(rank=4), train=train)
+    config, counts = AutoConfig.from_pretrained(tmp_path), plan(recipe(str(teacher_folder))).counts
+    trained, held = _adapted(config, counts, stage, Lora(rank=4))
+    frozen = lora.load_frozen(str(tmp_path), Lora(rank=4), "bf16")
+    model = get_peft_model(frozen, lora.config(frozen, Lora(rank=4), train))
+    assert trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert held == pytest.approx(sum(weight.numel() * weight.element_size() for weight in model.parameters()), rel=0.01)
+
+
+def test_lora_fits_where_whole_training_does_not() -> None:
+    """Llama-3-8B: 8.3e9 weights at 16 bytes, or in bf16, or in 4 bits, under 1% of it trained."""
+    whole, half, four, reference = (
+        str(plan(recipe(stage=stage))) for stage in (Sft(), Sft(lora=Lora()), Sft(lora=Lora(bits=4)), Dpo(lora=Lora(), precompute=False))
+    )
+    assert "student 30.9, gradients 30.9, moments 61.9" in whole and "ZeRO-3" in whole
+    assert "student 15.6, gradients 0.2, moments 0.3, teacher 0.0" in half and "(all, LoRA of rank 16)" in half and "ZeRO-3" not in half
+    assert "student 5.6, gradients 0.2" in four and "teacher 0.0" in reference
 
 
 def test_a_stage_with_a_larger_teacher() -> None:

@@ -1,8 +1,10 @@
 """Whole runs as users start them: errors on the terminal, several processes, kills."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from llamba import run
 from llamba.log import METRICS, read_metrics
 from llamba.overrides import override
-from llamba.recipe import Recipe
+from llamba.recipe import Data, Distill, Hidden, Matrix, Recipe, Student
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -92,6 +95,52 @@ def test_two_processes_train_as_one(recipe_file):
         saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for key, value in weights.items():
             assert rms_error(saved[key], value) < 1e-3, (name, key)
+
+
+ALIGNING = """
+from llamba.recipe import Data, Recipe, Student
+from llamba.run import launch
+from llamba.settings import Dpo, Sft
+
+short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=5)
+pairs = Data(train={pairs!r}, eval={pairs!r}, length=48)
+recipe = Recipe(
+    teacher={teacher!r}, student=Student(), data=Data(train={chats!r}, eval={chats!r}, length=48, packing=True),
+    stages=[Sft(**short), Dpo(**short, data=pairs), Dpo(**short, data=pairs, reference="teacher", precompute=False)],
+    output="run",
+)
+
+if __name__ == "__main__":
+    launch(recipe)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_tune_and_prefer_as_one(tmp_path, teacher_folder, chat_file, small):
+    """SFT on packed rows and DPO, over gloo: losses, rewards, held-out scores of one process that accumulates twice as often."""
+    rows = [
+        {"prompt": first["messages"][:1], "chosen": first["messages"][1:2], "rejected": other["messages"][1:2]}
+        for first, other in zip(small.chats(24, seed=5), small.chats(24, seed=6), strict=True)
+    ]
+    pairs = small.write_rows(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "recipe.py").write_text(ALIGNING.format(teacher=str(teacher_folder), chats=str(chat_file), pairs=str(pairs)))
+    for name, options in {"one": [], **LAUNCHERS}.items():
+        launcher = ["-m", "accelerate.commands.launch", *options] if options else []
+        command = [sys.executable, *launcher, "recipe.py", f"output={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr
+    for name, stage in itertools.product(LAUNCHERS, ("1-sft", "2-dpo", "3-dpo")):
+        one, two = (tmp_path / run_folder / stage for run_folder in ("one", name))
+        assert json.loads((two / "stage.json").read_text())["results"]["processes"] == 2
+        for line, other in zip(read_metrics(one / METRICS), read_metrics(two / METRICS), strict=True):
+            missing = {"kl"} if name.startswith("zero") else set()  # a probe needs whole weights
+            assert line.keys() - missing == other.keys()
+            compared = [key for key in other if key in ("loss", "kl") or key.startswith(("rewards/", "eval_"))]
+            for key in (key for key in compared if key != "rewards/accuracies" or line["step"] > 1):  # at first all margins are 0
+                assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-4), (name, stage, line["step"], key)
+        weights = load_file(one / "model.safetensors")
+        saved = AutoModelForCausalLM.from_pretrained(two).state_dict()
+        assert all(rms_error(saved[key], weights[key]) < 1e-3 for key in weights)
 
 
 def losses(folder: Path) -> list[float]:
@@ -176,3 +225,45 @@ def test_killed_runs_end_with_the_same_weights(recipe_file, monkeypatch):
         assert same(whole, parts), CHAINS[number]
         assert [line["loss"] for line in read_metrics(whole / METRICS)] == [line["loss"] for line in read_metrics(parts / METRICS)]
         assert not list(parts.parent.rglob("*.partial")) and not (parts / "checkpoints").exists()
+
+
+THREE = ("1-matrix", "2-hidden", "3-distill")
+
+
+def kill_soon(recipe: Recipe, stage: str, step: int, pause: float) -> int | None:
+    """Run until a stage has logged `step` steps, a little longer, and kill; the exit status."""
+    out = Path(recipe.output)
+    process = FORK_SERVER.Process(target=run.run, args=(recipe,))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive() and time.monotonic() < deadline and len(read_metrics(out / stage / METRICS)) < step:
+        time.sleep(0.0005)
+    time.sleep(pause)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.slow
+def test_stages_killed_at_random_points_end_with_the_same_weights(tmp_path, monkeypatch, teacher_folder, chat_file):
+    """matrix (whose sampled rows must be the same again), hidden, distill, all over one stream: two SIGKILLs in each, at random steps."""
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    FORK_SERVER.set_forkserver_preload(["llamba.stages", "llamba.convert", "llamba.preflight"])
+    short = dict(batch=8, micro_batch=4, precision="fp32", lr=2e-3, warmup=0, log_every=1, save_every=2, clip=1.0, steps=9)
+    stages = [Matrix(**short, squared=True, rows=9), Hidden(**short, target="block"), Distill(**short, kl=1.0, ce=0.0)]
+    data = Data(train=str(chat_file), length=48, streaming=True)
+    whole = Recipe(str(teacher_folder), Student(), data, stages, str(tmp_path / "whole"))
+    parts, rng = replace(whole, output=str(tmp_path / "parts")), random.Random()
+    points = [(stage, rng.randint(1, 8), rng.uniform(0, 0.1)) for stage in THREE for _ in range(2)]
+    statuses = [kill_soon(parts, *point) for point in points]
+    assert statuses == [-signal.SIGKILL] * len(points), points
+    for recipe in (parts, whole):
+        last = FORK_SERVER.Process(target=run.run, args=(recipe,))
+        last.start()
+        last.join()
+        assert last.exitcode == 0
+    for stage in THREE:
+        one, two = (Path(recipe.output) / stage for recipe in (whole, parts))
+        assert same(one, two), (stage, points)
+        assert [line["loss"] for line in read_metrics(one / METRICS)] == [line["loss"] for line in read_metrics(two / METRICS)], points

@@ -160,5 +160,5 @@ def test_published_recipe_holds_the_papers_values():
             warmup,
         )
         assert (stage.ce, stage.kl, stage.train, recipe.data.length) == (1.0, 0.1, "mixers", 2048)
-    assert (sft.lr, sft.batch, sft.data.length, sft.epochs, sft.train) == (2e-5, 64, 2048, 1.0, "all")
+    assert (sft.lr, sft.batch, sft.data.length, sft.epochs, sft.train, sft.targets) == (2e-5, 64, 2048, 1.0, "all", "all")
     assert (dpo.lr, dpo.beta, dpo.batch, dpo.epochs, dpo.reference) == (5e-7, 0.01, 32, 1.0, "input")

@@ -216,7 +216,10 @@ def test_the_command(tmp_path, teacher_folder, chat_file, capsys):
     main(["select", *common, "--keep", "0.25", "--method", "swap", "--heads", "--mixer", "mamba1"])
     found = json.loads(out.read_text())
     assert found["method"] == "swap" and len(found["layers"]) == 1 and len(found["heads"]) == 16
-    assert f"student.attention={out}" in capsys.readouterr().out and out.with_suffix(".png").exists()
+    printed = capsys.readouterr().out
+    best = found["heads"][0]
+    assert f"heads that score highest, as layer.head: {best['layer']}.{best['head']} (" in printed
+    assert f"student.attention={out}" in printed and out.with_suffix(".png").exists()
     half = convert(str(teacher_folder), attention=layers_of(str(out)))
     assert half.conversion.kept == found["layers"]
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,7 @@ from models import ids, student, teacher
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llamba import checkpoints
 from llamba.convert import convert
@@ -25,9 +26,8 @@ from llamba.hybrid import mixer_layers
 from llamba.log import METRICS, read_metrics
 from llamba.losses import IGNORE
 from llamba.mixers import Recurrence
-from llamba.recipe import Data, Distill, Hidden, Matrix, Recipe, Student
+from llamba.recipe import Data, Distill, Hidden, Matrix
 from llamba.record import HEARD
-from llamba.run import run
 from llamba.settings import TokenTraining
 from llamba.stages import STAGES, hidden, matrix
 from llamba.train import DistillTrainer, train_only
@@ -194,20 +194,16 @@ def embedded(tmp_path_factory) -> Path:
     return path
 
 
-def test_matrix_hidden_distill_in_one_recipe_each_lowering_its_own_loss(tmp_path: Path, embedded: Path) -> None:
-    recipe = Recipe(
-        str(TEACHER),
-        Student(mixer="discrete_mamba2", attention=0.5),
-        Data(train=str(embedded), eval=str(embedded), length=96),
-        [
-            Matrix(**{**SHORT, "precision": "bf16"}, lr=2e-3, steps=8),
-            Hidden(**{**SHORT, "precision": "bf16"}, lr=2e-3, steps=8, target="block"),
-            Distill(**SHORT, lr=2e-3, steps=8, kl=1.0, ce=0.0, clip=1.0),
-        ],
-        str(tmp_path / "run"),
-    )
-    last = run(recipe)
-    assert last.name == "3-distill"
+def test_one_command_runs_matrix_hidden_distill_each_lowering_its_own_loss(tmp_path: Path, monkeypatch, embedded: Path) -> None:
+    """MOHAWK's recipe on the embedded teacher, through its command line."""
+    keys = [f"teacher={TEACHER}", f"output={tmp_path / 'run'}", f"data.train={embedded}", f"data.eval={embedded}", "data.length=96"]
+    keys += ["student.attention=0.5", "student.init=attention"]
+    for stage in ("matrix", "hidden", "distill"):
+        few = {"tokens": "none", "steps": 8, "batch": 8, "micro_batch": 8, "lr": 2e-3, "warmup": 0, "weight_decay": 0, "log_every": 1}
+        keys += [f"stages.{stage}.{key}={value}" for key, value in few.items()]
+    keys += ["stages.hidden.target=block", "stages.distill.precision=fp32"]
+    monkeypatch.setattr(sys, "argv", ["phi_mohawk.py", *keys])
+    runpy.run_path(str(TEACHER.parents[1] / "phi_mohawk.py"), run_name="__main__")
     for number, name in enumerate(("matrix", "hidden", "distill"), 1):
         lines = read_metrics(tmp_path / "run" / f"{number}-{name}" / METRICS)
         assert len(lines) == 9 and lines[7]["loss"] < 0.8 * lines[0]["loss"], (name, [line.get("loss") for line in lines])
@@ -290,6 +286,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
     convert(str(teacher_folder), mixer="none").save_pretrained(tmp_path / "none")
     small.llama(len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "shallow")
     small.llama(len(tokenizer), num_attention_heads=2).save_pretrained(tmp_path / "few-heads")
+    convert(str(teacher_folder)).save_pretrained(tmp_path / "half")
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "other")
     wrong = [
         (Matrix, "mamba1", teacher_folder, "use the hidden stage"),
         (Matrix, "none", teacher_folder, "leave the stage out"),
@@ -297,6 +296,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
         (Hidden, "mamba1", tmp_path / "shallow", "the same num_hidden_layers, got 4 in .*mamba1 and 2 in"),
         (Matrix, "mamba1", tmp_path / "few-heads", "the same num_attention_heads, got 4"),
         (Hidden, "shallow", tmp_path / "shallow", "needs a student with converted layers"),
+        (Matrix, "half", tmp_path / "half", r"reads the teacher's attention, and .*half has none in layers \[0, 2\]"),
+        (Hidden, "half", tmp_path / "other", "model_type must be one of .* got 'gpt_neox'"),
     ]
     for kind, made, guide, words in wrong:
         with pytest.raises(ValueError, match=words):

@@ -354,6 +354,23 @@ def test_stages_that_have_not_begun_may_change(tmp_path, teacher_folder, chat_fi
     assert run.run(dataclasses.replace(recipe, stages=[*recipe.stages, Distill(**SHORT, steps=1)])).name == "2-distill"
 
 
+def test_what_the_result_does_not_depend_on_may_change_on_the_way(tmp_path, monkeypatch, teacher_folder, chat_file):
+    """As after running out of memory: smaller forward passes, layers computed twice."""
+    stages = [Distill(**SHORT, steps=6)]
+    whole = run.run(recipe_of(teacher_folder, chat_file, tmp_path / "whole", stages=stages))
+    recipe = recipe_of(teacher_folder, chat_file, tmp_path / "run", stages=stages)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, 5, "training")
+        run.run(recipe)
+    less = {"micro_batch": 2, "gradient_checkpointing": True, "save_every": 1}
+    last = run.run(dataclasses.replace(recipe, stages=[dataclasses.replace(stages[0], **less)]))
+    one, two = (read_metrics(folder / METRICS) for folder in (whole, last))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    (last / "DONE").unlink()
+    with pytest.raises(ValueError, match="another recipe .stages.0.batch: 8 -> 16"):
+        run.run(dataclasses.replace(recipe, stages=[dataclasses.replace(stages[0], batch=16)]))
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

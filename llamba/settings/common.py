@@ -41,7 +41,8 @@ class Data:
     distillation reads prompt and chosen. Rows are cut at `length` tokens. `weights` gives each source's share of the
     tokens: rows are drawn in these shares, and a source that is used up starts again. `packing` puts several rows,
     which do not see each other, into one sequence of up to `length` tokens, and splits long texts instead of cutting
-    them. `streaming` reads only as many rows as the stage trains on. `part` (3, 32) takes every 32nd training row of each
+    them. `streaming` reads only as many rows as the stage trains on, from the row on where an earlier stage of the run
+    stopped reading the same source (at its end, from the first row again). `part` (3, 32) takes every 32nd training row of each
     source, from row 3 on. `template` replaces the tokenizer's chat template
     while tokenising: a file, or the name of one that the library brings (`llama3`). It is needed where the model's
     own does not mark the assistant's words with `{% generation %}`.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llamba.batches import Batch
 from llamba.hybrid import HybridCausalLM, document_numbers, mixer_layers, padding_mask
+from llamba.loading import require_alike
 from llamba.losses import IGNORE
 from llamba.mixers import Recurrence
 from llamba.settings import TokenTraining
@@ -45,18 +46,13 @@ def trained_in(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
     return [weight for layer in layers for weight in layer.parameters() if weight.requires_grad]
 
 
-def load_alike(stage: TokenTraining, student: str, teacher: str, *more: str) -> Pair:
-    """Both models, of the same depth and width (and equal in the configuration's keys `more`).
+def load_alike(stage: TokenTraining, student: str, teacher: str) -> Pair:
+    """Both models, of the same depth and width (and, for matrices, heads).
 
     Raises ValueError for models that differ in these, and for a student without a converted layer.
     """
+    require_alike(stage.name, student, teacher)
     pupil, guide = load_pair(stage, student, teacher)
-    for key in ("num_hidden_layers", "hidden_size", "vocab_size", *more):
-        own, other = getattr(pupil.config, key), getattr(guide.config, key)
-        if own != other:
-            raise ValueError(
-                f"stage {stage.name} needs a student and a teacher with the same {key}, got {own} in {student} and {other} in {teacher}"
-            )
     if not isinstance(pupil, HybridCausalLM) or not mixer_layers(pupil.config):
         raise ValueError(f"stage {stage.name} needs a student with converted layers, got {student}, which is all attention")
     return pupil, guide

@@ -15,7 +15,7 @@ from llamba.alignment import Distances, Part, norm, one_graph_at_a_time, squared
 from llamba.batches import Batch
 from llamba.data import Prepared
 from llamba.folders import resolve_model
-from llamba.hybrid import mixer_layers
+from llamba.hybrid import RECURRENT, mixer_layers
 from llamba.mixers import Mixer, Mixing, NoMixer, Recurrence
 from llamba.record import HEARD, Scores, listening, record
 from llamba.settings import Matrix
@@ -70,7 +70,10 @@ def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixin
 
 
 def _load(stage: Matrix, student: str, teacher: str) -> Pair:
-    pupil, guide = load_alike(stage, student, teacher, "num_attention_heads")
+    pupil, guide = load_alike(stage, student, teacher)
+    kinds = guide.config.to_dict().get("layer_types") or []
+    if unread := [index for index in mixer_layers(pupil.config) if RECURRENT in kinds[index : index + 1]]:
+        raise ValueError(f"stage matrix reads the teacher's attention, and {teacher} has none in layers {unread}; name its own teacher")
     trained, every = set(), cast(Any, pupil.base_model.layers)
     for index in mixer_layers(pupil.config):
         mixer = every[index].self_attn
