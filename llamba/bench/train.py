@@ -33,13 +33,14 @@ def ceilings(device: str, shrink: int, repeats: int) -> dict[str, float]:
 
 def _inputs(mixer: str, shrink: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     tokens, heads, groups = max(T // shrink, 64), max(H // shrink, 1), max(G // shrink, 1)
+    shapes: dict[str, tuple[int, ...]]
     if mixer == "mamba1":
         channels = heads * P
-        shapes = {"x": (1, tokens, channels)} | dict.fromkeys("bc", (1, tokens, channels // NARROW, NARROW))
+        shapes = {"x": (1, tokens, channels), **dict.fromkeys("bc", (1, tokens, channels // NARROW, NARROW))}
         wide = {"dt": torch.rand(1, tokens, channels, device=device), "A": -torch.rand(channels, NARROW, device=device)}
     else:
         channels = heads
-        shapes = dict.fromkeys("xb", (1, tokens, groups, P)) | {"c": (1, tokens, heads, P)}
+        shapes = {"c": (1, tokens, heads, P), **dict.fromkeys("xb", (1, tokens, groups, P))}
         wide = {"dt": torch.rand(1, tokens, heads, device=device), "a": -torch.rand(1, tokens, heads, device=device)}
     made = {name: torch.randn(*shape, device=device).to(dtype) for name, shape in shapes.items()}
     return {name: tensor.requires_grad_() for name, tensor in (made | wide | {"D": torch.randn(channels, device=device)}).items()}
