@@ -21,9 +21,11 @@ from triton.compiler import ASTSource
 import llamba.kernels.block.triton_op as block
 import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_op as decode
+import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.slots.triton_op as slots
 import llamba.kernels.ssd.triton_op as ssd
-from llamba.kernels.decode import Weights, buffers, cursors
+import llamba.kernels.ssd.triton_step as step
+from llamba.kernels.decode import Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -43,9 +45,9 @@ class Recorder:
 
 
 def launches() -> list:
-    """Every launch of a training step's SSD and convolution, and of a round of decoding, on tensors without content."""
+    """Every launch of a training step's SSD, selective scan and convolution, and of rounds of decoding, on tensors without content."""
     noted: list = []
-    for module in (ssd, conv1d, decode, slots, block):
+    for module in (ssd, step, selective_scan, conv1d, decode, slots, block):
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, Recorder(value, noted))
@@ -58,8 +60,15 @@ def launches() -> list:
     a = torch.empty(1, T, H, requires_grad=True)
     y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
     torch.autograd.grad(y.sum() + last.sum(), a)
+    _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32))
+    _mamba1_scan(1, H, P, None)
+    with torch.no_grad():
+        step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
+    parameters = torch.empty(G * P, W), torch.empty(G * P), torch.empty(H * P), torch.empty(H * P, 16), torch.empty(H * P)
+    held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, torch.bfloat16, "cpu")
+    decode.fused_mamba1(wide[:, :5], wide[:, :5, : H * P], Mamba1Weights(*parameters, P), held, cursors(1, "cpu"))
     q, k, keys = (torch.empty(1, size, heads, P, dtype=torch.bfloat16) for size, heads in ((5, H), (5, G), (2048, G)))
     positions, angles = torch.empty(1, 5, dtype=torch.long), torch.empty(2048, P, dtype=torch.bfloat16)
     slots.fused_place(q, k, k, angles, angles, positions, keys, keys)
@@ -67,6 +76,14 @@ def launches() -> list:
     block.fused_norm(q.flatten(2), q.flatten(2), angles[0].repeat(H), 1e-5)
     block.fused_gate(q, q)
     return noted
+
+
+def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None) -> None:
+    """The selective scan of T tokens and its gradient, in S groups of b and c."""
+    x, b = torch.empty(1, T, H * P, dtype=torch.bfloat16), torch.empty(1, T, S, N, dtype=torch.bfloat16)
+    dt, A = torch.empty(1, T, H * P, requires_grad=True), torch.empty(H * P, N)
+    y, last = selective_scan.fused(x, dt, A, b, b, A[:, 0].contiguous(), None, docs, 64)
+    torch.autograd.grad(y.sum() + last.sum(), dt)
 
 
 def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str, Any]:
