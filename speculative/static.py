@@ -165,7 +165,8 @@ class Static:
         q, k, v = (proj(normed).unflatten(-1, (-1, module.head_dim)) for proj in (module.q_proj, module.k_proj, module.v_proj))
         if isinstance(module, Qwen3Attention):
             q, k = module.q_norm(q), module.k_norm(k)
-        q = place(q, k, v, *self.rotary, positions, own.keys, own.values)
+        cos, sin = self.rotary
+        q = place(q, k, v, cos, sin, positions, own.keys, own.values)
         return module.o_proj(attend(q, own.keys, own.values, positions, module.scaling, window).flatten(2))
 
     def _by_layers(self, tokens: Tensor, positions: Tensor) -> Tensor:
