@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamba.eval import fetch, stats
-from llamba.eval.answers import Question, Settings, answer_all, say_what_stopped
+from llamba.eval.answerer import Settings
+from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.journal import Journal
 from llamba.eval.judge import Asker, Failure, Judge, Reply, Request, escape
 from llamba.eval.local_judge import transport
@@ -278,6 +279,8 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     instructions = [row["instruction"] for row in reference]
     if gamed is not None and options.outputs is None:
         check_for_length_control(instructions, instructions)  # before hours of answering
+    if not options.estimate_only and not (out / "judge" / f"{judge.slug}.jsonl").exists():
+        judge.key()
     rows = _outputs(name, out, reference, settings, options)
     if gamed is not None:
         check_for_length_control([row["instruction"] for row in rows], instructions)
@@ -292,6 +295,7 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     _write(folder / judge.slug / "annotations.json", json.loads(annotations.to_json(orient="records")))
     text = _report(rows, annotations, judge, out, gamed, options, len(ask.failed))
     if len(ask.failed) > options.max_failed * len(rows):
+        print(text)
         raise ValueError(
             f"{len(ask.failed)} of {len(rows)} judgments failed, above --max-failed {options.max_failed}; run again to ask anew"
         )
@@ -309,7 +313,8 @@ def _report(
 ) -> str:
     model = rows[0]["generator"]
     wins: stats.Values = {i: [100 * (p - 1)] for i, p in enumerate(annotations["preference"].astype(float)) if p == p}
-    more = {"failed": failed, "judge_is": judge.identity, "average_length": float(np.mean([len(row["output"]) for row in rows]))}
+    limited = {} if options.limit is None else {"limit": len(wins)}
+    more = limited | {"failed": failed, "judge_is": judge.identity, "average_length": float(np.mean([len(row["output"]) for row in rows]))}
     raw = stats.bootstrap(wins)
     table = [score("alpaca_eval", "win rate", model, raw, judge.slug, **more)]
     lines = [f"AlpacaEval 2 of {model}, judged by {judge.slug}", f"  win rate                    {raw}"]

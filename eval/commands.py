@@ -1,6 +1,7 @@
 """`llamba eval …`, and what the shell scripts of this folder call: one parser per benchmark."""
 
 import argparse
+import errno
 import json
 import sys
 from typing import Any
@@ -16,11 +17,12 @@ the judge:
     vLLM, llama.cpp, …   --judge NAME --judge-url http://127.0.0.1:8000/v1  (no key needed on this machine)
     in this process      --judge-url local:FOLDER
   Models that refuse temperature or max_tokens: --judge-parameters '{"temperature": null, "max_tokens": null,
-  "max_completion_tokens": 4096}' (null leaves a parameter out).
+  "max_completion_tokens": 4096}' (null leaves a parameter out; for AlpacaEval 16 do).
 
 what it costs:
   Before the first request the number of judgments and tokens is printed; with --price IN OUT (dollars per million tokens) the
-  dollars too. --max-cost refuses, and stops in the middle, above that. --estimate prints and asks nothing.
+  dollars too. --max-cost refuses, and stops in the middle, above that (each run has its own budget). --estimate makes the answers,
+  prints, and asks nothing.
 
 stopping and going on:
   Answers are kept batch by batch, replies of the judge one by one. Stop it with Ctrl-C, and give the same command again: it asks
@@ -29,10 +31,15 @@ stopping and going on:
 
 MT_BENCH = """Score a chat model on MT-Bench: answer its 80 two-turn questions, have a judge grade both answers from 1 to 10, report.
 
+MODEL may also be a file of answers in FastChat's format (NAME.jsonl), to be judged alone.
+
 first time:
   pip install --constraint constraints.txt -e '.[eval]'
   llamba eval fetch mt_bench           (or --data DIR with a copy of FastChat's three files)
   eval/run_mtbench.sh runs/llama3_50pct --judge gpt-4.1 --price 2 8 --max-cost 5
+
+against the teacher, both orders of every pair:
+  eval/run_mtbench.sh runs/llama3_50pct --judge gpt-4.1 --mode pairwise --against meta-llama/Meta-Llama-3-8B-Instruct
 """
 
 MT_BENCH_FILES = """
@@ -75,16 +82,34 @@ Everything else goes to lm-eval as it is: --batch_size 8, --device cuda, --limit
 
 first time:
   pip install --constraint constraints.txt -e '.[eval]'
-  llamba eval fetch pubmedqa           (only for Mamba-in-Llama's Table 3: lm-eval's own PubMedQA no longer loads)
+  llamba eval fetch pubmedqa           (only for Mamba-in-Llama's Table 3: lm-eval's own PubMedQA no longer loads;
+                                        its home publishes no checksum, so sizes alone are checked)
   eval/run_lm_eval.sh runs/phi_mohawk mohawk_table1 --batch_size 16
 
 The tasks' data comes from the Hugging Face hub, once; offline, HF_HOME must hold it and HF_HUB_OFFLINE=1 keeps lm-eval from asking.
 Scores move in the last digit with the batch size (sums of floats in another order): use one batch size for one table.
 
 what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
-  OUT/lm_eval/results/     lm-eval's own files
+  OUT/lm_eval/results/     lm-eval's own files, with every sample
   OUT/scores.jsonl         every metric with its interval, commit, command, versions, hardware and date; both acc and acc_norm
+  llamba report RUN…       puts runs side by side, with paired differences
 """
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"temperature\": null}}', got {text}")
+    return found
 
 
 def _parser(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -93,37 +118,44 @@ def _parser(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
     )
 
 
-def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int) -> None:
+def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int, questions: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
     parser.add_argument("--out", help="where everything goes (default: MODEL/eval, or runs/eval/NAME)")
-    parser.add_argument("--data", help="a folder with the benchmark's files (default: what `llamba eval fetch` got)")
     parser.add_argument(
         "--batch", type=int, default=batch, help=f"questions answered at once (default {batch}); part of the result's identity"
     )
     parser.add_argument("--max-new-tokens", type=int, default=most, help=f"longest answer (default {most})")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--draft", help="a smaller model that speculates; the answers stay the same")
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--limit", type=int, help="only so many questions: a try, not a score")
+    parser.add_argument("--seed", type=int, default=0, help="of the answers' random numbers (default 0)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved; float32 on a CPU"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--draft", metavar="MODEL", help='a smaller model of the same vocabulary that speculates, or "lookup"; only rounding may differ'
+    )
+    parser.add_argument("--system", help="system message (default: none)")
+    if questions:
+        parser.add_argument("--data", help="a folder with the benchmark's files (default: what `llamba eval fetch` got)")
+        parser.add_argument("--limit", type=_count, help="only so many questions: a try, not a score")
 
 
 def _judge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", help="the judge's model name, as its endpoint knows it")
     parser.add_argument("--judge-url", default="https://api.openai.com/v1", help="its endpoint, or local:FOLDER (default OpenAI)")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key (default OPENAI_API_KEY)")
-    parser.add_argument("--judge-parameters", type=json.loads, default={}, metavar="JSON", help="override request parameters; null removes")
+    parser.add_argument(
+        "--judge-parameters", type=_parameters, default={}, metavar="JSON", help="override request parameters; null removes"
+    )
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default 8)")
     parser.add_argument("--retries", type=int, default=10, help="tries of one request after 429, 5xx or a lost connection (default 10)")
     parser.add_argument("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million input and output tokens")
     parser.add_argument("--max-cost", type=float, help="dollars; needs --price")
-    parser.add_argument("--estimate", action="store_true", help="print what judging would take, and ask nothing")
+    parser.add_argument("--estimate", action="store_true", help="answer, print what judging would take, and ask nothing")
     parser.add_argument("--max-failed", type=float, default=0.05, help="end with an error above this share of failures (default 0.05)")
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from llamba.eval.answers import Settings
+    from llamba.eval.answerer import Settings
 
     return Settings(args.batch, args.max_new_tokens, args.seed, args.dtype, args.device, args.draft, args.system)
 
@@ -147,11 +179,15 @@ def mt_bench(argv: list[str]) -> None:
     parser.add_argument("--against", metavar="MODEL", help="pairwise: the other model, or a FastChat answer file (.jsonl)")
     parser.add_argument("--judge-repeats", type=int, default=1, help="judge everything so many times, and report the spread")
     args = parser.parse_args(argv)
-    from llamba.eval.mt_bench import Options, run
-    from llamba.eval.scores import results_folder
+    from pathlib import Path
 
+    from llamba.eval.mt_bench import Options, run
+    from llamba.eval.scores import results_folder, slug
+
+    made = args.model.endswith(".jsonl")  # answers, and no model
+    out = Path(args.out or f"runs/eval/{slug(Path(args.model).stem)}") if made else results_folder(args.model, args.out)
     options = Options(args.mode, args.against, args.data, args.limit, args.judge_repeats, args.max_failed, args.estimate)
-    print(run(args.model, results_folder(args.model, args.out), _settings(args), _judge(args), options))
+    print(run(args.model, out, _settings(args), _judge(args), options))
 
 
 def judgments(argv: list[str]) -> None:
@@ -219,7 +255,7 @@ example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 1638
 def recall(argv: list[str]) -> None:
     """Associative recall, phone book, needle in a haystack."""
     parser = _parser("llamba eval recall", RECALL)
-    _answer_options(parser, 4, 24)
+    _answer_options(parser, 4, 24, questions=False)
     parser.add_argument("--tasks", nargs="+", default=["mqar", "phone", "needle"], help="mqar, phone, needle (default: all)")
     parser.add_argument("--pairs", type=int, nargs="+", help="mqar: numbers of pairs")
     parser.add_argument("--names", type=int, nargs="+", help="phone: numbers of names")
@@ -257,7 +293,10 @@ def perplexity(argv: list[str]) -> None:
 
 def zero_shot(argv: list[str]) -> None:
     """GSM8K or CRUXEval, zero-shot and greedy."""
-    about = "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR."
+    about = (
+        "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR.\n"
+        "CRUXEval's home publishes no checksum: its file is used as it comes."
+    )
     parser = _parser("llamba eval zero_shot", about)
     parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
     _answer_options(parser, 8, 2048)
@@ -324,7 +363,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
     disable_progress_bar()
     with one_line_errors():
-        COMMANDS[argv[0]](argv[1:])
+        try:
+            COMMANDS[argv[0]](argv[1:])
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                done = "what was answered and judged so far is kept: make room and give the same command again"
+                raise ValueError(f"the disk is full ({error}); {done}") from error
+            raise
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ lm-eval loads models by their `model_type`; importing llamba makes ours known to
 """
 
 import json
-import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llamba.eval import fetch
-from llamba.eval.scores import model_name, need, save, score
+from llamba.eval.journal import read_lines
+from llamba.eval.scores import model_name, need, save, save_items, score
 from llamba.eval.stats import Interval
 from llamba.folders import resolve_model
 
@@ -74,10 +75,12 @@ def write_pubmedqa(folder: Path, data: str | None) -> None:
 
 def _rows(results: dict[str, Any], model: str, task_set: str) -> list[dict[str, Any]]:
     """Score rows of lm-eval's results: fractions in per cent, 95% intervals from its standard errors."""
-    made = []
+    made, groups, limit = [], _groups(results), results.get("config", {}).get("limit")
     for task, values in results["results"].items():
         counts = results.get("n-samples", {}).get(task, {})
-        more = {"task_set": task_set, "shots": results.get("n-shot", {}).get(task), "task_version": results.get("versions", {}).get(task)}
+        more = {"part_of": groups[task]} if task in groups else {}
+        more |= {} if limit is None else {"limit": limit}
+        more |= {"task_set": task_set, "shots": results.get("n-shot", {}).get(task), "task_version": results.get("versions", {}).get(task)}
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, float):
@@ -91,6 +94,41 @@ def _rows(results: dict[str, Any], model: str, task_set: str) -> list[dict[str, 
     return made
 
 
+def _scored(values: dict[str, Any]) -> bool:
+    return any("," in metric and isinstance(value, float) for metric, value in values.items())
+
+
+def _groups(results: dict[str, Any]) -> dict[str, str]:
+    """The group of each task, for groups that have scores of their own (MMLU's 57 subjects)."""
+    listed = results.get("group_subtasks", {}).items()
+    return {task: group for group, tasks in listed if _scored(results["results"].get(group, {})) for task in tasks}
+
+
+def _tasks_in(name: str, results: dict[str, Any]) -> list[str]:
+    inside = results.get("group_subtasks", {}).get(name)
+    return [task for part in inside for task in _tasks_in(part, results)] if inside else [name]
+
+
+def items(results: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Task (or group) and metric -> question -> its value in per cent, from lm-eval's files of samples beside its results file.
+
+    A group's questions are those of its tasks; a question is its text, its place and the number of shots.
+    """
+    found, stamp = json.loads(results.read_text()), results.stem.partition("_")[2]
+    groups = _groups(found)
+    made: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(dict)
+    for name in (name for name, values in found["results"].items() if name not in groups and _scored(values)):
+        for task in _tasks_in(name, found):
+            shots = found.get("n-shot", {}).get(task)
+            for sample in read_lines(results.with_name(f"samples_{task}_{stamp}.jsonl")):
+                for metric in set(sample.get("metrics", ())) & set(_FRACTIONS):
+                    kind, value = sample["filter"], sample[metric]
+                    if isinstance(value, (int, float)):
+                        question = f"{task}/{shots}/{sample['doc_id']}/{sample['doc_hash'][:8]}"
+                        made[name, metric if kind == "none" else f"{metric} ({kind})"][question] = [100.0 * value]
+    return dict(made)
+
+
 def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str | None) -> Path:
     """Run lm-eval's own command line on a model, and put what it found into scores.jsonl; returns lm-eval's results file.
 
@@ -102,19 +140,22 @@ def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str |
     path, tasks = resolve_model(name), tasks_of(task_set)
     folder = out / "lm_eval"
     arguments = ["run", "--model", "hf", "--model_args", f"pretrained={path}", "--tasks", ",".join(tasks)]
-    arguments += ["--output_path", str(folder / "results" / model_name(name)), *options]
+    results = folder / "results" / model_name(name)
+    arguments += ["--output_path", str(results), "--log_samples", *options]
     if PUBMEDQA in tasks:
         write_pubmedqa(folder / "tasks", data)
         arguments += ["--include_path", str(folder / "tasks")]
-    shutil.rmtree(folder / "results" / model_name(name), ignore_errors=True)
-    before = sys.argv
+    earlier, before = set(results.rglob("results_*.json")), sys.argv
     sys.argv = ["lm_eval", *arguments]
     try:
         cli_evaluate()
     finally:
         sys.argv = before
-    found = sorted((folder / "results" / model_name(name)).rglob("results_*.json"))
+    found = set(results.rglob("results_*.json")) - earlier
     if not found:
-        raise ValueError(f"lm-eval left no results in {folder / 'results'}; its messages above say why")
-    save(out, _rows(json.loads(found[-1].read_text()), model_name(name), task_set))
-    return found[-1]
+        raise ValueError(f"lm-eval left no results in {results}; its messages above say why")
+    newest = max(found)
+    save(out, _rows(json.loads(newest.read_text()), model_name(name), task_set))
+    for (task, metric), values in items(newest).items():
+        save_items(out, f"lm_eval/{task}, {metric}", model_name(name), None, values)
+    return newest

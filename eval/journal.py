@@ -32,11 +32,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _line(row: dict[str, Any]) -> bytes:
+    """A row as a line; half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a file by these rows, all at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.write_bytes(b"".join(map(_line, rows)))
     os.replace(partial, path)
 
 
@@ -67,7 +72,7 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row, down to the disk."""
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = _line(row)
         with self.lock:
             end = self.file.seek(0, os.SEEK_END)
             try:

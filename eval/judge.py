@@ -19,6 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
@@ -26,7 +27,8 @@ from llamba.eval.journal import Journal
 
 CHARACTERS_PER_TOKEN = 4
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_CONTROL = re.compile(r"<\|([^|<>\s]{1,40})\|>|<(/?s)>|(\[/?INST\])|<(start_of_turn|end_of_turn)>")
+_CONTROL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start_of_turn|end_of_turn|bos|eos|unk|pad)>")  # noqa: RUF001
+_HALVES = re.compile("[\ud800-\udfff]")
 
 Reply = dict[str, Any]  # text, logprobs, input_tokens, output_tokens, served_by
 Messages = list[dict[str, str]]
@@ -63,6 +65,13 @@ class Judge:
     def slug(self) -> str:
         """A file name for this judge: its name and a hash of all of its identity."""
         return f"{slug(self.model)}-{digest(self.identity)[:8]}"
+
+    def key(self) -> str | None:
+        """The key, if there is one. Raises ValueError where it is missing and the judge is on another machine."""
+        key = os.environ.get(self.key_env)
+        if not key and not self.url.startswith("local:") and urlsplit(self.url).hostname not in LOOPBACK:
+            raise ValueError(f"the judge at {self.url} needs a key: set {self.key_env}, or name another variable with --key-env")
+        return key
 
     def cost(self, input_tokens: float, output_tokens: float) -> float:
         """Dollars; 0 where no price is given."""
@@ -117,8 +126,9 @@ def slug(name: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text whose chat control tokens no tokenizer reads as such: a space breaks them. Other text comes back as it is."""
-    return _CONTROL.sub(lambda match: match.group()[0] + " " + match.group()[1:], text)
+    """Text whose chat control tokens no tokenizer reads as such: a space breaks them. Other text comes back as it is, but for halves of
+    surrogate pairs, which cannot be sent."""
+    return _CONTROL.sub(lambda match: match.group()[0] + " " + match.group()[1:], _HALVES.sub("\ufffd", text))
 
 
 class Endpoint:
@@ -134,14 +144,8 @@ class Endpoint:
 
         logging.getLogger("httpx").setLevel(logging.WARNING)
         logging.getLogger("httpx2").setLevel(logging.WARNING)
-        where = urlsplit(judge.url)
-        key = os.environ.get(judge.key_env)
-        if not key and where.hostname not in LOOPBACK:
-            raise ValueError(f"the judge at {judge.url} needs a key: set {judge.key_env}, or name another variable with --key-env")
-        try:
-            socket.create_connection((where.hostname or "", where.port or (443 if where.scheme == "https" else 80)), timeout=10).close()
-        except OSError as error:
-            raise ValueError(f"nothing answers at --judge-url {judge.url} ({error}); start the server or correct the URL") from error
+        key = judge.key()
+        _check_that_something_listens(judge.url)
         self.judge, self.workers, self.openai = judge, judge.concurrency, openai
         self.client = openai.OpenAI(base_url=judge.url, api_key=key or "none", max_retries=judge.retries, timeout=judge.timeout)
 
@@ -162,6 +166,9 @@ class Endpoint:
             return [Failure(f"429 {_short(error)}", fatal="insufficient_quota" in str(error))]
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             return [Failure(f"{type(error).__name__}: {_short(error)}")]
+        if not isinstance(got, openai.types.chat.ChatCompletion):
+            reason = f"{self.judge.url} answers, but not as a judge ({_short(got)!r}); correct --judge-url, it often ends in /v1"
+            return [Failure(reason, fatal=True)]
         if not got.choices or got.choices[0].message.content is None:
             return [Failure("the reply holds no text")]
         choice, usage = got.choices[0], got.usage
@@ -175,8 +182,19 @@ class Endpoint:
         self.client.close()
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+def _check_that_something_listens(url: str) -> None:
+    where = urlsplit(url)
+    host = where.hostname or ""
+    if where.scheme in getproxies() and not proxy_bypass(host):
+        return  # only the proxy can tell
+    try:
+        socket.create_connection((host, where.port or (443 if where.scheme == "https" else 80)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(f"nothing answers at --judge-url {url} ({error}); start the server or correct the URL") from error
+
+
+def _short(said: object) -> str:
+    return " ".join(str(said).split())[:160]
 
 
 class Asker:

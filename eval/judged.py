@@ -79,24 +79,35 @@ def _points(row: dict[str, Any]) -> float:
     return {"model_1": 1.0, "model_2": 0.0}.get(row["g1_winner"], 0.5)
 
 
-def report_pairs(rows: Sequence[dict[str, Any]], judge: str) -> tuple[str, list[dict[str, Any]], dict[Any, list[float]]]:
-    """Win rate of model_1 (ties and contradictions half), how often both orders agree, how often the first shown wins."""
-    values: dict[Any, list[float]] = defaultdict(list)
-    for row in rows:
-        values[row["question_id"]].append(100 * _points(row))
+def report_pairs(
+    rows: Sequence[dict[str, Any]], categories: dict[Any, str], judge: str
+) -> tuple[str, list[dict[str, Any]], dict[Any, list[float]]]:
+    """Win rate of model_1 (ties and contradictions half): of all, of each turn and category; how often both orders agree, how often the
+    answer shown first wins. Returns the text, the score rows, and the points of each question."""
     if not rows:
         return "no pair could be judged", [], {}
     model, other = rows[0]["model_1"], rows[0]["model_2"]
-    rate = stats.bootstrap(values)
     agree = 100 * float(np.mean([row["g1_winner"] == row["g2_winner"] for row in rows]))
     decided = [row["g1_winner"] == "model_1" for row in rows if row["g1_winner"] != "tie"]
     decided += [row["g2_winner"] == "model_2" for row in rows if row["g2_winner"] != "tie"]
     first = 100 * float(np.mean(decided)) if decided else 50.0
-    more = {"against": other, "orders_agree": agree, "first_shown_wins": first}
-    table = [score("mt_bench_pairwise", f"win rate against {other}", model, rate, judge, **more)]
-    text = (
-        f"MT-Bench pairwise, judged by {judge}: {model} against {other}\n"
-        f"  win rate     {rate}  {rate.n} questions, ties and contradictions half\n"
-        f"  both orders agree in {agree:.0f}%, the answer shown first wins {first:.0f}% of the decided games"
-    )
-    return text, table, dict(values)
+    parts = {"": list(rows)} | {f"turn {turn}": [row for row in rows if row["turn"] == turn] for turn in (1, 2)}
+    for category in dict.fromkeys(categories.values()):
+        parts[category] = [row for row in rows if categories[row["question_id"]] == category]
+    table, lines = [], [f"MT-Bench pairwise, judged by {judge}: {model} against {other}"]
+    for part, found in parts.items():
+        if not found:
+            continue
+        rate = stats.bootstrap(_points_by_question(found))
+        metric = f"win rate against {other}" + (f", {part}" if part else "")
+        table.append(score("mt_bench_pairwise", metric, model, rate, judge, against=other, orders_agree=agree, first_shown_wins=first))
+        lines.append(f"  {part or 'win rate':<12} {rate}  {rate.n} questions" + ("" if part else ", ties and contradictions half"))
+    lines.append(f"  both orders agree in {agree:.0f}%, the answer shown first wins {first:.0f}% of the decided games")
+    return "\n".join(lines), table, _points_by_question(rows)
+
+
+def _points_by_question(rows: Sequence[dict[str, Any]]) -> dict[Any, list[float]]:
+    values: dict[Any, list[float]] = defaultdict(list)
+    for row in rows:
+        values[row["question_id"]].append(100 * _points(row))
+    return dict(values)

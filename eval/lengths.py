@@ -118,11 +118,26 @@ def run(names: Sequence[str], out: Path, options: Options) -> str:
                 lines.append(f"{shown:<28}{length:>8}  did not fit into memory")
                 continue
             lines.append(f"{shown:<28}{length:>8}{one.prefill:>15,.0f}{one.decode:>14,.1f}{one.peak:>10,.0f}{one.cache:>11,.1f}")
-            named = {"prefill, tokens/s": one.prefill, "decode, tokens/s": one.decode, "peak MiB": one.peak, "cache MiB": one.cache}
-            rows += [score("lengths", f"{what} at {length}", shown, value, length=length) for what, value in named.items()]
+            rows += [score("lengths", f"{what} at {length}", shown, getattr(one, key), length=length) for key, what in _NAMES.items()]
     save(out, rows)
     draw({name: {k: v for k, v in found.items() if v} for name, found in curves.items()}, out / "lengths.png")
     return "\n".join([*lines, f"picture: {out / 'lengths.png'}"])
+
+
+_NAMES = {"prefill": "prefill, tokens/s", "decode": "decode, tokens/s", "peak": "peak MiB", "cache": "cache MiB"}
+
+
+def read_curves(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, Measured]]:
+    """Models and what was measured at each length, from score rows."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if row["benchmark"] == "lengths":
+            at = found.setdefault(row["model"], {}).setdefault(row["length"], {})
+            at[row["metric"].partition(" at ")[0]] = row["value"]
+    return {
+        model: {length: Measured(**{key: at[name] for key, name in _NAMES.items()}) for length, at in sorted(lengths.items())}
+        for model, lengths in found.items()
+    }
 
 
 def draw(curves: dict[str, dict[int, Measured]], path: Path) -> None:

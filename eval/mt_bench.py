@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from llamba.eval import fetch
-from llamba.eval.answers import Question, Settings, answer_all, say_what_stopped
+from llamba.eval.answerer import Settings
+from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.fastchat import JudgeName, modules
 from llamba.eval.journal import Journal, read_lines, write_lines
 from llamba.eval.judge import Asker, Failure, Judge, Messages, Reply, Request, escape
@@ -123,7 +124,9 @@ def answer(name: str, out: Path, questions: Sequence[dict[str, Any]], settings: 
 
 
 def _safe(row: dict[str, Any]) -> dict[str, Any]:
-    """An answer whose control tokens no judge can mistake for its own."""
+    """A question or an answer whose control tokens no judge can mistake for its own."""
+    if "choices" not in row:
+        return row | {"turns": [escape(text) for text in row["turns"]]}
     return row | {"choices": [{"index": 0, "turns": [escape(text) for text in row["choices"][0]["turns"]]}]}
 
 
@@ -132,8 +135,8 @@ def plays(questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str,
     common, generate = modules()
     prompts = common.load_judge_prompts(str(fetch.data_file("mt_bench/judge_prompts.jsonl", options.data)))
     path = fetch.data_file("mt_bench/reference_answer/gpt-4.jsonl", options.data)
-    references = {judge.model: {row["question_id"]: row for row in read_lines(path)}}
-    models = list(answers)
+    references = {judge.model: {row["question_id"]: _safe(row) for row in read_lines(path)}}
+    models, questions = list(answers), [_safe(question) for question in questions]
     pairwise = options.mode == "pairwise"
     judges = (generate.make_judge_pairwise if pairwise else generate.make_judge_single)(judge.model, prompts)
     by_model = {model: {row["question_id"]: _safe(row) for row in rows} for model, rows in answers.items()}
@@ -193,8 +196,8 @@ def _pair_row(common: Any, games: Sequence[tuple[Play, Reply | Failure]]) -> dic
     return row | {"judge": judge, "turn": 2 if m.multi_turn else 1, "tstamp": time.time()}
 
 
-def _write(out: Path, stem: str, rows: list[dict[str, Any]], failed: list[dict[str, Any]], models: set[str]) -> None:
-    """Put these models' rows into the judgment files, in the place of their earlier ones; rows of other models stay."""
+def _write(out: Path, stem: str, rows: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
+    """Put these rows into the judgment files, in the place of their earlier ones; other rows stay."""
     for name, new in ((stem, rows), (f"{stem}_failed", failed)):
         path = out / "data/mt_bench/model_judgment" / f"{name}.jsonl"
         asked = {_identity(row) for row in [*rows, *failed]}
@@ -214,6 +217,8 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     """
     common, _ = modules()
     questions = load_questions(options.data, options.limit)
+    if not options.estimate_only and not (out / "judge" / f"{judge.slug}.jsonl").exists():
+        judge.key()  # before hours of answering
     model, rows = answer(name, out, questions, settings)
     answers = {model: rows}
     if options.against is not None:
@@ -226,9 +231,11 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     if options.estimate_only:
         return "nothing was asked"
     categories = {q["question_id"]: q["category"] for q in questions}
+    limited = {} if options.limit is None else {"limit": len(questions)}
     made = _pairwise if options.mode == "pairwise" else _single
-    text, failed = made(common, list(zip(wanted, replies, strict=True)), judge, out, categories, model)
+    text, failed = made(common, list(zip(wanted, replies, strict=True)), judge, out, categories, limited)
     if failed > options.max_failed * len(wanted):
+        print(text)
         raise ValueError(
             f"{failed} of {len(wanted)} judgments failed, above --max-failed {options.max_failed} "
             f"(reasons in {out}/data/mt_bench/model_judgment/{judge.slug}_*_failed.jsonl); run again to ask for those alone"
@@ -236,24 +243,25 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     return f"{text}\n{took}"
 
 
-def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], model: str) -> tuple[str, int]:
+def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], limited: dict[str, int]) -> tuple[str, int]:
+    model = played[0][0].match.model
     rows = [(play.repeat, _row(common, play, reply)) for play, reply in played]
     repeats = 1 + max(repeat for repeat, _ in rows)
     for repeat in range(repeats):
         mine = [row for r, row in rows if r == repeat]
         stem = f"{judge.slug}_single" + (f"_repeat{repeat + 1}" if repeat else "")
-        _write(out, stem, [r for r in mine if r["score"] != -1], [r for r in mine if r["score"] == -1], {model})
+        _write(out, stem, [r for r in mine if r["score"] != -1], [r for r in mine if r["score"] == -1])
     judged = Judged([r for _, r in rows if r["score"] != -1], [r for _, r in rows if r["score"] == -1])
     table, text = report_single(judged, categories, judge.slug)
     if repeats > 1:
         means = [np.mean([r["score"] for i, r in rows if i == repeat and r["score"] != -1]) for repeat in range(repeats)]
         text += f"\njudged {repeats} times: means {', '.join(f'{m:.2f}' for m in means)}, standard deviation {np.std(means, ddof=1):.3f}"
-    save(out, [row | {"judge_is": judge.identity} for row in table])
+    save(out, [row | {"judge_is": judge.identity} | limited for row in table])
     save_items(out, "mt_bench", model, judge.slug, judged.of(model))
     return text, len(judged.failed)
 
 
-def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], model: str) -> tuple[str, int]:
+def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], limited: dict[str, int]) -> tuple[str, int]:
     games: dict[Any, list[Any]] = defaultdict(list)
     for play, reply in played:
         games[(play.repeat, play.match.question["question_id"], play.match.multi_turn)].append((play, reply))
@@ -261,11 +269,11 @@ def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dic
     for repeat in sorted({r for r, _ in rows}):
         mine = [row for r, row in rows if r == repeat]
         stem = f"{judge.slug}_pair" + (f"_repeat{repeat + 1}" if repeat else "")
-        _write(out, stem, [r for r in mine if "reason" not in r], [r for r in mine if "reason" in r], {model})
+        _write(out, stem, [r for r in mine if "reason" not in r], [r for r in mine if "reason" in r])
     good = [row for _, row in rows if "reason" not in row]
     failed = sum(isinstance(reply, Failure) for _, reply in played)
-    text, table, values = report_pairs(good, judge.slug)
-    save(out, [row | {"judge_is": judge.identity, "failed": failed} for row in table])
+    text, table, values = report_pairs(good, categories, judge.slug)
+    save(out, [row | {"judge_is": judge.identity, "failed": failed} | limited for row in table])
     if good:
         save_items(out, "mt_bench_pairwise", f"{good[0]['model_1']}_vs_{good[0]['model_2']}", judge.slug, values)
     return f"{text}\n  {failed} judgments failed", failed

@@ -3,6 +3,7 @@
 Shapes: T tokens of a window, V vocabulary. A window starts with BOS where the tokenizer has one, and windows do not overlap.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,5 +105,6 @@ def run(name: str, out: Path, options: Options) -> str:
         rows.append(score("perplexity", f"KL to the teacher on {path.name}", shown, kl, **more))
         rows.append(score("perplexity", f"same choice as the teacher on {path.name}, %", shown, same, **more))
     save(out, rows)
-    save_items(out, "nll", shown, None, {i: [w.nll] for i, w in enumerate(found)})
+    same_text = f"{hashlib.sha256(text.encode()).hexdigest()[:8]}/{options.length}"  # windows of other texts are other questions
+    save_items(out, "nll", shown, None, {f"{same_text}/{i}": [w.nll] for i, w in enumerate(found)})
     return "\n".join(f"{r['metric']:<48}{r['value']:10.4f}  [{r['low']:.4f}, {r['high']:.4f}]  {r['n']} windows" for r in rows)

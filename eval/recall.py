@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llamba.eval import stats
-from llamba.eval.answers import Answerer, Settings
+from llamba.eval.answerer import Answerer, Settings
 from llamba.eval.scores import model_name, save, save_items, score
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "  # arXiv 2305.16300
@@ -108,8 +108,8 @@ def needle(answerer: Answerer, length: int, depth: float, rng: random.Random, ha
 def _ask(answerer: Answerer, made: Sequence[tuple[str, str]]) -> list[float]:
     """100 or 0 for each question: whether the number stands in the answer."""
     found: list[float] = []
-    for start in range(0, len(made), answerer.settings.rows):
-        part = made[start : start + answerer.settings.rows]
+    for start in range(0, len(made), answerer.settings.batch):
+        part = made[start : start + answerer.settings.batch]
         chats = [[{"role": "user", "content": question}] for question, _ in part]
         answers = answerer(chats, [0.0] * len(part), [""] * len(part))
         found += [100.0 * (number in re.sub(r"[\s.,]", "", answer.text)) for (_, number), answer in zip(part, answers, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamba.eval import lengths
 from llamba.eval.journal import read_lines
 from llamba.eval.recall import draw_needle
 from llamba.eval.scores import MODELS, SCORES
@@ -42,19 +43,26 @@ def _cell(row: Row | None) -> str:
         return "-"
     interval = f" [{row['low']:.2f}, {row['high']:.2f}]" if "low" in row else ""
     failed = f" ({row['failed']} failed)" if row.get("failed") else ""
-    return f"{row['value']:.2f}{interval}{failed}"
+    limited = f" (first {row['limit']:g} only)" if row.get("limit") else ""
+    return f"{row['value']:.2f}{interval}{failed}{limited}"
 
 
 def _tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and lines for each benchmark and judge: a line per model, a column per metric."""
-    made = []
+    """Title, head and lines for each benchmark and judge: a line per model, a column per metric, or across where metrics are many.
+
+    Tasks that are part of a group's score are left to the CSV.
+    """
+    made, rows = [], [row for row in rows if not row.get("part_of")]
     for benchmark, judge in dict.fromkeys((row["benchmark"], row["judge"]) for row in rows):
         mine = [row for row in rows if (row["benchmark"], row["judge"]) == (benchmark, judge)]
         metrics = list(dict.fromkeys(row["metric"] for row in mine))
         values = {(row["model"], row["metric"], "source" in row): row for row in mine}
         models = list(dict.fromkeys((row["model"], "source" in row) for row in mine))
-        lines = [[f"{m} (published)" if old else m, *(_cell(values.get((m, metric, old))) for metric in metrics)] for m, old in models]
-        made.append((benchmark + (f", judged by {judge}" if judge else ""), ["model", *metrics], lines))
+        table = [["model", *metrics]]
+        table += [[f"{m} (published)" if old else m, *(_cell(values.get((m, metric, old))) for metric in metrics)] for m, old in models]
+        if len(metrics) > len(models):
+            table = [list(line) for line in zip(*table, strict=True)]
+        made.append((benchmark + (f", judged by {judge}" if judge else ""), table[0], table[1:]))
     return made
 
 
@@ -66,19 +74,30 @@ def _aligned(head: list[str], lines: list[list[str]]) -> str:
 
 
 def differences(folders: Sequence[Path]) -> list[str]:
-    """A line for each pair of models with values of the same benchmark and judge, the first folder's models against the others'."""
-    items = [[json.loads(path.read_text()) for path in sorted((folder / "items").glob("*.json"))] for folder in folders]
+    """A line for each pair of models with values of the same benchmark, questions and judge: the first that has them against the others."""
+    items = [json.loads(path.read_text()) for folder in dict.fromkeys(folders) for path in sorted((folder / "items").glob("*.json"))]
+    together: dict[tuple[str, str | None], list[Row]] = {}
+    for item in items:
+        together.setdefault((item["benchmark"], item["judge"]), []).append(item)
     lines = []
-    for first in items[0] if items else []:
-        for other in (item for part in items[1:] for item in part):
-            alike = all(first[key] == other[key] for key in ("benchmark", "judge"))
-            if alike and first["model"] != other["model"] and set(first["values"]) & set(other["values"]):
+    for first, *others in together.values():
+        for other in others:
+            if first["model"] != other["model"] and set(first["values"]) & set(other["values"]):
                 found = paired(first["values"], other["values"])
                 lines.append(
                     f"  {first['benchmark']}: {first['model']} - {other['model']} = {found.difference}, better on {found.better}, "
                     f"worse on {found.worse}, equal on {found.equal} of {found.difference.n} questions"
                 )
     return lines
+
+
+def _made_by(rows: Sequence[Row]) -> list[str]:
+    """For every command behind the rows: its model, and what it ran on."""
+    last = {(row["model"], row["command"]): row for row in rows if "command" in row}
+    return [
+        f"  {model}: {command}\n    {row['date']}, commit {row['commit']}, {row['hardware']}; {_plain(row['versions'])}"
+        for (model, command), row in last.items()
+    ]
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
@@ -112,7 +131,8 @@ def draw_by_attention(rows: Sequence[Row], path: Path) -> bool:
     """Score against the part of layers that keep attention, one panel per benchmark, metric and judge; False where nothing can be drawn."""
     from matplotlib.figure import Figure
 
-    known = [row for row in rows if row.get("attention") is not None]
+    apart = ("recall/needle", "lengths")  # these have pictures of their own
+    known = [row for row in rows if row.get("attention") is not None and row["benchmark"] not in apart and not row.get("part_of")]
     panels = {key: [row for row in known if (row["benchmark"], row["metric"], row["judge"]) == key] for key in dict.fromkeys(
         (row["benchmark"], row["metric"], row["judge"]) for row in known)}  # fmt: skip
     panels = {key: found for key, found in panels.items() if len({row["attention"] for row in found}) > 1}
@@ -161,7 +181,11 @@ def report(runs: Sequence[str], out: str | Path) -> str | None:
     if needles := _needles(rows):
         draw_needle(needles, target / "needle.png")
         written.append("needle.png")
+    if curves := lengths.read_curves(rows):
+        lengths.draw(curves, target / "lengths.png")
+        written.append("lengths.png")
     parts = [f"{title}\n{_aligned(head, lines)}" for title, head, lines in _tables(everything)]
     if gaps := differences(folders):
         parts.append("paired differences\n" + "\n".join(gaps))
+    parts.append("made by\n" + "\n".join(_made_by(rows)))
     return "\n\n".join([*parts, f"written: {', '.join(str(target / name) for name in written)}"])

@@ -88,7 +88,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def save_items(folder: Path, benchmark: str, model: str, judge: str | None, values: Mapping[Any, Sequence[float]]) -> None:
     """Keep each question's values in items/, so that two models can be compared question by question."""
-    name = "--".join(filter(None, (benchmark, model, judge)))
+    name = "--".join(slug(part) for part in (benchmark, model, judge) if part)
     made = {"benchmark": benchmark, "model": model, "judge": judge, "values": {str(q): list(v) for q, v in values.items()}}
     path = folder / "items" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llamba.eval import fetch, stats
-from llamba.eval.answers import Question, Settings, answer_all, say_what_stopped
+from llamba.eval.answerer import Settings
+from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.sandbox import holds
 from llamba.eval.scores import model_name, save, save_items, score
 
@@ -145,7 +146,8 @@ def run(name: str, out: Path, settings: Settings, options: Options) -> str:
         for i, (row, answer) in enumerate(zip(rows, read, strict=True))
     }
     accuracy, silent = stats.bootstrap(right), sum(answer is None for answer in read)
-    save(out, [score(options.benchmark, "accuracy", model, accuracy, without_answer=silent, code_was_run=options.run_code)])
+    more: dict[str, Any] = {} if options.limit is None else {"limit": len(rows)}
+    save(out, [score(options.benchmark, "accuracy", model, accuracy, without_answer=silent, code_was_run=options.run_code, **more)])
     save_items(out, options.benchmark, model, None, right)
     cut = say_what_stopped(answers)
     return f"{options.benchmark} of {model}: {accuracy} % of {accuracy.n}; {silent} without a readable answer" + (f"\n{cut}" if cut else "")

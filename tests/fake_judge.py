@@ -33,6 +33,7 @@ class Faults:
     unreadable: float = 0.0
     fatal: int | None = None
     logprobs: bool = True
+    page: bool = False  # answers with a page in the place of JSON
     seen: Counter = field(default_factory=Counter)
     served: int = 0
     requests: int = 0
@@ -90,9 +91,9 @@ def fake_judge(**faults: Any) -> Iterator[tuple[str, Faults]]:
             pass
 
         def _send(self, status: int, body: dict[str, Any]) -> None:
-            content = json.dumps(body).encode()
+            content = b"<html>Welcome</html>" if state.page else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/html" if state.page else "application/json")
             self.send_header("Content-Length", str(len(content)))
             if status in (429, 500):
                 self.send_header("retry-after-ms", "2")

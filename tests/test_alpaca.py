@@ -5,6 +5,10 @@ import dataclasses
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_judge import Faults, fake_judge, reply
-from test_mt_bench import TEACHER, fails, student
+from test_mt_bench import ROOT, TEACHER, fails, stable, student
 
 from llamba.eval import alpaca
 from llamba.eval.commands import main
@@ -182,6 +186,31 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
         assert state.served - served == failed
     values = [json.loads(next((tmp_path / run / "items").iterdir()).read_text())["values"] for run in ("clean", "faulty")]
     assert values[0] == values[1] and len(values[0]) == 40
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_rerun_gives_the_same_rows(data: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    with fake_judge(delay=0.2) as (url, state):
+
+        def argv(out: str) -> list[str]:
+            asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(tmp_path / out), "--concurrency", "2"]
+            return ["alpaca", student(), *asked, "--limit", "40", "--win-rate-only", "--max-new-tokens", "8"]
+
+        main(argv("whole"))
+        asked = state.served
+        command = [sys.executable, "-m", "llamba.eval.commands", *argv("killed")]
+        for _ in range(4):
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(rng.uniform(4, 14))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, cwd=ROOT, check=True)
+        assert state.served - asked <= 40 + 4 * 2  # a kill loses at most what was on its way
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert stable(whole / "alpaca_eval/model_answer/student.jsonl") == stable(killed / "alpaca_eval/model_answer/student.jsonl")
+    (one,), (other,) = (list((out / "alpaca_eval/student").glob("*/annotations.json")) for out in (whole, killed))
+    assert json.loads(one.read_text()) == json.loads(other.read_text())
 
 
 def test_control_tokens_and_template_places_reach_the_judge_broken(data: Path, shortened: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llamba.eval import stats
-from llamba.eval.answers import Answerer, Gumbel, Question, Settings, answer_all, fingerprint
+from llamba.eval.answerer import Answerer, Gumbel, Settings
+from llamba.eval.answers import Question, answer_all, fingerprint
 from llamba.eval.journal import read_lines, write_lines
 
 QUESTIONS = [Question(i, tuple(f"the {w} cat" for w in ("red", "big")[: 1 + i % 2]), 0.7 * (i % 3 > 0)) for i in range(7)]
@@ -32,14 +33,50 @@ def test_an_interrupted_run_repeats_whole_batches(teacher_folder: Path, tmp_path
     assert plain(read_lines(tmp_path / "a.jsonl")) == plain(whole)
 
 
-def test_answers_do_not_depend_on_batch_or_draft(teacher_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory, small, tokenizer) -> str:
+    """A draft that is often wrong: other weights, one layer, a shorter context."""
+    folder = tmp_path_factory.mktemp("draft")
+    draft = small.llama(len(tokenizer), seed=1, num_hidden_layers=1)
+    draft.config.max_position_embeddings = 40
+    draft.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_answers_do_not_depend_on_batch_or_draft(teacher_folder: Path, student_folder: str, other_folder: str) -> None:
+    """Greedy and sampled rows of unequal lengths, some near the end of the context, two alike but for their seed."""
     chats = [[{"role": "user", "content": q.turns[0]}] for q in QUESTIONS]
-    temperatures, seeds = [q.temperature for q in QUESTIONS], [str(q.id) for q in QUESTIONS]
-    answerer = Answerer(str(teacher_folder), Settings(**CPU))
-    together = answerer(chats, temperatures, seeds)
-    alone = [answerer([c], [t], [s])[0] for c, t, s in zip(chats, temperatures, seeds, strict=True)]
-    drafted = Answerer(str(teacher_folder), Settings(draft=str(teacher_folder), **CPU))
-    assert together == alone == [drafted([c], [t], [s])[0] for c, t, s in zip(chats, temperatures, seeds, strict=True)]
+    chats += [[{"role": "user", "content": "the " * 12}], [{"role": "user", "content": QUESTIONS[1].turns[0]}]]
+    temperatures, seeds = [*(q.temperature for q in QUESTIONS), 0.7, 0.7], [str(i) for i in range(len(chats))]
+    for model, drafts in ((str(teacher_folder), (str(teacher_folder), other_folder)), (student_folder, (other_folder, "lookup"))):
+        answerer = Answerer(model, Settings(max_new_tokens=24, device="cpu"))
+        answerer.context = 48
+        together = answerer(chats, temperatures, seeds)
+        alone = [answerer([c], [t], [s])[0] for c, t, s in zip(chats, temperatures, seeds, strict=True)]
+        assert together == alone and together[1] != together[-1] and len({answer.tokens for answer in together}) > 1
+        for draft in drafts:
+            drafted = Answerer(model, Settings(max_new_tokens=24, device="cpu", draft=draft))
+            drafted.context = 48
+            assert drafted(chats, temperatures, seeds) == together
+            assert 0 < drafted.drafted and (drafted.accepted < drafted.drafted or draft == model)
+    assert answerer(chats, temperatures, [f"{s}x" for s in seeds]) != together
+
+
+def test_a_draft_is_part_of_what_made_answers(teacher_folder: Path, other_folder: str, tmp_path: Path) -> None:
+    settings = Settings(batch=3, **CPU)
+    whole = answer_all(str(teacher_folder), "m", QUESTIONS, settings, tmp_path / "a.jsonl")
+    drafted = answer_all(str(teacher_folder), "m", QUESTIONS, Settings(batch=3, draft=other_folder, **CPU), tmp_path / "b.jsonl")
+    assert [row["choices"] for row in drafted] == [row["choices"] for row in whole]
+    with pytest.raises(ValueError, match="other settings"):
+        answer_all(str(teacher_folder), "m", QUESTIONS, settings, tmp_path / "b.jsonl")
+
+
+def test_fewer_questions_leave_the_other_answers(teacher_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(batch=3, **CPU)
+    whole = answer_all(str(teacher_folder), "m", QUESTIONS, settings, tmp_path / "a.jsonl")
+    assert answer_all(str(teacher_folder), "m", QUESTIONS[:2], settings, tmp_path / "a.jsonl") == whole[:2]
+    assert read_lines(tmp_path / "a.jsonl") == whole
 
 
 def test_gumbel_draws_from_the_softmax() -> None:

@@ -11,7 +11,7 @@ from test_mt_bench import TEACHER, fails
 
 import llamba
 from llamba.eval import perplexity, recall
-from llamba.eval.answers import Answered, Answerer, Settings
+from llamba.eval.answerer import Answered, Answerer, Settings
 from llamba.eval.commands import main
 from llamba.eval.journal import read_lines
 

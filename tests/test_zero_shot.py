@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import llamba
 from llamba.cli import main as llamba_main
 from llamba.eval import lengths, sandbox, scores, zero_shot
-from llamba.eval.answers import Answered, Answerer
+from llamba.eval.answerer import Answered, Answerer
 from llamba.eval.commands import main
 from llamba.eval.journal import read_lines
 from llamba.eval.stats import Interval
@@ -118,17 +118,25 @@ def test_the_report_puts_runs_side_by_side(teacher_folder: Path, tmp_path: Path,
         needles = [scores.score("recall/needle", f"{t}, {d}", name, 50.0, cell=[t, d]) for t in (1, 2) for d in (0.0, 1.0)]
         scores.save(folder / "eval", needles)
         scores.save_items(folder / "eval", "mt_bench", name, judge, {q: [mean, mean + q % 2 * (name == "whole")] for q in range(80)})
+        for length in (64, 128):
+            named = [f"{what} at {length}" for what in ("prefill, tokens/s", "decode, tokens/s", "peak MiB", "cache MiB")]
+            scores.save(folder / "eval", [scores.score("lengths", metric, name, 5.0, length=length) for metric in named])
     scores.save(tmp_path / "whole/eval", [scores.score("mt_bench", "average", "whole", Interval(7.5, 7, 8, 80), "a")])  # replaces
+    part = scores.score("lm_eval/mmlu_law", "acc", "half", 1.0, part_of="mmlu", limit=3)
+    scores.save(tmp_path / "half/eval", [part, part | {"benchmark": "lm_eval/mmlu", "part_of": None}])
     llamba_main(["report", "whole", "half", "other", "--out", "together"])
     printed = capsys.readouterr().out
     by_a = printed.partition("judged by a\n")[2].partition("\n\n")[0]
     assert "whole  7.50 [7.00, 8.00]" in by_a and "half   6.00" in by_a and "other" not in by_a and "(2 failed)" in by_a
     assert "Zephyr-7B (published)" in printed.partition("judged by gpt-4 (retired)\n")[2]
     assert "whole - half = 1.25 [" in printed and "better on 80, worse on 0, equal on 0" in printed and "whole - other" not in printed
+    assert "mmlu_law" not in printed and "1.00 (first 3 only)" in printed
+    assert "  half: " in printed.partition("made by\n")[2]
     with open("together/scores.csv") as file:
         rows = list(csv.DictReader(file))
     ours = next(row for row in rows if row["model"] == "half" and row["benchmark"] == "mt_bench")
     assert ours["judge"] == "a" and ours["attention"] == "0.5" and all(ours[key] for key in ("command", "versions", "hardware", "date"))
     assert {row["source"] for row in rows if row["judge"] == "gpt-4 (retired)"} == {"Mamba-in-Llama (arXiv 2408.15237), Table 2"}
     assert "## mt_bench, judged by a" in Path("together/scores.md").read_text()
-    assert all(Path("together", name).read_bytes()[:4] == b"\x89PNG" for name in ("attention.png", "needle.png"))
+    assert all(Path("together", name).read_bytes()[:4] == b"\x89PNG" for name in ("attention.png", "needle.png", "lengths.png"))
+    assert lengths.read_curves(read_lines(Path("half/eval/scores.jsonl")))["half"][128] == lengths.Measured(5.0, 5.0, 5.0, 5.0)
