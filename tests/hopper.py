@@ -1,12 +1,13 @@
 """Compile the Triton kernels for an H100 or H200 where there is none, at Llama-3-8B's shapes; one JSON line per kernel.
 
-Run as a script without TRITON_INTERPRET. ptxas and cuobjdump come with triton.
+Run as a script without TRITON_INTERPRET, with the dtypes to compile for (default bfloat16). ptxas and cuobjdump come with triton.
 """
 
 import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -41,17 +42,17 @@ class Recorder:
         return lambda *args, **named: self.launches.append((self.kernel, args, named))
 
 
-def launches() -> list:
-    """Every launch of a training step's SSD and convolution, and of a speculative round, on tensors without content."""
+def launches(dtype: torch.dtype) -> list:
+    """Every launch of a training step's SSD and convolution, of one token, and of a speculative round, on tensors without content."""
     noted: list = []
     for module in (ssd, step, conv1d, decode):
         for name, value in vars(module).copy().items():
-            if isinstance(value, triton.JITFunction):
-                setattr(module, name, Recorder(value, noted))
-    wide = torch.empty(1, T, H * P + C + H, dtype=torch.bfloat16)
+            if isinstance(value, (triton.JITFunction, Recorder)):
+                setattr(module, name, Recorder(value.kernel if isinstance(value, Recorder) else value, noted))
+    wide = torch.empty(1, T, H * P + C + H, dtype=dtype)
     raw = wide[..., H * P : H * P + C].requires_grad_()
     conv, bias = torch.empty(C, W, requires_grad=True), torch.empty(C)
-    y = conv1d.fused(raw, conv, bias, "silu", torch.empty(1, W - 1, C, dtype=torch.bfloat16), None)
+    y = conv1d.fused(raw, conv, bias, "silu", torch.empty(1, W - 1, C, dtype=dtype), None)
     torch.autograd.grad(y.sum(), conv)
     x, b, c = (t.unflatten(-1, (-1, P)) for t in raw.split([G * P, G * P, H * P], -1))
     a = torch.empty(1, T, H, requires_grad=True)
@@ -60,7 +61,7 @@ def launches() -> list:
     with torch.no_grad():
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
-    decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
+    decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, dtype, "cpu"), cursors(1, "cpu"))
     return noted
 
 
@@ -93,5 +94,6 @@ def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str,
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for launch in launches():
-        print(json.dumps(compile_launch(*launch)), flush=True)
+    for name in sys.argv[1:] or ["bfloat16"]:
+        for launch in launches(getattr(torch, name)):
+            print(json.dumps(compile_launch(*launch) | {"dtype": name}), flush=True)

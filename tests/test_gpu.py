@@ -3,6 +3,7 @@
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C channels.
 """
 
+import packages
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from triton_tools import poisoned, rms, with_gradients
 
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
-from llamba.kernels.ssd import ssd
+from llamba.kernels.ssd import ssd, ssd_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative RMS error: operands of tensor cores are rounded once
@@ -45,6 +46,29 @@ def test_ssd(dtype: torch.dtype, T: int, width: int) -> None:
     with poisoned():
         got = with_gradients(ssd, inputs, impl="triton", **options)
     _check(got, with_gradients(ssd, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
+
+
+@every_dtype
+def test_one_token_of_ssd(dtype: torch.dtype) -> None:
+    B, H, G, P = 3, 8, 2, 80
+    shapes = {"x": (B, G, P), "b": (B, G, P), "c": (B, H, P)}
+    inputs = {name: _randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+    wide = {"a": (B, H), "dt": (B, H), "D": (H,), "state": (B, H, P, P)}
+    inputs |= {name: _randn(*shape, dtype=torch.float32) for name, shape in wide.items()}
+    with poisoned(), torch.no_grad():
+        got = ssd_step(**inputs, impl="triton")
+        want = ssd_step(**_exact(inputs), impl="torch")
+    _check(dict(zip("ys", got, strict=True)), dict(zip("ys", want, strict=True)), BUDGET[dtype])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case[0]) for case in packages.cases()])
+def test_forms_in_other_packages(case) -> None:
+    """As installed and compiled here; their products of fp32 tensors are tf32's."""
+    _, op, form, inputs, options = case
+    pytest.importorskip(form)
+    inputs, options = ({n: v.cuda() if isinstance(v, Tensor) else v for n, v in given.items()} for given in (inputs, options))
+    for name, error in packages.errors(op, form, inputs, options).items():
+        assert error <= 1e-2, f"{name}: relative RMS error {error:.1e}"
 
 
 @every_dtype
