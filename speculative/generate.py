@@ -19,7 +19,7 @@ from llamba.speculative.accept import accept, accept_greedy
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
 from llamba.speculative.graphs import Decoded, decode, serves
-from llamba.speculative.lookahead import Auto, Fixed
+from llamba.speculative.lookahead import Auto, Fixed, schedule
 from llamba.speculative.rewind import Rewindable, kinds_of
 
 
@@ -28,7 +28,8 @@ class Generation:
     """What was generated, and how fast.
 
     `sequences` [B, T]: prompts as given and new tokens, padded behind the end; `new` the new tokens of each row. `rounds` counts calls
-    of the target after the prompt, `drafted` and `accepted` tokens over all rows, `seconds` all but the reading of the prompt.
+    of the target after the prompt, `drafted` tokens over all rows and those of them that stood and came out (`accepted`), `seconds` all
+    but the reading of the prompt.
     """
 
     sequences: Tensor
@@ -57,7 +58,8 @@ class Generation:
         text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
         if not self.drafted:
             return text
-        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {self.rounds} rounds"
+        rounds = f"{self.rounds} round{'s'[: self.rounds > 1]}"
+        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {rounds}"
 
 
 def generate(
@@ -66,7 +68,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     draft: PreTrainedModel | Drafter | Literal["lookup"] | None = None,
-    lookahead: int | Literal["auto"] = 4,
+    lookahead: int | Literal["auto"] | Auto = 4,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -83,16 +85,16 @@ def generate(
 
     attention_mask [B, T]: 0 for padding on the left. `draft`: a model with the same vocabulary (a Llama-type model of transformers, or
     one of ours), "lookup" (copies from the text so far), or an object with the methods of `Drafter`. `lookahead`: tokens drafted a
-    round, or "auto". `temperature` 0 is greedy. `eos_token_id`: "model" takes those of the model's generation configuration, None does
-    not stop. `logits_processor`, `stopping_criteria` and `streamer` are transformers'; they are called for every token. The random
-    numbers come from `generator` (on the CPU; None: torch's own).
+    round, or "auto"; an `Auto` keeps what it has learnt for the next call. `temperature` 0 is greedy. `eos_token_id`: "model" takes those
+    of the model's generation configuration, None does not stop. `logits_processor`, `stopping_criteria` and `streamer` are transformers';
+    they are called for every token. The random numbers come from `generator` (on the CPU; None: torch's own).
     `engine`: "graphs" decodes in rounds that are device work alone, on CUDA in captured graphs (see `graphs`); "eager" goes from call to
     call; "auto" takes graphs on CUDA where they serve. They do not serve drafts that are no models, processors and criteria.
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
     choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
     rows = _rows(ids, attention_mask)
-    count = _lookahead(lookahead)
+    count = schedule(lookahead)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if streamer is not None and len(rows) > 1:
@@ -182,17 +184,18 @@ class _Job:
         count = min(self.lookahead.next(), most) if self.source is not None else 0
         proposal = self._propose(count)
         stand, last, scores = self._verify(proposal)
-        fates, drafts = [], proposal.tokens.tolist()
+        fates, kept, drafts = [], list[int](), proposal.tokens.tolist()
         for place, (number, row) in enumerate(zip(numbers, self.rows, strict=True)):
             new, finished = self.stops.cut(number, row, [*drafts[place][: stand[place]], last[place]], scores[place])
             row += new
             fates.append(finished)
+            kept.append(min(stand[place], len(new)))
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(new))
         self.rounds += 1
-        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(stand)
+        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(kept)
         self._go_back(count, proposal, stand)
-        self.lookahead.learn(count, stand, proposal.counts, time.perf_counter() - started)
+        self.lookahead.learn(count, kept, proposal.counts, time.perf_counter() - started)
         return self._keep(numbers, fates)
 
     def _propose(self, count: int) -> Proposal:
@@ -253,14 +256,6 @@ def _rows(ids: Tensor, mask: Tensor | None) -> Rows:
     if mask.shape != ids.shape or not bool((mask.bool().long().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all()):
         raise ValueError("attention_mask must have the shape of ids, and padding must stand on the left (tokenizer.padding_side = 'left')")
     return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(ids.tolist(), mask.tolist(), strict=True)]
-
-
-def _lookahead(given: int | str) -> Fixed | Auto:
-    if given == "auto":
-        return Auto()
-    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < KEPT:
-        raise ValueError(f'lookahead must be 1 to {KEPT - 1} (the cache holds the last {KEPT} tokens) or "auto"; got {given!r}')
-    return Fixed(given)
 
 
 def _check_context(name: str, model: PreTrainedModel, length: int) -> None:

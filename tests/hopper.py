@@ -21,9 +21,10 @@ from triton.compiler import ASTSource
 
 import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_op as decode
+import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.ssd.triton_op as ssd
 import llamba.kernels.ssd.triton_step as step
-from llamba.kernels.decode import Weights, buffers, cursors
+from llamba.kernels.decode import Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -43,9 +44,9 @@ class Recorder:
 
 
 def launches(dtype: torch.dtype) -> list:
-    """Every launch of a training step's SSD and convolution, of one token, and of a speculative round, on tensors without content."""
+    """Every launch of a training step's SSD, selective scan and convolution, of one token, and of speculative rounds, on empty tensors."""
     noted: list = []
-    for module in (ssd, step, conv1d, decode):
+    for module in (ssd, step, selective_scan, conv1d, decode):
         for name, value in vars(module).copy().items():
             if isinstance(value, (triton.JITFunction, Recorder)):
                 setattr(module, name, Recorder(value.kernel if isinstance(value, Recorder) else value, noted))
@@ -58,11 +59,24 @@ def launches(dtype: torch.dtype) -> list:
     a = torch.empty(1, T, H, requires_grad=True)
     y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
     torch.autograd.grad(y.sum() + last.sum(), a)
+    _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32), dtype)
+    _mamba1_scan(1, H, P, None, dtype)
     with torch.no_grad():
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, dtype, "cpu"), cursors(1, "cpu"))
+    parameters = torch.empty(G * P, W), torch.empty(G * P), torch.empty(H * P), torch.empty(H * P, 16), torch.empty(H * P)
+    held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, dtype, "cpu")
+    decode.fused_mamba1(wide[:, :5], wide[:, :5, : H * P], Mamba1Weights(*parameters, P), held, cursors(1, "cpu"))
     return noted
+
+
+def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """The selective scan of T tokens and its gradient, in S groups of b and c."""
+    x, b = torch.empty(1, T, H * P, dtype=dtype), torch.empty(1, T, S, N, dtype=dtype)
+    dt, A = torch.empty(1, T, H * P, requires_grad=True), torch.empty(H * P, N)
+    y, last = selective_scan.fused(x, dt, A, b, b, A[:, 0].contiguous(), None, docs, 64)
+    torch.autograd.grad(y.sum() + last.sum(), dt)
 
 
 def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str, Any]:

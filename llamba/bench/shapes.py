@@ -100,14 +100,15 @@ def shrunk(config: PreTrainedConfig, by: int) -> PreTrainedConfig:
     if by == 1:
         return config
     values = config.to_dict()
-    heads, layers = max(config.num_attention_heads // by, 1), max(config.num_hidden_layers // by, 2)
+    hybrid = bool(values.get("mixer"))
+    heads, layers = max(config.num_attention_heads // by, 1), max(config.num_hidden_layers // by, 8 if hybrid else 2)
     width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     plain = LlamaConfig(
         vocab_size=config.vocab_size // by, hidden_size=heads * width, intermediate_size=config.intermediate_size // by,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=width,
         max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
-    if not values.get("mixer"):
+    if not hybrid:
         return plain
     return _recurrent(plain, sum(kind != RECURRENT for kind in config.layer_types) / len(config.layer_types), values["mixer"]["kind"])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.kernels.ssd import ssd, ssd_matrix, ssd_resume, ssd_step
+from llamba.kernels.ssd import ssd, ssd_fold, ssd_matrix, ssd_resume, ssd_step
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 
 
@@ -88,6 +88,11 @@ class Mamba2(Mixer):
         a, step = self.decay(dt)
         first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
         return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state)
+
+    def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
+        x, b, dt = inputs
+        a, step = self.decay(dt)
+        return ssd_fold(x, a, b, dt=step, mask=mask, state=state)
 
     def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token; see `llamba.kernels.ssd.ssd_step`."""
