@@ -163,6 +163,14 @@ def test_length_control_is_refused_where_it_is_meaningless(data: Path, public_da
         path.write_text(json.dumps(part))
         error = fails(capsys, arguments(data, tmp_path, path))
         assert "length-controlled win rate needs" in error and "--win-rate-only" in error
+    for name, part, what in (
+        ("twice", [rows[0], rows[0]], "twice"),
+        ("none", [], "it is empty"),
+        ("other", [rows[0], rows[1] | {"instruction": "Sing."}], "row 1 has another"),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(part))
+        assert what in fails(capsys, arguments(data, tmp_path, path, "--win-rate-only"))
     assert "llamba eval fetch alpaca_eval" in fails(capsys, arguments(public_data, tmp_path, shortened))
     model = ["alpaca", str(TEACHER), "--judge", "fake", "--judge-url", "http://127.0.0.1:9/v1", "--data", str(data), "--out", str(tmp_path)]
     assert "needs the 805 official references, got 4" in fails(capsys, [*model, "--limit", "4"])
@@ -186,6 +194,12 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
         assert state.served - served == failed
     values = [json.loads(next((tmp_path / run / "items").iterdir()).read_text())["values"] for run in ("clean", "faulty")]
     assert values[0] == values[1] and len(values[0]) == 40
+    part.write_text(json.dumps(json.loads(shortened.read_text())[20:50]))  # others: the questions that both have are compared
+    with fake_judge() as (url, state):
+        main(arguments(data, tmp_path / "others", part, "--win-rate-only", url=url))
+    others = json.loads(next((tmp_path / "others/items").iterdir()).read_text())["values"]
+    assert len(others) == 30 and len(set(others) & set(values[0])) == 20
+    assert all(others[q] == values[0][q] for q in set(others) & set(values[0]))
 
 
 @pytest.mark.slow
