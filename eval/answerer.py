@@ -115,14 +115,18 @@ class Answerer:
             raise ValueError(f"{name} needs a tokenizer with a chat template to be asked questions; its tokenizer has none")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.draft = load_draft(settings.draft, self.model) if settings.draft else None
-        if settings.draft not in (None, LOOKUP) and self.draft.config.vocab_size != self.model.config.vocab_size:
-            raise ValueError(
-                f"--draft must share the model's vocabulary of {self.model.config.vocab_size}, got {self.draft.config.vocab_size}"
-            )
+        self.draft = self._load_draft(settings.draft)
         self.context = self.model.config.max_position_embeddings
         self.drafted = self.accepted = 0  # tokens
         logging.getLogger(MaxLengthCriteria.__module__).setLevel(logging.ERROR)  # it takes padding for context; `Room` does not
+
+    def _load_draft(self, name: str | None) -> Any:
+        if name is None:
+            return None
+        draft = load_draft(name, self.model)
+        if draft != LOOKUP and draft.config.vocab_size != self.model.config.vocab_size:
+            raise ValueError(f"--draft must share the model's vocabulary of {self.model.config.vocab_size}, got {draft.config.vocab_size}")
+        return draft
 
     def template(self) -> str:
         """Hash of the chat template."""

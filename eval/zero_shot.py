@@ -146,7 +146,7 @@ def run(name: str, out: Path, settings: Settings, options: Options) -> str:
         for i, (row, answer) in enumerate(zip(rows, read, strict=True))
     }
     accuracy, silent = stats.bootstrap(right), sum(answer is None for answer in read)
-    more = {} if options.limit is None else {"limit": len(rows)}
+    more: dict[str, Any] = {} if options.limit is None else {"limit": len(rows)}
     save(out, [score(options.benchmark, "accuracy", model, accuracy, without_answer=silent, code_was_run=options.run_code, **more)])
     save_items(out, options.benchmark, model, None, right)
     cut = say_what_stopped(answers)

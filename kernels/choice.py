@@ -1,12 +1,16 @@
 """Which form of an operation runs: the caller's `impl`, else the environment's LLAMBA_KERNELS, else what suits the device.
 
 "auto" takes Triton on CUDA where it is installed and can take the tensors, and PyTorch elsewhere. "sequential" is the oracle, one
-token at a time. A value of LLAMBA_KERNELS that an operation does not have leaves that operation at "auto".
+token at a time. Other packages run only where they are asked for. A value of LLAMBA_KERNELS that an operation does not have leaves that
+operation at "auto".
 """
 
+import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -19,11 +23,19 @@ logger = logging.getLogger("llamba.kernels")
 _announced: set[tuple[str, str]] = set()
 
 
-def choose(op: str, impl: str, forms: tuple[str, ...], example: Tensor, obstacle: Obstacle = None) -> str:
+def choose(
+    op: str,
+    impl: str,
+    forms: tuple[str, ...],
+    example: Tensor,
+    obstacle: Obstacle = None,
+    packages: Mapping[str, Obstacle] | None = None,
+) -> str:
     """The form, one of `forms`, in which `op` runs on tensors like `example`; told once per operation and form to the log.
 
-    `obstacle` says why Triton cannot take these tensors, if so. Raises `ValueError` for an unknown `impl`, and where the form that
-    was asked for cannot run here: its package is missing, the tensors are on the wrong device, or there is an obstacle.
+    `obstacle` says why Triton cannot take these tensors, if so, and `packages` the same of other packages. Raises `ValueError` for an
+    unknown `impl`, and where the form that was asked for cannot run here: its package is missing, the tensors are on the wrong device, or
+    there is an obstacle.
     """
     if impl not in ("auto", *forms):
         raise ValueError(f"impl must be one of {', '.join(('auto', *forms))}; got {impl!r}")
@@ -34,8 +46,10 @@ def choose(op: str, impl: str, forms: tuple[str, ...], example: Tensor, obstacle
         asked = "triton" if "triton" in forms and _triton_obstacle(example, obstacle) is None else "torch"
     elif asked == "triton" and (reason := _triton_obstacle(example, obstacle)) is not None:
         raise ValueError(f"{op} cannot run in Triton: {reason}")
-    elif asked in PACKAGES:
+    elif asked in PACKAGES and asked != "triton":
         need(op, asked)
+        if (reason := _device_obstacle(example, True) or (packages or {}).get(asked)) is not None:
+            raise ValueError(f"{op} cannot run in {asked}: {reason}")
     if (op, asked) not in _announced:
         _announced.add((op, asked))
         logger.info("%s runs in %s", op, asked)
@@ -48,6 +62,18 @@ def need(op: str, module: str) -> None:
         raise ValueError(f"{op} was asked to run in {module}, which is not installed: pip install {PACKAGES[module]}, or impl='torch'")
 
 
+def load(op: str, module: str, name: str) -> Any:
+    """`name` of a package's `module`. Raises `ValueError` where its import fails, as that of a build for another torch does."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ValueError(
+            f"{op} was asked to run in {package}, which is installed but cannot be imported ({error}): build {PACKAGES[package]} for this "
+            "torch and CUDA, or impl='torch'"
+        ) from error
+
+
 def _from_environment(forms: tuple[str, ...]) -> str:
     value = os.environ.get(VARIABLE, "auto")
     known = ("auto", "torch", "sequential", *PACKAGES)
@@ -57,11 +83,15 @@ def _from_environment(forms: tuple[str, ...]) -> str:
 
 
 def _triton_obstacle(example: Tensor, obstacle: Obstacle) -> Obstacle:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton, or impl='torch'"
+    return _device_obstacle(example, example.device.type == "cuda") or obstacle
+
+
+def _device_obstacle(example: Tensor, compiled: bool) -> Obstacle:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if example.device.type != "cuda" and not interpreted:
-        return f"it needs tensors on CUDA, got {example.device.type} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    if example.device.type == "cuda" and example.element_size() == 8:
-        return "its kernels take fp32 and 16-bit tensors on CUDA, got fp64"
-    return obstacle
+        return f"it needs tensors on CUDA, got {example.device.type} (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, slowly)"
+    if compiled and example.element_size() == 8:
+        return "its kernels take fp32 and 16-bit tensors, got fp64"
+    return None

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_op as decode
 import llamba.kernels.ssd.triton_op as ssd
+import llamba.kernels.ssd.triton_step as step
 from llamba.kernels.decode import Weights, buffers, cursors
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -43,7 +44,7 @@ class Recorder:
 def launches() -> list:
     """Every launch of a training step's SSD and convolution, and of a speculative round, on tensors without content."""
     noted: list = []
-    for module in (ssd, conv1d, decode):
+    for module in (ssd, step, conv1d, decode):
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, Recorder(value, noted))
@@ -56,6 +57,8 @@ def launches() -> list:
     a = torch.empty(1, T, H, requires_grad=True)
     y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
     torch.autograd.grad(y.sum() + last.sum(), a)
+    with torch.no_grad():
+        step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
     return noted

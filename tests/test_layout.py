@@ -163,7 +163,8 @@ def test_product_code_neither_probes_nor_swallows(path: Path) -> None:
             assert node.id != "hasattr", node.lineno
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else ""
-            assert caught and not {"Exception", "BaseException", "ImportError"} & set(re.findall(r"\w+", caught)), node.lineno
+            here = {"ImportError"} if path.relative_to(ROOT).as_posix() == "kernels/choice.py" else set()  # a package that does not load
+            assert caught and not ({"Exception", "BaseException", "ImportError"} - here) & set(re.findall(r"\w+", caught)), node.lineno
 
 
 def test_library_never_imports_recipes_or_the_command() -> None:

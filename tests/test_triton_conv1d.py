@@ -38,7 +38,7 @@ def _check(inputs: dict[str, Tensor], relative: float = 1e-6, dtype: torch.dtype
     within_budget(got, same, truth, relative)
 
 
-@pytest.mark.parametrize("T", [1, 3, 40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("T", [1, 3, 63, *(pytest.param(T, marks=pytest.mark.slow) for T in (100, 300))])
 def test_forward_and_backward(T: int) -> None:
     _check(_inputs(1, T))
 
@@ -85,6 +85,12 @@ def _walk(impl: str, R: int = 8) -> list[Tensor]:
         outs.append(y)
         length = length + kept
     return outs
+
+
+def test_ring_programs_in_any_order() -> None:
+    forwards = _walk("triton")
+    with grid_backwards():
+        assert all(torch.equal(one, other) for one, other in zip(forwards, _walk("triton"), strict=True))
 
 
 def test_ring_equals_its_torch_form_and_the_sequence() -> None:

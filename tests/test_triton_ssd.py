@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, with_gradients, within_budget
 
-from llamba.kernels.ssd import ssd
+from llamba.kernels.ssd import ssd, ssd_step
 
 pytestmark = needs_interpreter
 CHUNK = 16
@@ -110,6 +110,11 @@ CORRUPTIONS = {
     "carry": ("triton_carry", "(w_end - w) + (r_end - r)", "(w_end - w)"),
     "outputs": ("triton_outputs", "rows >= columns", "rows > columns"),
     "head_gradients": ("triton_gradients", "first < second", "first <= second"),
+    "head_gradients past the end": (
+        "triton_gradients",
+        "tl.store(da + (row * T + t.to(tl.int64)) * H + h, dlog + tl.load(across + (row * H + h) * K + k), mask=t < T)",
+        "tl.store(da + (row * T + t.to(tl.int64)) * H + h, dlog + tl.load(across + (row * H + h) * K + k))",
+    ),
     "shared_gradients": ("triton_gradients", "within(w, r, Q, True) * step[:, None]", "within(w, r, Q, True) * step[None, :]"),
 }
 
@@ -122,9 +127,53 @@ def test_a_planted_corruption_is_caught(kernel: str, tmp_path, monkeypatch) -> N
 
     module, old, new = CORRUPTIONS[kernel]
     copy = corrupted(import_module(f"llamba.kernels.ssd.{module}"), old, new, tmp_path)
-    monkeypatch.setattr(triton_op, kernel, getattr(copy, kernel))
+    name = kernel.split()[0]
+    monkeypatch.setattr(triton_op, name, getattr(copy, name))
     with pytest.raises(AssertionError, match="error"):
         _check(_inputs(1, 20), seq_idx=_documents(20)[:1])
+
+
+STEPS = {"mamba2": (4, 2, 5, 3, ""), "discrete": (4, 2, 5, 3, "dt"), "H = G, wide, without D": (2, 2, 40, 20, "D")}
+
+
+def _check_step(H: int, G: int, P: int, N: int, without: str, dtype: torch.dtype = torch.float32, relative: float = 1e-6) -> None:
+    inputs = {name: t if name in ("D", "state") else t[:, 0] for name, t in _inputs(2, 1, H, G, P, N).items() if name != without}
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    given = inputs["state"].clone()
+    truth = ssd_step(**{name: tensor.double() for name, tensor in inputs.items()}, impl="torch")
+    with poisoned():
+        got = ssd_step(**inputs, impl="triton")
+    named = (dict(zip(("y", "state"), pair, strict=True)) for pair in (got, ssd_step(**inputs, impl="torch"), truth))
+    within_budget(*named, relative)
+    assert torch.equal(inputs["state"], given), "the given state is left as it is"
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_one_token(case: str) -> None:
+    _check_step(*STEPS[case])
+    with grid_backwards():
+        _check_step(*STEPS[case], dtype=torch.float64, relative=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change", [("S * query[None, :]", "S * key[None, :]"), ("tl.store(new + tile, S, mask=inside)", "tl.store(new + tile, S)")]
+)
+def test_a_planted_corruption_of_one_token_is_caught(change: tuple[str, str], tmp_path, monkeypatch) -> None:
+    from llamba.kernels.ssd import triton_step
+
+    monkeypatch.setattr(triton_step, "advance", corrupted(triton_step, *change, tmp_path).advance)
+    with pytest.raises(AssertionError, match="error"):
+        _check_step(*STEPS["mamba2"])
+
+
+def test_one_token_with_a_gradient_is_not_for_triton(monkeypatch) -> None:
+    inputs = {name: t if name in ("D", "state") else t[:, 0] for name, t in _inputs(1, 1).items()}
+    inputs["x"].requires_grad_()
+    with pytest.raises(ValueError, match="its one-token step has no gradient"):
+        ssd_step(**inputs, impl="triton")
+    assert ssd_step(**inputs)[0].requires_grad
+    with torch.no_grad():
+        assert not ssd_step(**inputs, impl="triton")[0].requires_grad
 
 
 def test_long_memories_keep_fp32_accuracy() -> None:
@@ -172,7 +221,16 @@ def test_every_kernel_compiles_for_hopper() -> None:
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} >= {"decay_sums", "carry", "outputs", "head_gradients", "shared_gradients", "convolve", "mamba2"}
+    assert {row["kernel"] for row in rows} >= {
+        "decay_sums",
+        "carry",
+        "outputs",
+        "advance",
+        "head_gradients",
+        "shared_gradients",
+        "convolve",
+        "mamba2",
+    }
     for row in rows:
         assert row["shared"] <= 227 * 1024 and row["stack"] <= 512, row
         assert row["wgmma"] or row["kernel"] not in ("carry", "outputs", "head_gradients", "shared_gradients"), row

@@ -35,20 +35,28 @@ def grid_backwards() -> Iterator[None]:
         del interpreter.range
 
 
+MARGIN = 64  # numbers on either side of a poisoned tensor; keeps the alignment that kernels are compiled for
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch.empty makes with NaN: a number that a kernel forgets to write shows."""
-    empty = torch.empty
+    """Fill what torch.empty makes with NaN, and what lies beside it: a number that a kernel forgets to write shows, and one too many."""
+    empty, wholes = torch.empty, []
 
     def nan(*args: Any, **kwargs: Any) -> Tensor:
         made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        if not made.is_floating_point():
+            return made
+        wholes.append(empty(made.numel() + 2 * MARGIN, dtype=made.dtype, device=made.device).fill_(float("nan")))
+        return wholes[-1][MARGIN:-MARGIN].view(made.shape)
 
     torch.empty = nan
     try:
         yield
     finally:
         torch.empty = empty
+    for whole in wholes:
+        assert whole[:MARGIN].isnan().all() and whole[-MARGIN:].isnan().all(), "error: a kernel wrote outside its tensor"
 
 
 def corrupted(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:

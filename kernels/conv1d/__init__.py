@@ -11,6 +11,7 @@ from torch import Tensor
 from ..choice import choose
 from ..common import accumulator, check_positive, check_rank, check_shape
 from .absent import final_window, pack, unpack
+from .packages import by_causal_conv1d, obstacles
 from .reference import sequential
 from .ring import ring as ring_in_torch
 from .shifted import shifted
@@ -18,7 +19,7 @@ from .shifted import shifted
 __all__ = ["causal_conv1d", "causal_conv1d_ring", "causal_conv1d_span", "causal_conv1d_step"]
 
 Convolution = Callable[[Tensor, Tensor, Tensor | None, str | None, Tensor, Tensor | None], Tensor]
-FORMS = ("torch", "sequential", "triton")
+FORMS = ("torch", "sequential", "triton", "causal_conv1d")
 
 
 def causal_conv1d(
@@ -43,8 +44,8 @@ def causal_conv1d(
     impl: see `kernels.choice`.
     Raises `ValueError` for shapes that do not fit together, an unknown `activation`, and an `impl` that is unknown or cannot run here.
     """
-    form = choose("conv1d", impl, FORMS, x)
     _check(x, weight, bias, activation, state, seq_idx, mask)
+    form = choose("conv1d", impl, FORMS, x, packages=obstacles(x, weight, state, seq_idx))
     B, _, C = x.shape
     state = x.new_zeros(B, weight.shape[1] - 1, C) if state is None else state.to(x.dtype)
     if form == "sequential":
@@ -52,6 +53,8 @@ def causal_conv1d(
     convolve: Convolution = shifted
     if form == "triton":
         from .triton_op import fused as convolve
+    elif form == "causal_conv1d":
+        convolve = by_causal_conv1d
     if mask is None:
         return convolve(x, weight, bias, activation, state, seq_idx), final_window(x, state, seq_idx, None)
     packed, docs, order = pack(x, seq_idx, mask)

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..choice import choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .blocked import blocked
+from .packages import by_mamba_ssm, obstacles
 from .reference import sequential
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
-FORMS = ("torch", "sequential")
+FORMS = ("torch", "sequential", "mamba_ssm")
 
 
 def selective_scan(
@@ -41,7 +42,7 @@ def selective_scan(
     Returns y [B, T, C] in the dtype of x and the state after the last token [B, C, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an unknown `impl`.
     """
-    form = choose("selective_scan", impl, FORMS, x)
+    form = choose("selective_scan", impl, FORMS, x, packages=obstacles(A, state, seq_idx))
     check_positive("chunk", chunk)
     _check(x, dt, A, b, c, D, state, seq_idx, mask)
     docs = documents(seq_idx, mask)
@@ -50,6 +51,8 @@ def selective_scan(
     with no_autocast(x):
         if form == "sequential":
             y, last = sequential(x, dt, A, b, c, D, state, docs)
+        elif form == "mamba_ssm":
+            y, last = by_mamba_ssm(x, dt, A, b, c, D)
         else:
             y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None], 0)), last

@@ -11,15 +11,17 @@ from ..choice import Obstacle, choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .chunked import chunked
 from .matrix import matrix
+from .packages import by_fla, by_mamba_ssm, obstacles
 from .reference import sequential
 from .resume import resume
 
 __all__ = ["ssd", "ssd_matrix", "ssd_resume", "ssd_step"]
 
-FORMS = ("torch", "sequential", "triton")
+FORMS = ("torch", "sequential", "triton", "mamba_ssm", "fla")
 TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
 CHUNKS = {"cpu": 32}  # tokens of a chunk, by kind of device, as measured
 CHUNK_ELSEWHERE = 64
+CHUNKS_OF_FORMS = {"mamba_ssm": 256}  # its own default
 
 
 def ssd(
@@ -38,7 +40,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Run S_t = exp(a_t) S_{t-1} + dt_t x_t b_t^T and y_t = S_t c_t + D x_t over a whole sequence.
 
-    x [B, T, G, P]; a [B, T, H] log decay, at most 0; b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H] write strength (None: 1);
+    x [B, T, G, P]; a [B, T, H] log decay, at most 0, or [H] where it is a dt (then dt must be given; mamba_ssm takes nothing else);
+    b [B, T, G, N]; c [B, T, H, N]; dt [B, T, H] write strength (None: 1);
     D [H] skip (None: no skip); state [B, H, P, N] before the first token (None: 0).
     seq_idx [B, T] non-decreasing document numbers: a document sees itself alone, and `state` belongs to document 0.
     mask [B, T] bool, True for real tokens: the others neither decay nor write the state, and their output is 0.
@@ -46,40 +49,77 @@ def ssd(
     Returns y [B, T, H, P] in the dtype of x and the state after the last token [B, H, P, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    form = choose("ssd", impl, FORMS, x, _obstacle(x, b))
-    chunk = CHUNKS.get(x.device.type, CHUNK_ELSEWHERE) if chunk is None else chunk
+    form = choose("ssd", impl, FORMS, x, _obstacle(x, b), obstacles(x, a, b))
+    chunk = CHUNKS_OF_FORMS.get(form, CHUNKS.get(x.device.type, CHUNK_ELSEWHERE)) if chunk is None else chunk
     check_positive("chunk", chunk)
     _check(x, a, b, c, dt, D, state, seq_idx, mask)
     docs = documents(seq_idx, mask)
     if mask is not None:
-        a = a.masked_fill(~mask[..., None], 0)
+        a = a if a.ndim == 1 else a.masked_fill(~mask[..., None], 0)
         dt = (torch.ones_like(a) if dt is None else dt).masked_fill(~mask[..., None], 0)
     with no_autocast(x):
-        if form == "sequential":
-            y, last = sequential(x, a, b, c, dt, D, state, docs)
-        elif form == "triton":
-            from .triton_op import fused
-
-            y, last = fused(x, a, b, c, dt, D, state, docs, chunk)
-        else:
-            y, last = chunked(x, a, b, c, dt, D, state, docs, chunk)
+        y, last = _run(form, x, a, b, c, dt, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None, None], 0)), last
 
 
+def _run(
+    form: str,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dt: Tensor | None,
+    D: Tensor | None,
+    state: Tensor | None,
+    docs: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    if form == "mamba_ssm":
+        assert dt is not None, "checked with a [H]"
+        return by_mamba_ssm(x, a, b, c, dt, D, state, docs, chunk)
+    if a.ndim == 1:
+        assert dt is not None, "checked with a [H]"
+        a = a.to(accumulator(x.dtype)) * dt.to(accumulator(x.dtype))
+    if form == "sequential":
+        return sequential(x, a, b, c, dt, D, state, docs)
+    if form == "fla":
+        return by_fla(x, a, b, c, dt, D, state, docs, chunk)
+    if form == "triton":
+        from .triton_op import fused
+
+        return fused(x, a, b, c, dt, D, state, docs, chunk)
+    return chunked(x, a, b, c, dt, D, state, docs, chunk)
+
+
 def ssd_step(
-    x: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: Tensor, dt: Tensor | None = None, D: Tensor | None = None
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    state: Tensor,
+    dt: Tensor | None = None,
+    D: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the recurrence of `ssd` by one token.
 
-    x [B, G, P]; a [B, H]; b [B, G, N]; c [B, H, N]; state [B, H, P, N]; dt [B, H]; D [H].
+    x [B, G, P]; a [B, H]; b [B, G, N]; c [B, H, N]; state [B, H, P, N]; dt [B, H]; D [H]. impl: see `kernels.choice`; Triton's step
+    has no gradient, and "auto" takes PyTorch where one is recorded.
     Returns y [B, H, P] in the dtype of x and the new state; the given one is left as it is.
-    Raises `ValueError` if x and c do not fit the state.
+    Raises `ValueError` for shapes that do not fit the state, and for an `impl` that is unknown or cannot run here.
     """
-    B, H, P, N = state.shape
-    G = x.shape[1]
-    check_shape("x", x, B, G, P)
-    check_shape("c", c, B, H, N)
+    (B, H, P, N), G = state.shape, x.shape[1]
     _check_groups(H, G)
+    shapes = (("x", x, (B, G, P)), ("a", a, (B, H)), ("b", b, (B, G, N)), ("c", c, (B, H, N)), ("dt", dt, (B, H)), ("D", D, (H,)))
+    for name, tensor, shape in shapes:
+        check_shape(name, tensor, *shape)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, b, c, state, dt, D))
+    obstacle = "its one-token step has no gradient; call it under torch.no_grad()" if needed else _obstacle(x, b)
+    if choose("ssd_step", impl, ("torch", "triton"), x, obstacle) == "triton":
+        from .triton_step import fused_step
+
+        return fused_step(x, a, b, c, dt, D, state)
     acc = accumulator(x.dtype)
     value = x.to(acc)[:, :, None]  # [B, G, 1, P]
     write = value.expand(B, G, H // G, P) if dt is None else value * dt.view(B, G, H // G, 1)  # [B, G, R, P]
@@ -172,7 +212,9 @@ def _check(
     check_positive("T", T)
     check_shape("c", c, B, T, H, N)
     _check_groups(H, G)
-    check_shape("a", a, B, T, H)
+    check_shape("a", a, *((H,) if a.ndim == 1 else (B, T, H)))
+    if a.ndim == 1 and dt is None:
+        raise ValueError("a [H] is a rate per unit of dt, so it needs dt; got None")
     check_shape("b", b, B, T, G, N)
     check_shape("dt", dt, B, T, H)
     check_shape("D", D, H)

@@ -68,7 +68,7 @@ class LowRank(Mamba2):
     def _project(self, hidden_states: Tensor) -> dict[str, Tensor]:
         return super()._project(hidden_states) | {"dt": hidden_states.new_zeros(*hidden_states.shape[:2], self.config.heads)}
 
-    def decay(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """No decay, write strength 1 (None)."""
         return torch.zeros_like(at_least_fp32(dt)), None
 

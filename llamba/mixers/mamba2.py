@@ -59,14 +59,18 @@ class Mamba2(Mixer):
         x, b, q = heads.split([shared, shared, c.heads], -2)
         return x, b, q
 
+    def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the raw step, what `ssd` takes as a and dt: here the rate [H] and the step [..., H], both at least fp32."""
+        return -at_least_fp32(self.A_log).exp(), F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
+
     def decay(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay and write strength (both [..., H], at least fp32) from the raw step."""
-        step = F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias))
-        return -at_least_fp32(self.A_log).exp() * step, step
+        rate, step = self.factors(dt)
+        return (rate if step is None else rate * step), step
 
     def scan(self, x: Tensor, b: Tensor, c: Tensor | None, dt: Tensor, state: Tensor | None, rec: Recurrence) -> tuple[Tensor, Tensor]:
         """Chunked SSD; see `llamba.kernels.ssd.ssd`."""
-        a, step = self.decay(dt)
+        a, step = self.factors(dt)
         if c is None:
             c = b.new_zeros(*b.shape[:-2], self.config.heads, b.shape[-1])
         return ssd(x, a, b, c, dt=step, D=self.D, state=state, seq_idx=rec.seq_idx, mask=rec.mask)
@@ -106,6 +110,6 @@ def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor
 class DiscreteMamba2(Mamba2):
     """Discrete Mamba-2 of Phi-Mamba (arXiv 2408.10189): h <- e^(-softplus(a + bias)) h + x B^T; the input is not scaled by the step."""
 
-    def decay(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay -softplus(a + bias); write strength 1 (None)."""
         return -F.softplus(at_least_fp32(dt) + at_least_fp32(self.dt_bias)), None
