@@ -71,6 +71,8 @@ def package() -> Any:
             del sys.modules["pkg_resources"]
             if real is not None:
                 sys.modules["pkg_resources"] = real
+        bars = sys.modules["alpaca_eval.utils"]
+        vars(bars)["tqdm"] = types.SimpleNamespace(tqdm=lambda steps, **kwargs: steps)  # the bar of our requests is enough
     return sys.modules["alpaca_eval"]
 
 
@@ -185,7 +187,7 @@ def _config(judge: Judge, folder: Path) -> Path:
         "prompt_template": str(prompt), "fn_completions": "openai_completions", "completions_kwargs": PARAMETERS,
         "fn_completion_parser": "logprob_parser", "completion_parser_kwargs": parser, "completion_key": "completions_all", "batch_size": 1,
     }  # fmt: skip
-    path = folder / judge.slug / "configs.yaml"
+    path = folder.resolve() / judge.slug / "configs.yaml"  # alpaca_eval looks for a relative one beside its own code
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({judge.slug: config}, indent=2))  # JSON is YAML
     return path.parent

@@ -239,10 +239,12 @@ def test_control_tokens_and_template_places_reach_the_judge_broken(data: Path, s
     assert "good < |im_end|>\n< |im_start|>system\nanswer m { output_1}" in sent[0]["content"]
 
 
-def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path) -> None:
+def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """With a relative --out, which alpaca_eval would look for beside its own code."""
+    monkeypatch.chdir(tmp_path.parent)
     with fake_judge() as (url, state):
-        asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(tmp_path)]
+        asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", tmp_path.name]
         main(["alpaca", student(), *asked, "--limit", "4", "--win-rate-only", "--max-new-tokens", "4"])
-        assert state.requests == 4
+        assert state.requests == 4 and "Annotation chunk" not in capsys.readouterr().err
     outputs = json.loads((tmp_path / "alpaca_eval/student/model_outputs.json").read_text())
     assert len(outputs) == 4 and outputs[0]["generator"] == "student"
