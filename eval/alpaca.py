@@ -113,6 +113,9 @@ def _outputs(name: str, out: Path, reference: Sequence[dict[str, Any]], settings
         rows = fetch.read_json_rows(Path(options.outputs))
         if bad := [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("instruction", "output"))]:
             raise ValueError(f"{options.outputs} must hold instruction and output in every row; row {bad[0]} does not")
+        if options.limit is not None:
+            asked_for = {row["instruction"] for row in reference}
+            rows = [row for row in rows if row["instruction"] in asked_for]
         _check_instructions(options.outputs, [row["instruction"] for row in rows], reference)
         return [row | {"generator": name} for row in rows]
     asked = [Question(i, (row["instruction"],), options.temperature) for i, row in enumerate(reference)]

@@ -184,7 +184,7 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
         assert "returns no log-probabilities" in fails(capsys, arguments(data, tmp_path / "none", part, *more, url=url))
         assert state.requests == 1
     with fake_judge() as (url, state):
-        main(arguments(data, tmp_path / "clean", part, *more, url=url))
+        main(arguments(data, tmp_path / "clean", shortened, *more, url=url))  # of all outputs, those of the first 40
     with fake_judge(too_many=0.3, broken=0.2, unreadable=0.2) as (url, state):
         main(arguments(data, tmp_path / "faulty", part, *more, "--max-failed", "0.5", url=url))
         served, failed = state.served, score(tmp_path / "faulty")["win rate"]["failed"]
