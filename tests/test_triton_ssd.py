@@ -230,6 +230,7 @@ def test_every_kernel_compiles_for_hopper() -> None:
         "shared_gradients",
         "convolve",
         "mamba2",
+        "mamba2_dual",
     }
     for row in rows:
         assert row["shared"] <= 227 * 1024 and row["stack"] <= 512, row

@@ -2,7 +2,8 @@
 
 A round advances the state over the tokens that were kept since it was written, evaluates T new ones, and writes no state between
 them (Mamba-in-Llama, arXiv 2408.15237, Algorithm 2). The numbers of tokens are integers on the device: one kernel, and one CUDA graph,
-serve every round, and T = 1 does bit for bit what T > 1 does. Taking tokens back is arithmetic on the cursors.
+serve every round, and T = 1 does bit for bit what T > 1 does. Taking tokens back is arithmetic on the cursors. The dual form evaluates the
+T tokens in matrix products instead of one after another, and takes trees (arXiv 2405.21060; STree, arXiv 2505.14969).
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C = G P + G N + H N channels,
 L slots of kept inputs, R slots of raw convolution inputs. The token at position p stands in slot p mod L, or p mod R.
 """
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from ..choice import Obstacle, choose
 from ..common import check_positive, check_rank, check_shape
+from .dual import dual_in_torch
 from .reference import steps_in_torch
 
-__all__ = ["Buffers", "Cursors", "Weights", "buffers", "commit", "cursors", "mamba2_steps", "plan"]
+__all__ = ["Branches", "Buffers", "Cursors", "Weights", "buffers", "commit", "cursors", "keep_paths", "mamba2_steps", "plan"]
 
 TRITON_WIDEST = 128  # entries of P and of N that a program holds
 
@@ -51,6 +53,13 @@ class Cursors(NamedTuple):
     folded: Tensor  # tokens in `state`
     new: Tensor  # of the T tokens of this round, how many are real
     fold_to: Tensor  # where this round writes the state: up to length + new; nothing is written unless it is behind `folded`
+
+
+class Branches(NamedTuple):
+    """The T tokens of a round as a tree: node 0 follows the tokens that are kept. See `llamba.tree.Tree`, which makes both."""
+
+    ancestors: Tensor  # [T, T] bool, whether node j is node i or stands on the way to it; j <= i
+    windows: Tensor  # [T, W] integers, what the convolution of each node sees, oldest first: W - 1 + j is node j, less is before node 0
 
 
 def buffers(B: int, H: int, G: int, P: int, N: int, W: int, rounds: int, dtype: torch.dtype, device: torch.device | str) -> Buffers:
@@ -88,16 +97,46 @@ def commit(at: Cursors, kept: Tensor) -> None:
     at.length.add_(kept)
 
 
-def mamba2_steps(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors, impl: str = "auto") -> Tensor:
+def keep_paths(held: Buffers, at: Cursors, paths: Tensor) -> None:
+    """Bring a path of each row's tree to the front, before `commit`: token j takes the place of node paths[b, j] >= j.
+
+    paths [B, J] integers on the device; what stands behind a shorter path, padded with any node, is not to be kept. Only device work.
+    """
+    rows, places = torch.arange(len(paths), device=paths.device)[:, None], torch.arange(paths.shape[1], device=paths.device)
+    for ring in held[1:]:
+        to, start = (at.length[:, None] + places) % ring.shape[1], (at.length[:, None] + paths) % ring.shape[1]
+        ring[rows, to] = ring[rows, start]
+
+
+def mamba2_steps(
+    zxbcdt: Tensor,
+    weights: Weights,
+    held: Buffers,
+    at: Cursors,
+    impl: str = "auto",
+    form: str = "recurrent",
+    branches: Branches | None = None,
+) -> Tensor:
     """Evaluate at.new[b] of the T tokens zxbcdt [B, T, H P + C + H], rows z | x | B | C | dt as in_proj leaves them.
 
+    form: "recurrent" reads the tokens one after another, which suits few rows; "dual" takes them together in matrix products of at least
+    16 rows, for large batches; which is faster where has not been measured on a GPU. `branches`, with "dual" alone: the tokens are a tree,
+    and the state is written nowhere behind the kept ones (`plan` without `keep`).
     Changes the slots of the new tokens, and the state of rows whose `fold_to` is behind `folded`; the cursors stay (`commit`).
     Returns what out_proj takes, [B, T, H P] in the dtype of zxbcdt, 0 from new[b] on.
-    Raises `ValueError` for shapes that do not fit, for too few slots, and for an `impl` that is unknown or cannot run here.
+    Raises `ValueError` for shapes that do not fit, for too few slots, for a tree in the recurrent form, and for a `form` or an `impl` that
+    is unknown or cannot run here.
     """
     _check(zxbcdt, weights, held, at)
-    form = choose("decode", impl, ("torch", "triton"), zxbcdt, _obstacle(held))
-    if form == "triton":
+    _check_form(zxbcdt.shape[1], weights.conv.shape[1], form, branches)
+    chosen = choose("decode", impl, ("torch", "triton"), zxbcdt, _obstacle(held))
+    if form == "dual":
+        if chosen == "torch":
+            return dual_in_torch(zxbcdt, weights, held, at, branches)
+        from .triton_dual import fused_dual
+
+        return fused_dual(zxbcdt, weights, held, at, branches)
+    if chosen == "triton":
         from .triton_op import fused
 
         return fused(zxbcdt, weights, held, at)
@@ -111,6 +150,17 @@ def _power_of_2(least: int) -> int:
 def _obstacle(held: Buffers) -> Obstacle:
     widest = max(held.state.shape[2:])
     return f"its kernel holds P and N up to {TRITON_WIDEST}, got {widest}" if widest > TRITON_WIDEST else None
+
+
+def _check_form(T: int, W: int, form: str, branches: Branches | None) -> None:
+    if form not in ("recurrent", "dual"):
+        raise ValueError(f'form must be "recurrent" or "dual", got {form!r}')
+    if branches is None:
+        return
+    if form == "recurrent":
+        raise ValueError('a tree needs form="dual": the recurrent form reads a chain')
+    check_shape("branches.ancestors", branches.ancestors, T, T)
+    check_shape("branches.windows", branches.windows, T, W)
 
 
 def _check(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors) -> None:
