@@ -1,15 +1,18 @@
 """Talk to a model, or let it complete a text: what `llamba chat` and `llamba generate` do."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from llamba.folders import resolve_model
-from llamba.speculative import generate
+from llamba.folders import resolve_draft, resolve_model
+from llamba.speculative import Auto, generate
+from llamba.speculative.lookahead import schedule
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and forgets), /exit or end of file leaves"
 
@@ -54,17 +57,34 @@ class Printer(TextStreamer):
 
 @dataclass(frozen=True)
 class Speculation:
-    """Where drafts come from (a loaded model, or "lookup": the text itself) and how many tokens are drafted at a time."""
+    """Where drafts come from (a loaded model, or "lookup": the text itself) and how many tokens are drafted at a time.
+
+    Raises ValueError for a lookahead that is neither a number in range nor an `Auto`, which learns from answer to answer.
+    """
 
     draft: Any
-    lookahead: Any = "auto"
+    lookahead: int | Auto = field(default_factory=Auto)
+
+    def __post_init__(self) -> None:
+        schedule(self.lookahead)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says of which model transformers speaks when it cannot load one."""
+    try:
+        yield
+    except OSError as error:
+        here = "" if Path(name).exists() else " (no folder here)"
+        raise ValueError(f"{name}{here} cannot be loaded: {error}") from error
 
 
 def load_draft(name: str, model: Any) -> Any:
-    """The draft that `name` means for a loaded model: "lookup", or a run folder, model folder or hub name."""
+    """The draft that `name` means for a loaded model: "lookup", or a run folder (the draft it has made), model folder or hub name."""
     if name == "lookup":
         return name
-    draft: Any = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=model.dtype)
+    with _named(name):
+        draft: Any = AutoModelForCausalLM.from_pretrained(resolve_draft(name), dtype=model.dtype)
     return draft.to(model.device).eval()
 
 
@@ -74,10 +94,12 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if found is None else found.type
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    with _named(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if device == "cpu" and dtype == "auto":
         model = model.float()
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
+    return model.to(device).eval(), tokenizer
 
 
 def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO, speculation: Speculation | None = None) -> str:
@@ -86,12 +108,10 @@ def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextI
 
     Raises ValueError where the text and the new tokens do not fit the model's context.
     """
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).to(model.device)
     length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if length >= context:
-        raise ValueError(
-            f"the conversation must be shorter than the model's context of {context} tokens; it has {length}; /reset forgets it"
-        )
+        raise ValueError(f"the text must be shorter than the model's context of {context} tokens; it has {length}; in a chat, /reset helps")
     most, printer, made = min(sampling.max_new_tokens, context - length), Printer(tokenizer, out), None
     try:
         if speculation is None:

@@ -71,8 +71,13 @@ def _lookahead(text: str) -> int | str:
 
 def _speculation(args: argparse.Namespace, model: Any) -> Any:
     from llamba.chat import Speculation, load_draft
+    from llamba.speculative import Auto
 
-    return None if args.draft is None else Speculation(load_draft(args.draft, model), args.lookahead)
+    if args.draft is None:
+        if args.lookahead is not None:
+            raise ValueError('--lookahead needs --draft, a smaller model or "lookup"; got none')
+        return None
+    return Speculation(load_draft(args.draft, model), Auto() if args.lookahead in (None, "auto") else args.lookahead)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -136,9 +141,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--draft", help='a smaller model of the same vocabulary that speculates, or "lookup"; what comes out stays the same'
+        "--draft", help='a smaller model of the same vocabulary (or the run that made it) drafts, or "lookup"; the output stays the same'
     )
-    parser.add_argument("--lookahead", type=_lookahead, default="auto", help="tokens drafted at a time, or auto (default)")
+    parser.add_argument("--lookahead", type=_lookahead, help="tokens drafted at a time, or auto (default)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
 
@@ -191,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     command.set_defaults(action=_generate)
     command = commands.add_parser("bench", help="benchmarks against peers, in one process")
-    command.add_argument("what", choices=("losses", "matrices", "multistep", "ops", "speculative", "train"))
+    command.add_argument("what", choices=("decode", "losses", "matrices", "multistep", "ops", "speculative", "train"))
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")

@@ -6,15 +6,19 @@ DONE = "DONE"
 ROWS = "rows"  # the data folder that a stage leaves where it makes data
 
 
+def _steps(folder: str | Path, holding: str) -> list[Path]:
+    """The finished steps of a run folder that hold a file or folder of that name, in order; of one number the conversion comes first."""
+    done = (marker.parent for marker in Path(folder).glob(f"*-*/{DONE}"))
+    steps = [step for step in done if step.name.partition("-")[0].isdigit() and (step / holding).exists()]
+    return sorted(steps, key=lambda step: (int(step.name.partition("-")[0]), not step.name.endswith("-convert")))
+
+
 def finished(folder: str | Path, holding: str = "config.json") -> list[Path]:
     """The finished steps of a run folder that hold a file or folder of that name (by default: models), in order.
 
-    Of one number, the conversion comes before the stage; a draft model stands beside the students and is not listed.
+    A draft model stands beside the students and is not listed.
     """
-    done = (marker.parent for marker in Path(folder).glob(f"*-*/{DONE}"))
-    steps = [step for step in done if step.name.partition("-")[0].isdigit() and (step / holding).exists()]
-    students = [step for step in steps if not step.name.endswith("-draft")]
-    return sorted(students, key=lambda step: (int(step.name.partition("-")[0]), not step.name.endswith("-convert")))
+    return [step for step in _steps(folder, holding) if not step.name.endswith("-draft")]
 
 
 def resolve_model(name: str | Path) -> str:
@@ -34,3 +38,9 @@ def resolve_model(name: str | Path) -> str:
     if path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"{name} must be a model folder, a run folder or a hub name (org/name), found no such folder")
     return str(name)
+
+
+def resolve_draft(name: str | Path) -> str:
+    """What to load where a draft is expected: a run folder means the last draft that it has made, all else as in `resolve_model`."""
+    drafts = [step for step in _steps(name, "config.json") if step.name.endswith("-draft")]
+    return str(drafts[-1]) if drafts else resolve_model(name)

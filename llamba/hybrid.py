@@ -3,7 +3,10 @@
 Shapes: B batch, T time of this call, D model width, V vocabulary. Everything but the mixers is the family's own code in transformers.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from llamba.cache import adopt
+from llamba.cache import KEPT, RecurrentLayer, adopt
 from llamba.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.mixers.base import FP32_PARAMETERS
 
@@ -138,7 +141,7 @@ class HybridBackbone(PreTrainedModel):
         """The cache, and what each layer is called with beside the hidden states [B, T, D] and the cache."""
         mask = padding_mask(attention_mask, hidden.shape[1])
         documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
-        past_key_values = self._cache_for(past_key_values, use_cache, documents)
+        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden.shape[1])
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
         masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
@@ -146,13 +149,15 @@ class HybridBackbone(PreTrainedModel):
         shared = {"position_ids": position_ids, "position_embeddings": rotary}
         return past_key_values, [shared | {"attention_mask": masks[kind]} for kind in self.config.layer_types]
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None) -> Cache | None:
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, tokens: int) -> Cache | None:
         if cache is not None:
             if documents is not None:
                 raise ValueError(
                     "packed documents (seq_idx, or position_ids that restart) cannot be combined with a cache; pass use_cache=False"
                 )
-            return adopt(cache, self.config)
+            seen = next((layer.seen for layer in adopt(cache, self.config).layers if isinstance(layer, RecurrentLayer)), 0)
+            check_room(cache, seen + tokens)
+            return cache
         if not use_cache or self.training or documents is not None:
             return None
         return adopt(DynamicCache(config=self.config), self.config)
@@ -237,23 +242,44 @@ class HybridCausalLM(PreTrainedModel):
 
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
         if assistant_model is not None:
-            check_rewindable(assistant_model)
-        return super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
+            check_draft(self, assistant_model)
+        made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
+        made.get_candidates = partial(_few, made.get_candidates)
+        return made
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            adopt(cache, self.config)
+            check_room(adopt(cache, self.config), generation_config.max_length - 1)  # the last token is not read
 
 
-def check_rewindable(draft: PreTrainedModel) -> None:
-    """Raise ValueError for a draft whose state cannot be taken back: a recurrent model that is not ours."""
+def check_room(cache: Cache, tokens: int) -> None:
+    """Raise ValueError where so many tokens in all do not fit a static cache, whose attention layers would write past their end."""
+    rooms = [layer.get_max_length() for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+    if rooms and min(rooms) < tokens:
+        raise ValueError(
+            f"the static cache has room for {min(rooms)} tokens and {tokens} are needed; make it with max_cache_len={tokens} or more, or "
+            "lower max_new_tokens"
+        )
+
+
+def _few(whole: Callable[..., tuple[Tensor, Tensor | None]], tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Candidates [B, T] behind the tokens, no more of them than the cache can take back: another tokenizer may make any number."""
+    made, logits = whole(tokens, *args, **kwargs)
+    return made[:, : tokens.shape[1] + KEPT - 1], None if logits is None else logits[:, : KEPT - 1]
+
+
+def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """Raise ValueError for a draft that cannot go back (a recurrent model that is not ours); warn of one larger than the target."""
     if draft._is_stateful:
         raise ValueError(
             f"the draft's state must be able to go back, and that of {type(draft).__name__} cannot; use a Llama-type model or "
             "a model of ours"
         )
+    large, small = (sum(p.numel() for p in model.parameters()) for model in (draft, target))
+    if large > small:
+        warnings.warn(f"the draft has {large:,} parameters, more than the target's {small:,}: it cannot make decoding faster", stacklevel=4)
 
 
 def _init_weights(family: Any, module: nn.Module) -> None:

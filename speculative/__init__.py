@@ -2,5 +2,6 @@
 
 from llamba.speculative.drafts import Lookup
 from llamba.speculative.generate import Generation, generate
+from llamba.speculative.lookahead import Auto
 
-__all__ = ["Generation", "Lookup", "generate"]
+__all__ = ["Auto", "Generation", "Lookup", "generate"]

@@ -3,7 +3,6 @@
 Shapes: B batch, K drafted tokens, V vocabulary. Tokens of a row are a list of ints: prompt and what was generated so far.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llamba.hybrid import check_rewindable
+from llamba.hybrid import check_draft
 from llamba.speculative.choose import Choice
 from llamba.speculative.rewind import Rewindable
 from llamba.tree import Tree, grow
@@ -182,18 +181,15 @@ class Lookup:
         self.places, self.indexed = [self.places[row] for row in rows], [self.indexed[row] for row in rows]
 
 
-def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """Raises ValueError for a draft that cannot serve, and warns of one that cannot pay."""
-    check_rewindable(draft)
+    check_draft(target, draft)
     sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"target and draft must share a vocabulary; got {sizes[0]} and {sizes[1]} tokens; with two tokenizers use "
             "model.generate(ids, assistant_model=draft, tokenizer=..., assistant_tokenizer=...)"
         )
-    large, small = (sum(p.numel() for p in model.parameters()) for model in (draft, target))
-    if large > small:
-        warnings.warn(f"the draft has {large:,} parameters, more than the target's {small:,}: it cannot make decoding faster", stacklevel=3)
 
 
 def drafter(target: PreTrainedModel, draft: Any, capacity: int, choice: Choice, branching: tuple[int, ...] | None) -> Drafter | None:
@@ -202,7 +198,7 @@ def drafter(target: PreTrainedModel, draft: Any, capacity: int, choice: Choice, 
     Raises ValueError for trees (`branching`) of anything but a model.
     """
     if isinstance(draft, PreTrainedModel):
-        check_draft(target, draft)
+        check_pair(target, draft)
         return ModelDraft(draft, capacity, choice) if branching is None else TreeDraft(draft, capacity, choice, branching)
     if branching is not None:
         raise ValueError(f"tree needs a draft model, which rates several continuations; got draft={draft!r}; use lookahead instead")

@@ -20,7 +20,8 @@ from llamba.hybrid import RECURRENT
 from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept_tree_greedy
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
-from llamba.speculative.lookahead import Auto, Fixed
+from llamba.speculative.graphs import Decoded, decode, serves
+from llamba.speculative.lookahead import Auto, Fixed, schedule
 from llamba.speculative.rewind import Rewindable, kinds_of
 from llamba.tree import grow
 
@@ -30,7 +31,8 @@ class Generation:
     """What was generated, and how fast.
 
     `sequences` [B, T]: prompts as given and new tokens, padded behind the end; `new` the new tokens of each row. `rounds` counts calls
-    of the target after the prompt, `drafted` and `accepted` tokens over all rows, `seconds` all but the reading of the prompt.
+    of the target after the prompt, `drafted` tokens over all rows and those of them that stood and came out (`accepted`), `seconds` all
+    but the reading of the prompt.
     """
 
     sequences: Tensor
@@ -59,7 +61,8 @@ class Generation:
         text = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
         if not self.drafted:
             return text
-        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {self.rounds} rounds"
+        rounds = f"{self.rounds} round{'s'[: self.rounds > 1]}"
+        return f"{text}, {self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.0%}) in {rounds}"
 
 
 def generate(
@@ -68,7 +71,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     draft: PreTrainedModel | Drafter | Literal["lookup"] | None = None,
-    lookahead: int | Literal["auto"] = 4,
+    lookahead: int | Literal["auto"] | Auto = 4,
     tree: Sequence[int] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -80,22 +83,25 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
+    engine: Literal["auto", "eager", "graphs"] = "auto",
 ) -> Generation:
     """Continue `ids` [B, T] with `model`, faster where `draft` guesses well; what comes out is the model's own, whatever is drafted.
 
     attention_mask [B, T]: 0 for padding on the left. `draft`: a model with the same vocabulary (a Llama-type model of transformers, or
     one of ours), "lookup" (copies from the text so far), or an object with the methods of `Drafter`. `lookahead`: tokens drafted a
-    round, or "auto". `tree`, instead of `lookahead`: several continuations from a draft model, of which every token at depth d has tree[d];
-    (3, 2, 1) drafts 3 + 6 + 6 tokens a round, (1, 1, 1) what lookahead=3 does.
+    round, or "auto"; an `Auto` keeps what it has learnt for the next call. `tree`, instead of `lookahead`: several continuations from a
+    draft model, of which every token at depth d has tree[d]; (3, 2, 1) drafts 3 + 6 + 6 tokens a round, (1, 1, 1) what lookahead=3 does.
     `temperature` 0 is greedy. `eos_token_id`: "model" takes those of the model's generation configuration, None does not stop.
     `logits_processor`, `stopping_criteria` and `streamer` are transformers'; they are called for every token. The random numbers come
     from `generator` (on the CPU; None: torch's own).
+    `engine`: "graphs" decodes in rounds that are device work alone, on CUDA in captured graphs (see `graphs`); "eager" goes from call to
+    call; "auto" takes graphs on CUDA where they serve. They do not serve trees, drafts that are no models, processors and criteria.
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
     choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
     rows = _rows(ids, attention_mask)
     branching = None if tree is None else _branching(tree, model.config.get_text_config().vocab_size)
-    count = _lookahead(lookahead) if branching is None else Fixed(len(branching))
+    count = schedule(lookahead) if branching is None else Fixed(len(branching))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if streamer is not None and len(rows) > 1:
@@ -107,9 +113,13 @@ def generate(
             _check_context(name, one, longest)
     stops = _Stops(_ends(model, eos_token_id), stopping_criteria, max_new_tokens, [len(row) for row in rows])
     with torch.inference_mode():
+        if serves(engine, model, draft, choice, stopping_criteria, branching is not None):
+            assert draft is None or isinstance(draft, PreTrainedModel)
+            made = decode(model, draft, rows, max_new_tokens, choice, stops.ends, count, streamer, generator)
+            return _result(ids, made.new, made, stops.ends, model)
         job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
         done = job.run()
-    return _result(ids, done, job, model)
+    return _result(ids, [row[start:] for row, start in zip(done, stops.prompts, strict=True)], job, stops.ends, model)
 
 
 @dataclass
@@ -182,18 +192,19 @@ class _Job:
         count = min(self.lookahead.next(), most) if self.source is not None else 0
         proposal = self._propose(count)
         stand, last, scores = self._verify(proposal)
-        fates, drafts, paths = [], proposal.tokens.tolist(), list(map(proposal.path, stand))
+        fates, kept, drafts, paths = [], list[int](), proposal.tokens.tolist(), list(map(proposal.path, stand))
         for place, (number, row) in enumerate(zip(numbers, self.rows, strict=True)):
             new = [*(drafts[place][node - 1] for node in paths[place]), last[place]]
             new, finished = self.stops.cut(number, row, new, scores[place, [0, *paths[place]]])
             row += new
             fates.append(finished)
+            kept.append(min(len(paths[place]), len(new)))
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(new))
         self.rounds += 1
-        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(map(len, paths))
+        self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(kept)
         self._go_back(count, proposal, stand, paths)
-        self.lookahead.learn(count, stand, proposal.counts, time.perf_counter() - started)
+        self.lookahead.learn(count, kept, proposal.counts, time.perf_counter() - started)
         return self._keep(numbers, fates)
 
     def _propose(self, count: int) -> Proposal:
@@ -267,14 +278,6 @@ def _rows(ids: Tensor, mask: Tensor | None) -> Rows:
     return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
-def _lookahead(given: int | str) -> Fixed | Auto:
-    if given == "auto":
-        return Auto()
-    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < KEPT:
-        raise ValueError(f'lookahead must be 1 to {KEPT - 1} (the cache holds the last {KEPT} tokens) or "auto"; got {given!r}')
-    return Fixed(given)
-
-
 def _branching(given: Sequence[int], vocabulary: int) -> tuple[int, ...]:
     branching = tuple(given)
     if not branching or any(not isinstance(children, int) or not 1 <= children <= vocabulary for children in branching):
@@ -304,10 +307,9 @@ def _ends(model: PreTrainedModel, given: int | Iterable[int] | str | None) -> se
     return {given} if isinstance(given, int) else set(given)
 
 
-def _result(ids: Tensor, rows: Rows, job: _Job, model: PreTrainedModel) -> Generation:
-    new = [row[start:] for row, start in zip(rows, job.stops.prompts, strict=True)]
+def _result(ids: Tensor, new: Rows, made: _Job | Decoded, ends: set[int], model: PreTrainedModel) -> Generation:
     longest = max(map(len, new))
     settings: Any = model.generation_config
-    pad = settings.pad_token_id if settings.pad_token_id is not None else min(job.stops.ends, default=0)
+    pad = settings.pad_token_id if settings.pad_token_id is not None else min(ends, default=0)
     tail = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens in new], device=ids.device)
-    return Generation(torch.cat((ids, tail), 1), new, job.rounds, job.drafted, job.accepted, job.seconds)
+    return Generation(torch.cat((ids, tail), 1), new, made.rounds, made.drafted, made.accepted, made.seconds)

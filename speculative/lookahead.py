@@ -1,17 +1,23 @@
 """How many tokens to draft: a fixed number, or what a running estimate says is fastest.
 
-With acceptance rate a, a round of K drafted tokens yields E(a, K) = (1 - a^(K + 1)) / (1 - a) tokens (Leviathan et al. 2023,
-equation 1) and takes t(K) = t_0 + K t_1 seconds. `Auto` estimates a and t from the rounds so far and takes the K that maximises E / t.
+Where the i-th draft of a round stands with chance s_i, if those before it do, a round of K drafted tokens yields E(K) = 1 + s_1 + s_1 s_2
++ ... + s_1 ... s_K tokens (with one chance for all, equation 1 of Leviathan et al. 2023) and takes t(K) = t_0 + K t_1 seconds. `Auto`
+estimates both from the rounds so far and takes the K that maximises E / t.
 """
 
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, combinations
+from operator import mul
+from statistics import median
+from typing import Any
 
-MEMORY = 0.97  # weight of the past at each round
+from llamba.cache import KEPT
 
-
-def expected_tokens(acceptance: float, count: int) -> float:
-    """Tokens that a round of `count` drafted tokens yields on average."""
-    return float(count + 1) if acceptance >= 1 else (1 - acceptance ** (count + 1)) / (1 - acceptance)
+MEMORY = 0.985  # weight of the past at each round
+RECENT = 9  # rounds with the same number whose times count
+PRIOR = 4.0  # drafts that every place is taken to have seen, which stood as often as those of all places
 
 
 @dataclass
@@ -19,6 +25,11 @@ class Fixed:
     """The same number in each round."""
 
     count: int
+
+    @property
+    def most(self) -> int:
+        """The largest number that `next` may say."""
+        return self.count
 
     def next(self) -> int:
         """Tokens to draft in the next round."""
@@ -30,17 +41,21 @@ class Fixed:
 
 @dataclass
 class Auto:
-    """The number that the rounds so far say is fastest, 0 .. `most`. `probe`: after that many rounds without drafts, one with them."""
+    """The number that the rounds so far say is fastest, 0 .. `most`. `probe`: after that many rounds without drafts, one with them.
+
+    It keeps what it has learnt: one object may serve many calls of `generate` with the same models, and then tries out once.
+    """
 
     most: int = 12
     probe: int = 16
     trials: list[int] = field(default_factory=lambda: [6, 2, 4])
-    accepted: float = 1.4  # 2 drafts of which 70 % stood, as a start
-    offered: float = 2.0
     idle: int = 0
+    stood: list[float] = field(default_factory=list)  # by place in the round: drafts that stood, of those before which all did
+    offered: list[float] = field(default_factory=list)
+    seconds: dict[int, deque[float]] = field(default_factory=lambda: defaultdict(partial(deque, maxlen=RECENT)))
 
     def __post_init__(self) -> None:
-        self.n = self.k = self.kk = self.t = self.kt = 0.0  # sums over rounds of 1, K, K^2, seconds, K seconds
+        self.stood, self.offered = self.stood or [0.0] * self.most, self.offered or [0.0] * self.most
 
     def next(self) -> int:
         """Tokens to draft in the next round. The first rounds try different numbers, so that the costs can be told apart."""
@@ -54,19 +69,41 @@ class Auto:
         return best
 
     def _best(self) -> int:
-        spread = self.n * self.kk - self.k**2
-        slope = max((self.n * self.kt - self.k * self.t) / spread, 0.0) if spread > 1e-9 else 0.0
-        base = max((self.t - slope * self.k) / self.n, 1e-9)
-        rate = min(self.accepted / self.offered, 0.99)
-        return max(range(self.most + 1), key=lambda count: expected_tokens(rate, count) / (base + slope * count))
+        base, slope = self._costs()
+        tokens = accumulate(accumulate(self._chances(), mul, initial=1.0))  # E of 0, 1, ...
+        speeds = [expected / (base + slope * count) for count, expected in enumerate(tokens)]
+        return speeds.index(max(speeds))
+
+    def _chances(self) -> list[float]:
+        """s_1, s_2, ...: of 2 drafts 1.4 stood, as a start."""
+        overall = (sum(self.stood) + 1.4) / (sum(self.offered) + 2)
+        return [(stood + PRIOR * overall) / (offered + PRIOR) for stood, offered in zip(self.stood, self.offered, strict=True)]
+
+    def _costs(self) -> tuple[float, float]:
+        """t_0 and t_1: a line through the medians by Theil and Sen: rounds that other work held up hardly move it."""
+        points = [(count, median(times)) for count, times in self.seconds.items()]
+        slopes = [(later - t) / (more - count) for (count, t), (more, later) in combinations(points, 2)]
+        slope = max(median(slopes), 0.0) if slopes else 0.0
+        return max(median(t - slope * count for count, t in points), 1e-9), slope
 
     def learn(self, count: int, accepted: list[int], drafted: list[int], seconds: float) -> None:
         """Note a round: `count` tokens were asked for, row b drafted drafted[b] and kept accepted[b], all of it took `seconds`."""
         if self.trials:
             self.trials.pop()
-        for name, value in (("n", 1.0), ("k", count), ("kk", count**2), ("t", seconds), ("kt", count * seconds)):
-            setattr(self, name, getattr(self, name) * MEMORY + value)
-        tried = [kept + (kept < made) for kept, made in zip(accepted, drafted, strict=True)]  # the first rejection is a trial too
-        if sum(tried):
-            self.accepted = self.accepted * MEMORY + sum(accepted)
-            self.offered = self.offered * MEMORY + sum(tried)
+        self.seconds[count].append(seconds)
+        self.stood, self.offered = ([MEMORY * value for value in values] for values in (self.stood, self.offered))
+        for kept, made in zip(accepted, drafted, strict=True):
+            for place in range(min(kept + 1, made, self.most)):  # the first rejection is a trial too
+                self.stood[place] += place < kept
+                self.offered[place] += 1
+
+
+def schedule(given: Any) -> Fixed | Auto:
+    """What a user's `lookahead` means: a number, "auto", or an `Auto` that has learnt already. Raises ValueError for anything else."""
+    if isinstance(given, Auto):
+        return given
+    if given == "auto":
+        return Auto()
+    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < KEPT:
+        raise ValueError(f'lookahead must be 1 to {KEPT - 1} (the cache holds the last {KEPT} tokens) or "auto"; got {given!r}')
+    return Fixed(given)

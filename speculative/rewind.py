@@ -130,7 +130,7 @@ class PlacedLayer(CacheLayerMixin):
 
 def kinds_of(model: PreTrainedModel) -> list[str]:
     """Kind of every layer: "full_attention", "sliding_attention" or "linear_attention"."""
-    values = model.config.to_dict()
+    values = vars(model.config)
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
     return list(values.get("layer_types") or [plain] * values["num_hidden_layers"])
 
@@ -160,8 +160,7 @@ class Rewindable:
         if implementation not in ("sdpa", "eager") and set(self.kinds) != {RECURRENT}:
             raise ValueError(f'speculative decoding needs attn_implementation="sdpa" (or "eager"); got {implementation!r}')
         self.model, self.place, self.lengths = model, Place(capacity), [0]
-        self.additive = implementation == "eager"
-        self.windows = {"full_attention": None, "sliding_attention": model.config.to_dict().get("sliding_window")}
+        self.windows = {"full_attention": None, "sliding_attention": vars(model.config).get("sliding_window")}
         layers: list[Any] = [
             RecurrentLayer(model.config.mixer["conv_width"]) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind])
             for kind in self.kinds
@@ -222,9 +221,10 @@ class Rewindable:
         return cos[0, positions], sin[0, positions]
 
     def _mask(self, window: int | None) -> Tensor | None:
+        """What is added to the scores, made once: of a mask of True and False each layer would make it anew."""
         mask = self.place.mask(window)
-        if mask is None or not self.additive:
-            return mask
+        if mask is None:
+            return None
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
 
     def take_back(self, tokens: list[int]) -> None:

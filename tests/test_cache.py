@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from llamba.cache import KEPT, SLOTS, adopt
 from llamba.convert import convert
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
-from llamba.kernels.ssd import ssd, ssd_resume
+from llamba.kernels.ssd import ssd, ssd_fold, ssd_resume
 
 ROWS, ROUNDS = 2, 200
 
@@ -113,6 +113,26 @@ def test_resume_equals_the_recurrence(firsts: int | list[int], scaled: bool, dty
     want = ssd(x, a, b, c_all, dt=dt, D=skip, state=state, impl="sequential")[0]
     for row, start in enumerate(starts):
         assert rms_error(got[row], want[row, start : start + T]) < bound
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_fold_equals_the_state_of_the_recurrence(holes: bool, scaled: bool, dtype: torch.dtype, bound: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    B, S, H, G, P, N = 2, 12, 4, 2, 3, 5
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    x, b, c, before = random(B, S, G, P), random(B, S, G, N), random(B, S, H, N), random(B, H, P, N)
+    a, dt = -random(B, S, H).abs(), random(B, S, H).abs() if scaled else None
+    mask = torch.rand(B, S, generator=draw) < 0.6 if holes else None
+    for state in (before, None):
+        want = ssd(x, a, b, c, dt=dt, state=state, mask=mask, impl="sequential")[1]
+        assert rms_error(ssd_fold(x, a, b, dt=dt, mask=mask, state=state), want) < bound
+    with pytest.raises(ValueError, match="b must have shape"):
+        ssd_fold(x, a, b[:, 1:])
 
 
 def test_resume_and_span_refuse_shapes_that_do_not_fit() -> None:

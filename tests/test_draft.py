@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from llamba.batches import Rows
 from llamba.bench import shapes, speculative
+from llamba.bench.graft import can_graft, graft
 from llamba.cli import main
 from llamba.convert import convert
 from llamba.draft import chosen_layers, draft_config, make_draft
@@ -145,7 +146,8 @@ def test_a_head_larger_than_the_vocabulary_is_refused() -> None:
         draft_config(teacher().config, 2, 102)
 
 
-def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Path, capsys) -> None:
+def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text((finished / "2-draft" / "config.json").read_text())
     command = ["generate", str(finished), "red green", "--max-new-tokens", "12", "--device", "cpu"]
     main(command)
     want = capsys.readouterr().out
@@ -153,8 +155,16 @@ def test_generate_speaks_of_speed_and_acceptance_and_says_the_same(finished: Pat
         main([*command, "--draft", draft, "--lookahead", "3"])
         got = capsys.readouterr()
         assert got.out == want and "tokens/s" in got.err
-    main([*command, "--chat", "--draft", str(finished / "2-draft")])
+    main([*command, "--chat", "--draft", str(finished)])  # the draft that the run has made
     assert "drafted tokens accepted" in capsys.readouterr().err
+    for wrong, message in (
+        (["--draft", "lookup", "--lookahead", "fast"], "error: lookahead must be 1 to 31"),
+        (["--lookahead", "3"], "error: --lookahead needs --draft"),
+        (["--draft", str(tmp_path)], f"error: {tmp_path} cannot be loaded: "),  # no weights
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*command, *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_the_benchmark_of_models_reports_what_it_measured(finished: Path, tmp_path: Path, capsys) -> None:
@@ -177,13 +187,43 @@ def test_the_benchmark_of_models_reports_what_it_measured(finished: Path, tmp_pa
         assert message in capsys.readouterr().err
 
 
-def test_a_preset_meets_the_acceptance_that_is_set() -> None:
-    preset = shapes.chosen("table5-zephyr-50-2")["table5-zephyr-50-2"]
+def test_a_rehearsed_draft_meets_the_acceptance_that_is_set() -> None:
+    preset = shapes.chosen("table1-2.8b")["table1-2.8b"]
     model, draft = (shapes.build(config, 32, torch.float32, "cpu") for config in (preset.target, preset.draft))
+    assert not can_graft(model, draft)
     prompt = list(range(3, 23))
-    rows = {rate: speculative.measure(model, draft, [prompt], [3], 120, 1, rate)[1] for rate in (0.0, 0.7, 1.0)}
+    rows = {rate: speculative.measure(model, draft, [prompt], [3], 80, 1, rate, endless=True)[1] for rate in (0.0, 0.7, 1.0)}
     assert rows[0.0]["tokens_per_round"] == 1.0 and rows[1.0]["tokens_per_round"] == 4.0 and all(row["same"] for row in rows.values())
     assert rows[0.7]["tokens_per_round"] == pytest.approx(1 + 0.7 + 0.49 + 0.343, abs=0.5)
+
+
+def test_a_grafted_target_agrees_with_its_draft_as_often_as_is_wanted() -> None:
+    """Nothing is told: the draft's own tokens stand at the rate that was set, and all of them where the other layers add nothing."""
+    preset = shapes.chosen("table5-zephyr-25-2")["table5-zephyr-25-2"]
+    model, draft = (shapes.build(config, 32, torch.float32, "cpu") for config in (preset.target, preset.draft))
+    made, prompt = graft(model, draft), list(range(3, 23))
+    assert model.config.num_hidden_layers == 8 and len(made.writes) == 2 * 6
+    made.scale(0.0)
+    assert made.agreement(prompt, 40) == 1.0
+    assert speculative.measure(model, draft, [prompt], [3], 40, 1, endless=True)[1]["acceptance"] > 0.9  # but for the end of the text
+    found = made.tune(0.6, prompt, 60)
+    assert found == pytest.approx(0.6, abs=0.1)
+    row = speculative.measure(model, draft, [prompt], [3], 60, 1, endless=True)[1]
+    assert row["same"] and row["tokens_per_round"] == pytest.approx(1 + 0.6 + 0.36 + 0.216, abs=0.6)
+
+
+def test_presets_print_what_was_published_beside_what_is_measured(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "rows.jsonl"
+    for preset in ("table1-7b", "table5-llama3-50-4"):
+        main(["bench", "speculative", "--preset", preset, "--shrink", "32", "--tokens", "24", "--repeats", "1", "--out", str(out)])
+    text, rows = capsys.readouterr().out, list(map(json.loads, out.read_text().splitlines()))
+    assert "table1-7b, shrunk by 32, rehearsed drafts" in text and "table5-llama3-50-4, shrunk by 32, grafted drafts" in text
+    assert "published on H100: 3.6 tokens a round, 2.0 x, 272 tok/s" in text and "published on 3090: 2.7 tokens a round, 1.6 x" in text
+    assert [(row["preset"], row["lookahead"]) for row in rows] == [
+        ("table1-7b", 0), *(("table1-7b", count) for count in (3, 4, 3, 4)), ("table5-llama3-50-4", 0), ("table5-llama3-50-4", 3),
+        ("table5-llama3-50-4", 4),
+    ]  # fmt: skip
+    assert rows[1]["published"]["gpu"] == "3090" and not rows[1]["grafted"] and rows[-1]["grafted"]
 
 
 def test_published_rows_and_shapes() -> None:

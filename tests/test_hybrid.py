@@ -272,6 +272,18 @@ def test_a_static_cache_of_ones_own_and_a_foreign_one() -> None:
         model(tokens, past_key_values=foreign)
 
 
+def test_what_overflows_a_static_cache_is_refused_before_it_is_written() -> None:
+    model, tokens = student(), ids(1, 9)
+    more = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="the static cache has room for 16 tokens and 17 are needed; make it with max_cache_len=17"):
+        model.generate(tokens, past_key_values=cache, max_new_tokens=9, **more)
+    full = model.generate(tokens, past_key_values=cache, max_new_tokens=8, **more)
+    assert torch.equal(full, model.generate(tokens, max_new_tokens=8, **more))
+    with torch.no_grad(), pytest.raises(ValueError, match="room for 16 tokens and 17 are needed"):
+        model(tokens[:, :1], past_key_values=cache)
+
+
 @mixers
 def test_gradient_checkpointing_changes_nothing(mixer: str) -> None:
     model, tokens = student(mixer).train(), ids(2, 20)

@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from llamba.convert import convert
-from llamba.speculative import Lookup, generate
+from llamba.speculative import Auto, Lookup, generate
 from llamba.speculative import accept as rule
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Proposal
-from llamba.speculative.lookahead import Auto, expected_tokens
 
 NEW = 16
 DRAFTS = ("llama", "hybrid", "self", "noisy", "adversarial", "lookup")
@@ -94,12 +93,14 @@ def test_ragged_batches_equal_plain_decoding_of_each_row(mixer: str, attention: 
         got = generate(model, batch, attention_mask=mask, draft=draft, max_new_tokens=NEW, eos_token_id=None)
         assert got.new == want, kind
         assert 0 < got.accepted < got.drafted if kind == "noisy" else got.accepted == {"self": got.drafted}.get(kind, got.accepted), kind
-        if kind in ("noisy", "self"):
+        if kind in ("noisy", "self"):  # an end token inside a block: what stood behind it does not count
             cut = generate(model, batch, attention_mask=mask, draft=draft, max_new_tokens=NEW, eos_token_id=end, lookahead=7)
             assert cut.new == [row[: row.index(end) + 1] if end in row else row for row in want], kind
+            assert cut.accepted <= cut.tokens, kind
     assert generate(model, batch, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None).new == want
 
 
+@pytest.mark.filterwarnings("ignore:the draft has")
 @every_case
 def test_hugging_faces_assisted_generation_equals_plain(mixer: str, attention: float) -> None:
     model, prompt = student(mixer, attention=attention), ids(6)
@@ -149,6 +150,16 @@ def first_difference(model: PreTrainedModel, prompt: Tensor, got: list[int], wan
         logits = model(torch.cat((prompt, torch.tensor(want[:place], dtype=torch.long)))[None], use_cache=False).logits[0, -1].float()
     top = logits.topk(2)
     return (top.values[0] - top.values[1]).item() if got[place] in top.indices.tolist() else math.inf
+
+
+def test_first_difference_knows_a_near_tie_from_another_token() -> None:
+    model, prompt = student("mamba2"), ids(6)
+    want = plain(model, prompt, 3)
+    logits = model(torch.cat((prompt, torch.tensor(want[:1])))[None]).logits[0, -1]
+    best, second, third = logits.topk(3).indices.tolist()
+    assert best == want[1] and first_difference(model, prompt, want, want) is None
+    assert first_difference(model, prompt, [want[0], second, 7], want) == pytest.approx((logits[best] - logits[second]).item(), rel=1e-5)
+    assert first_difference(model, prompt, [want[0], third, 7], want) == math.inf
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
@@ -336,19 +347,38 @@ def test_the_padding_and_the_counts_of_a_generation() -> None:
     assert 0 < got.acceptance <= 1 and "accepted" in str(got) and "accepted" not in str(want)
 
 
-def test_auto_lookahead_finds_the_fastest_number() -> None:
-    def settles(rate: float, slope: float) -> int:
-        auto, draw = Auto(), torch.Generator().manual_seed(0)
-        for _ in range(150):
-            count = auto.next()
-            flips = (torch.rand(count, generator=draw) < rate).long().cumprod(0).sum().item() if count else 0
-            auto.learn(count, [int(flips)], [count], 1.0 + slope * count)
-        return auto.next() if auto.idle == 0 else 0
+@pytest.mark.parametrize(("rate", "slope"), [(0.9, 0.05), (0.7, 0.1), (0.2, 0.6)])
+def test_auto_lookahead_finds_the_fastest_number(rate: float, slope: float) -> None:
+    """Within 5 % of the best fixed number, by equation 1 of Leviathan et al., though every tenth round is held up by other work."""
 
-    for rate, slope in ((0.9, 0.05), (0.7, 0.1), (0.2, 0.6)):
-        best = max(range(13), key=lambda count: expected_tokens(rate, count) / (1 + slope * count))
-        assert abs(settles(rate, slope) - best) <= 2, (rate, slope, best)
-    assert expected_tokens(1.0, 3) == 4 and expected_tokens(0.5, 1) == 1.5 and expected_tokens(0.9, 0) == 1
+    def speed(count: int) -> float:
+        return (1 - rate ** (count + 1)) / (1 - rate) / (1 + slope * count)
+
+    auto, draw, counts = Auto(), torch.Generator().manual_seed(0), []
+    for number in range(300):
+        counts.append(auto.next())
+        stood = int((torch.rand(counts[-1], generator=draw) < rate).long().cumprod(0).sum()) if counts[-1] else 0
+        auto.learn(counts[-1], [stood], [counts[-1]], (1.0 + slope * counts[-1]) * (10 if number % 10 == 0 else 1))
+    late = [speed(count) for count in counts[100:]]
+    assert sum(late) / len(late) > 0.95 * max(map(speed, range(13)))
+
+
+def test_auto_lookahead_learns_what_comes_in_short_answers() -> None:
+    """All drafts stand until a text of six tokens ends: five are worth drafting, and no more, which no single rate can tell."""
+    auto = Auto()
+    for _ in range(100):
+        count = auto.next()
+        auto.learn(count, [min(count, 5)], [count], 1 + 0.2 * count)
+    assert auto.next() == 5
+
+
+def test_auto_lookahead_goes_on_learning_over_calls() -> None:
+    model, auto = student("mamba2"), Auto()
+    for seed in range(3):
+        more = {"max_new_tokens": 9, "eos_token_id": None}
+        got = generate(model, ids(1, 5, seed=seed), draft=noisy(model), lookahead=auto, **more)
+        assert got.new == generate(model, ids(1, 5, seed=seed), **more).new
+    assert not auto.trials and sum(auto.offered) > 6
 
 
 def test_lookup_copies_what_followed_the_newest_longest_match() -> None:
@@ -390,8 +420,17 @@ def test_drafts_that_cannot_serve_are_refused_by_name() -> None:
         generate(model, prompt, draft=mamba)
     with pytest.raises(ValueError, match="that of MambaForCausalLM cannot"):
         model.generate(prompt, assistant_model=mamba, attention_mask=torch.ones_like(prompt), max_new_tokens=5)
+    larger = student("mamba2", attention=0.0)
     with pytest.warns(UserWarning, match="the draft has .* parameters, more than the target's"):
-        generate(model, prompt, draft=student("mamba2", attention=0.0), max_new_tokens=2)
+        generate(model, prompt, draft=larger, max_new_tokens=2)
+    with pytest.warns(UserWarning, match="the draft has .* parameters, more than the target's"):
+        model.generate(prompt, assistant_model=larger, attention_mask=torch.ones_like(prompt), max_new_tokens=2, eos_token_id=None)
+
+
+def test_hugging_faces_loop_may_ask_for_more_than_can_be_taken_back() -> None:
+    """40 copied tokens at once, of which few stand."""
+    model, prompt = student("mamba2"), ids(12).repeat(5)
+    assert plain(model, prompt, 30, prompt_lookup_num_tokens=40, max_matching_ngram_size=1) == plain(model, prompt, 30)
 
 
 def test_without_attention_there_is_no_context_to_overflow() -> None:

@@ -13,9 +13,9 @@ from .chunked import chunked
 from .matrix import matrix
 from .packages import by_fla, by_mamba_ssm, obstacles
 from .reference import sequential
-from .resume import resume
+from .resume import fold, resume
 
-__all__ = ["ssd", "ssd_matrix", "ssd_resume", "ssd_step"]
+__all__ = ["ssd", "ssd_fold", "ssd_matrix", "ssd_resume", "ssd_step"]
 
 FORMS = ("torch", "sequential", "triton", "mamba_ssm", "fla")
 TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
@@ -166,6 +166,26 @@ def ssd_resume(
             raise ValueError(f"ancestors must have a row for each of the {c.shape[1]} tokens, got {M}")
     with no_autocast(x):
         return resume(x, a, b, c, firsts, dt, D, state, ancestors)
+
+
+def ssd_fold(
+    x: Tensor, a: Tensor, b: Tensor, *, dt: Tensor | None = None, mask: Tensor | None = None, state: Tensor | None = None
+) -> Tensor:
+    """The final state of `ssd` over a short sequence, [B, H, P, N] in at least fp32; the outputs are not computed.
+
+    x [B, S, G, P]; a [B, S, H]; b [B, S, G, N]; dt [B, S, H]; mask [B, S], False = absent; state [B, H, P, N] before the sequence.
+    Raises `ValueError` for shapes that do not fit together.
+    """
+    check_rank("x", x, "BSGP")
+    check_rank("b", b, "BSGN")
+    (B, S, G, P), H, N = x.shape, a.shape[-1], b.shape[-1]
+    _check_groups(H, G)
+    for name, tensor, shape in (("a", a, (B, S, H)), ("b", b, (B, S, G, N)), ("dt", dt, (B, S, H)), ("state", state, (B, H, P, N))):
+        check_shape(name, tensor, *shape)
+    if mask is not None:
+        x, a = x.masked_fill(~mask[..., None, None], 0), a.masked_fill(~mask[..., None], 0)
+    with no_autocast(x):
+        return fold(x, a, b, dt, state)
 
 
 def ssd_matrix(

@@ -1,4 +1,4 @@
-"""SSD for a few tokens behind a few others: the dual form, without a new state.
+"""SSD for a few tokens: their outputs in the dual form, without a new state, and their state, without outputs.
 
 Shapes: B batch, S tokens of the sequence, T tokens asked for, H query heads, G key/value heads, R = H // G, P head width, N state width.
 """
@@ -51,3 +51,15 @@ def visible(slots: Tensor, roots: Tensor, ancestors: Tensor) -> Tensor:
     inside, near = (node >= 0) & (node < len(ancestors)), node.clamp(0, len(ancestors) - 1)
     among = ancestors[near[:, :, None], near[:, None]]
     return torch.where(inside[:, :, None] & inside[:, None], among, slots <= slots[:, None])
+
+
+def fold(x: Tensor, a: Tensor, b: Tensor, dt: Tensor | None, state: Tensor | None) -> Tensor:
+    """e^{cum_S} state + sum_s e^{cum_S - cum_s} dt_s x_s b_s^T; arguments as in `ssd_fold`."""
+    (B, S, G, P), H, acc = x.shape, a.shape[2], accumulator(x.dtype)
+    cum = a.to(acc).transpose(1, 2).cumsum(-1)  # [B, H, S]
+    strength = (cum[..., -1:] - cum).exp_()
+    if dt is not None:
+        strength = strength.mul_(dt.to(acc).transpose(1, 2))
+    values = x.to(acc).permute(0, 2, 3, 1)[:, :, None] * strength.view(B, G, -1, 1, S)  # [B, G, R, P, S]
+    new = torch.matmul(values.flatten(2, 3), b.to(acc).transpose(1, 2)).view(B, H, P, -1)
+    return new if state is None else new.addcmul_(state.to(acc), cum[..., -1:, None].exp())

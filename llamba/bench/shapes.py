@@ -53,8 +53,8 @@ def _stack(width: int, layers: int, heads: int, mlp: int, vocab: int) -> PreTrai
     )  # fmt: skip
 
 
-def _recurrent(teacher: PreTrainedConfig, attention: float = 0.0) -> PreTrainedConfig:
-    return student_config(teacher, "mamba1", attention)
+def _recurrent(teacher: PreTrainedConfig, attention: float = 0.0, mixer: str = "mamba1") -> PreTrainedConfig:
+    return student_config(teacher, mixer, attention)
 
 
 def _hybrid(name: str, attention: float, layers: int, *rows: Published) -> Preset:
@@ -100,20 +100,22 @@ def _shrunk(config: PreTrainedConfig, by: int) -> PreTrainedConfig:
     if by == 1:
         return config
     values = config.to_dict()
-    heads, layers = max(config.num_attention_heads // by, 1), max(config.num_hidden_layers // by, 2)
+    hybrid = bool(values.get("mixer"))
+    heads, layers = max(config.num_attention_heads // by, 1), max(config.num_hidden_layers // by, 8 if hybrid else 2)
     width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     plain = LlamaConfig(
         vocab_size=config.vocab_size // by, hidden_size=heads * width, intermediate_size=config.intermediate_size // by,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=width,
         max_position_embeddings=config.max_position_embeddings,
     )  # fmt: skip
-    if not values.get("mixer"):
+    if not hybrid:
         return plain
-    return _recurrent(plain, sum(kind != RECURRENT for kind in config.layer_types) / len(config.layer_types))
+    return _recurrent(plain, sum(kind != RECURRENT for kind in config.layer_types) / len(config.layer_types), values["mixer"]["kind"])
 
 
 def build(config: PreTrainedConfig, shrink: int, dtype: torch.dtype, device: str) -> Any:
     """A model of this shape with random weights."""
     torch.manual_seed(0)
-    made: Any = AutoModelForCausalLM.from_config(_shrunk(config, shrink), dtype=dtype)
+    with torch.device(device):  # made where it is needed: billions of random numbers take long on a CPU
+        made: Any = AutoModelForCausalLM.from_config(_shrunk(config, shrink), dtype=dtype)
     return made.to(device).eval()

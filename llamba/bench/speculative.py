@@ -2,14 +2,13 @@
 
 For each number K of drafted tokens: tokens a round E, acceptance a, the verify overhead v (reading K + 1 tokens instead of one) and the
 draft's cost c (one token), both as parts of the time that plain decoding takes for a token; the speed-up that they predict,
-S = E / (1 + v + c K), and the one measured.
+S = E / (1 + v + c K), and the one measured. Shapes with random weights get the acceptance that is set: by grafting (`llamba.bench.graft`)
+where the draft's layers fit into the target, else by a draft that is told what the target will say.
 """
 
 import argparse
 import json
 import re
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamba.bench.shapes import Published, build, chosen
+from llamba.bench.graft import can_graft, graft
+from llamba.bench.shapes import Preset, Published, build, chosen
+from llamba.bench.timing import median_seconds
 from llamba.chat import load, load_draft
 from llamba.provenance import append_row
-from llamba.speculative import Generation, generate
+from llamba.speculative import Auto, Generation, generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import ModelDraft, Proposal, Rows
 from llamba.speculative.rewind import Rewindable
@@ -46,24 +47,6 @@ class Rehearsed(ModelDraft):
         return Proposal(tokens[None] % self.reader.model.config.vocab_size, [len(told)], None)
 
 
-def _synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds of a call, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        _synchronise(device)
-        started = time.perf_counter()
-        run()
-        _synchronise(device)
-        if repeat > 1:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 @torch.inference_mode()
 def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20) -> float:
     """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round."""
@@ -78,7 +61,7 @@ def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repea
         reader.take_back([back])
         reader.pin()
 
-    return _seconds(read, model.device.type, repeats)
+    return median_seconds(read, model.device.type, repeats)
 
 
 def _total(runs: list[Generation]) -> Generation:
@@ -100,14 +83,23 @@ def _decode(model: Any, prompts: list[list[int]], tokens: int, draft: Callable[[
 
 
 def measure(
-    model: Any, draft: Any, prompts: list[list[int]], lookaheads: list[Any], tokens: int, repeats: int, acceptance: float | None = None
+    model: Any,
+    draft: Any,
+    prompts: list[list[int]],
+    lookaheads: list[Any],
+    tokens: int,
+    repeats: int,
+    acceptance: float | None = None,
+    endless: bool = False,
 ) -> list[Row]:
     """One row per number of drafted tokens, behind one for plain decoding. `acceptance`: rehearsed drafts instead of the draft's own.
 
-    `same` says whether both decoded the same tokens, which in low precision near ties may undo.
+    `endless`: no token ends a text. `same` says whether both decoded the same tokens, which in low precision near ties may undo.
     """
-    ends: dict[str, Any] = {"eos_token_id": None} if acceptance is not None else {}
-    plain = _decode(model, prompts, tokens, lambda number: None, **ends)
+    same: dict[str, Any] = {"eos_token_id": None} if endless else {}
+    if isinstance(draft, str) or acceptance is not None:
+        same["engine"] = "eager"  # the only one that takes such drafts, so plain decoding takes it too
+    plain = _decode(model, prompts, tokens, lambda number: None, **same)
 
     def source(number: int) -> Any:
         if acceptance is None:
@@ -115,10 +107,11 @@ def measure(
         return Rehearsed(draft, len(prompts[number]) + tokens + CAPACITY, prompts[number] + plain.new[number], acceptance)
 
     best: dict[Any, Generation] = {0: plain}
+    paces = {count: Auto() if count == "auto" else count for count in lookaheads}  # "auto" goes on learning from prompt to prompt
     for _ in range(repeats):  # in turns, so that a slow moment of the machine meets all alike
         for count in (0, *lookaheads):
-            asked: dict[str, Any] = {"draft": source, "lookahead": count} if count else {"draft": lambda number: None}
-            made = _decode(model, prompts, tokens, **asked, **ends)
+            asked: dict[str, Any] = {"draft": source, "lookahead": paces[count]} if count else {"draft": lambda number: None}
+            made = _decode(model, prompts, tokens, **asked, **same)
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
     rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
@@ -191,22 +184,29 @@ def _of_models(args: argparse.Namespace) -> list[Row]:
     return [{"model": args.model, "draft": args.draft} | row for row in rows]
 
 
+def _of_preset(name: str, preset: Preset, args: argparse.Namespace, dtype: torch.dtype, device: str) -> list[Row]:
+    found: list[Row] = []
+    model, draft = (build(config, args.shrink, dtype, device) for config in (preset.target, preset.draft))
+    grafted = graft(model, draft) if can_graft(model, draft) else None
+    prompt = torch.randint(3, model.config.vocab_size, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    print(f"{name}{f', shrunk by {args.shrink}' if args.shrink > 1 else ''}, {'grafted' if grafted else 'rehearsed'} drafts\n{HEAD}")
+    for published in preset.rows:
+        rate = published.acceptance if args.acceptance is None else args.acceptance
+        if grafted is not None:
+            grafted.tune(rate, prompt, args.tokens)
+        script = rate if grafted is None else None
+        rows = measure(model, draft, [prompt], [published.lookahead], args.tokens, args.repeats, script, endless=True)
+        for row in rows[bool(found) :]:
+            print(_line(row, published if row["lookahead"] else None), flush=True)
+            made = {"preset": name, "shrink": args.shrink, "set_acceptance": rate, "grafted": grafted is not None}
+            found.append(made | {"published": vars(published)} | row)
+    return found
+
+
 def _of_presets(args: argparse.Namespace) -> list[Row]:
-    found = []
     device = str(torch.accelerator.current_accelerator() or "cpu") if args.device == "auto" else args.device
     dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
-    for name, preset in chosen(args.preset).items():
-        model, draft = (build(config, args.shrink, dtype, device) for config in (preset.target, preset.draft))
-        prompt = torch.randint(3, model.config.vocab_size, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-        print(f"{name}{f', shrunk by {args.shrink}' if args.shrink > 1 else ''}\n{HEAD}")
-        for row_number, published in enumerate(preset.rows):
-            rate = published.acceptance if args.acceptance is None else args.acceptance
-            rows = measure(model, draft, [prompt], [published.lookahead], args.tokens, args.repeats, rate)
-            for row in rows[row_number > 0 :]:
-                print(_line(row, published if row["lookahead"] else None), flush=True)
-                found.append({"preset": name, "shrink": args.shrink, "set_acceptance": rate, "published": vars(published)} | row)
-        del model, draft
-    return found
+    return [row for name, preset in chosen(args.preset).items() for row in _of_preset(name, preset, args, dtype, device)]
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.kernels.ssd import ssd, ssd_matrix, ssd_resume, ssd_step
+from llamba.kernels.ssd import ssd, ssd_fold, ssd_matrix, ssd_resume, ssd_step
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 from llamba.tree import Tree
 
@@ -40,6 +40,13 @@ class Mamba2(Mixer):
     def conv_rows(self) -> tuple[str, ...]:
         """x, B and C pass the convolution."""
         return ("x", "B", "C")
+
+    def fused_rows(self, hidden_states: Tensor) -> Tensor:
+        """z | x | B | C | dt [B, T, ...] as `llamba.kernels.decode` takes them: B and C normalised, x and B perhaps repeated."""
+        if self.config.qk_norm is None and not self.config.conv_after_repeat:
+            return self.in_proj(hidden_states)
+        parts = self._project(hidden_states)
+        return torch.cat((parts["z"], self._conv_in(parts), parts["dt"]), -1)
 
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
         c, together = self.config, parts["conv"]
@@ -82,6 +89,11 @@ class Mamba2(Mixer):
         a, step = self.decay(dt)
         first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
         return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state, ancestors=None if tree is None else tree.ancestors)
+
+    def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
+        x, b, dt = inputs
+        a, step = self.decay(dt)
+        return ssd_fold(x, a, b, dt=step, mask=mask, state=state)
 
     def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token; see `llamba.kernels.ssd.ssd_step`."""
