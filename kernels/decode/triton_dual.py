@@ -109,8 +109,8 @@ def mamba2_dual(
         old_x, old_b, old_dt = kept(ring_x, ring_b, ring_dt, row, begin, q, q >= 0, g, h, G, H, L, P, N, p, n, ACC)
         old_a, old_strength = rates(old_dt, bias, rate, q >= 0, SCALED)
         since = tl.cumsum(old_a, 0, reverse=True) - old_a + gone  # [Q], exact for the newest
-        weight = tl.exp(tl.minimum(total[:, None] + since[None, :], 0.0)) * old_strength[None, :]
-        y += tl.dot(tl.dot(c, tl.trans(old_b), input_precision=PREC) * weight, old_x, input_precision=PREC)
+        share = tl.exp(tl.minimum(total[:, None] + since[None, :], 0.0)) * old_strength[None, :]
+        y += tl.dot(tl.dot(c, tl.trans(old_b), input_precision=PREC) * share, old_x, input_precision=PREC)
         gone += tl.sum(old_a, 0)
     inside, tile_of = (p < P)[:, None] & (n < N)[None, :], (row * H + h) * P * N + p[:, None] * N + n[None, :]
     S = tl.load(state + tile_of, mask=inside, other=0.0)
@@ -124,8 +124,8 @@ def mamba2_dual(
 
     if until > begin:
         a, strength = rates(dt.to(ACC), bias, rate, real & (start + t < until), SCALED)
-        since = tl.cumsum(a, 0, reverse=True) - a
-        fold = tl.dot(tl.trans(x * (strength * tl.exp(tl.minimum(since, 0.0)))[:, None]), b, input_precision=PREC)  # [P, N]
+        left = tl.exp(tl.minimum(tl.cumsum(a, 0, reverse=True) - a, 0.0))
+        fold = tl.dot(tl.trans(x * (strength * left)[:, None]), b, input_precision=PREC)  # [P, N]
         gone = tl.sum(a, 0)
         for tile in range(tl.cdiv(past, BK)):
             q = past - (tile + 1) * BK + j
