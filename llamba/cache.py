@@ -7,6 +7,7 @@ taking tokens back is integer arithmetic on `counts`, row by row. (Mamba-in-Llam
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ def _own(values: Tensor) -> Tensor:
     """The values, detached, and copied where they are a part of a larger tensor that they would keep alive."""
     values = values.detach()
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+
+
+@dataclass
+class SteppedLayer:
+    """Cache of a mixer whose tokens one kernel evaluates: `run` makes of the mixer and its input [B, T, D] what out_proj takes."""
+
+    run: Callable[[Any, Tensor], Tensor]
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):

@@ -34,8 +34,8 @@ def accept(target: Tensor, draft: Tensor | None, drafts: Tensor, counts: Tensor,
     fits = _prefix(noise[:, :-1] * q < p, counts)
     rows = torch.arange(len(fits), device=fits.device)
     last = target[rows, fits]  # [B, V]
-    rejected = fits < counts
-    if drafts.shape[1] and bool(rejected.any()):
+    if drafts.shape[1]:  # without a look at the numbers, so that a CUDA graph can hold it
+        rejected = fits < counts
         at = fits.clamp_max(drafts.shape[1] - 1)
         guess = torch.zeros_like(last).scatter_(1, drafts[rows, at, None], 1.0) if draft is None else draft[rows, at]
         last = torch.where(rejected[:, None], residual(last, guess), last)

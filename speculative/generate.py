@@ -20,6 +20,7 @@ from llamba.hybrid import RECURRENT
 from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept_tree_greedy
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
+from llamba.speculative.graphs import Decoded, decode, serves
 from llamba.speculative.lookahead import Auto, Fixed
 from llamba.speculative.rewind import Rewindable, kinds_of
 from llamba.tree import grow
@@ -80,6 +81,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     streamer: Any = None,
     generator: torch.Generator | None = None,
+    engine: Literal["auto", "eager", "graphs"] = "auto",
 ) -> Generation:
     """Continue `ids` [B, T] with `model`, faster where `draft` guesses well; what comes out is the model's own, whatever is drafted.
 
@@ -90,6 +92,8 @@ def generate(
     `temperature` 0 is greedy. `eos_token_id`: "model" takes those of the model's generation configuration, None does not stop.
     `logits_processor`, `stopping_criteria` and `streamer` are transformers'; they are called for every token. The random numbers come
     from `generator` (on the CPU; None: torch's own).
+    `engine`: "graphs" decodes in rounds that are device work alone, on CUDA in captured graphs (see `graphs`); "eager" goes from call to
+    call; "auto" takes graphs on CUDA where they serve. They do not serve trees, drafts that are no models, processors and criteria.
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
     choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
@@ -107,9 +111,13 @@ def generate(
             _check_context(name, one, longest)
     stops = _Stops(_ends(model, eos_token_id), stopping_criteria, max_new_tokens, [len(row) for row in rows])
     with torch.inference_mode():
+        if serves(engine, model, draft, choice, stopping_criteria, branching is not None):
+            assert draft is None or isinstance(draft, PreTrainedModel)
+            made = decode(model, draft, rows, max_new_tokens, choice, stops.ends, count, streamer, generator)
+            return _result(ids, made.new, made, stops.ends, model)
         job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
         done = job.run()
-    return _result(ids, done, job, model)
+    return _result(ids, [row[start:] for row, start in zip(done, stops.prompts, strict=True)], job, stops.ends, model)
 
 
 @dataclass
@@ -304,10 +312,9 @@ def _ends(model: PreTrainedModel, given: int | Iterable[int] | str | None) -> se
     return {given} if isinstance(given, int) else set(given)
 
 
-def _result(ids: Tensor, rows: Rows, job: _Job, model: PreTrainedModel) -> Generation:
-    new = [row[start:] for row, start in zip(rows, job.stops.prompts, strict=True)]
+def _result(ids: Tensor, new: Rows, made: _Job | Decoded, ends: set[int], model: PreTrainedModel) -> Generation:
     longest = max(map(len, new))
     settings: Any = model.generation_config
-    pad = settings.pad_token_id if settings.pad_token_id is not None else min(job.stops.ends, default=0)
+    pad = settings.pad_token_id if settings.pad_token_id is not None else min(ends, default=0)
     tail = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens in new], device=ids.device)
-    return Generation(torch.cat((ids, tail), 1), new, job.rounds, job.drafted, job.accepted, job.seconds)
+    return Generation(torch.cat((ids, tail), 1), new, made.rounds, made.drafted, made.accepted, made.seconds)

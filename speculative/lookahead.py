@@ -20,6 +20,11 @@ class Fixed:
 
     count: int
 
+    @property
+    def most(self) -> int:
+        """The largest number that `next` may say."""
+        return self.count
+
     def next(self) -> int:
         """Tokens to draft in the next round."""
         return self.count

@@ -1,16 +1,20 @@
-"""The Triton kernels as compiled for the GPU at hand, against the sequential forms in fp64: `pytest -m gpu`.
+"""The Triton kernels as compiled for the GPU at hand, against the sequential forms in fp64, and CUDA graphs: `pytest -m gpu`.
 
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C channels.
 """
 
 import pytest
 import torch
+from models import ids, student
+from test_speculative import noisy, ragged
 from torch import Tensor
 from triton_tools import poisoned, rms, with_gradients
 
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
 from llamba.kernels.ssd import ssd
+from llamba.speculative import generate, graphs
+from llamba.speculative.choose import Choice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative RMS error: operands of tensor cores are rounded once
@@ -123,3 +127,50 @@ def test_a_round_can_be_captured_and_replayed() -> None:
         graph.replay()
         assert torch.equal(out, one_round(static, plain, by)), turn
     assert torch.equal(graphed.state, plain.state) and torch.equal(at.length, by.length)
+
+
+@pytest.mark.parametrize(("mixer", "attention"), [("mamba2", 0.5), ("discrete_mamba2", 0.0)])
+def test_decoding_in_graphs_equals_eager_decoding(mixer: str, attention: float) -> None:
+    """fp32, plain and with drafts; prompts of other lengths and another number of rows use the same graphs."""
+    model = student(mixer, attention=attention, dtype=torch.float32)
+    draft = noisy(model).cuda()
+    model.cuda()
+    for lengths in ((9, 1, 2), (4, 30, 3, 17)):
+        _, batch, mask = ragged(lengths)
+        options = {"attention_mask": mask.cuda(), "max_new_tokens": 40, "eos_token_id": None}
+        for more in ({}, {"draft": draft, "lookahead": 4}, {"draft": draft, "lookahead": "auto"}):
+            want = generate(model, batch.cuda(), engine="eager", **options, **more)
+            got = generate(model, batch.cuda(), engine="graphs", **options, **more)
+            assert got.new == want.new
+    assert len(graphs._decoders[model]) == 3, "4 rows for all: plain, 4 drafted tokens, up to 12"
+
+
+def test_many_rounds_of_one_graph() -> None:
+    """Hundreds of replays, sampling too: the same noise gives the same tokens as the eager loop, but for the last round."""
+    model = student("mamba2", dtype=torch.float32)
+    draft, prompt = noisy(model).cuda(), ids(1, 5).cuda()
+    model.cuda()
+    for choice in ({}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9}):
+        made = []
+        for engine in ("eager", "graphs"):
+            options = {"engine": engine, "generator": torch.Generator().manual_seed(3), "max_new_tokens": 400, "eos_token_id": None}
+            made.append(generate(model, prompt, draft=draft, lookahead=4, **options, **choice).new[0][:-5])
+        assert made[0] == made[1]
+
+
+def test_a_replay_neither_waits_nor_copies_to_the_host() -> None:
+    model = student("mamba2", dtype=torch.float32).cuda()
+    with torch.inference_mode():
+        made = graphs.Decoder(model, model, 1, 256, 4, Choice(temperature=1.0), 8)
+        made.start(model, model, [ids(6).tolist()], 50, set())
+        parts = made.round(4)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                made.throw(1, 4, None)
+                for part in parts:
+                    part()
+                opened = made.post()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert opened()[0][-4] > 0

@@ -1,6 +1,6 @@
-"""Tokens of a Mamba-2 mixer between its projections, one after another: the CPU's form.
+"""Tokens of a Mamba-2 mixer between its projections in PyTorch: the CPU's form. Like the kernel it reads nothing on the host.
 
-Shapes: B batch, T time, H query heads, G key/value heads, R = H // G, P head width, N state width, W conv width, C channels.
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, C channels, L slots of kept inputs.
 """
 
 from typing import Any
@@ -9,54 +9,72 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from ..conv1d.ring import ring
+
 
 def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
     """`mamba2_steps`; arguments as there."""
-    (B, H, P, _), out = held.state.shape, zxbcdt.new_zeros(*zxbcdt.shape[:2], held.state.shape[1] * held.state.shape[2])
-    for row in range(B):
-        length, folded, new, fold_to = (int(cursor[row]) for cursor in at)
-        state = held.state[row]
-        for position in range(folded, length + new):
-            if position >= length:
-                token = zxbcdt[row, position - length]
-                c = _take(token, weights, held, row, position)
-            x, b, dt = (ring[row, position % held.x.shape[1]].to(state.dtype) for ring in (held.x, held.b, held.dt))
-            state = _advance(state, x, b, dt, weights)
-            if position >= length:
-                y = _output(state, x, c, token[: H * P].to(state.dtype).view(H, P), weights)
-                out[row, position - length] = y.flatten()
-            if position + 1 == fold_to:
-                held.state[row] = state
+    (B, H, P, N), (_, L, G, _), T, wide = held.state.shape, held.x.shape, zxbcdt.shape[1], held.state.dtype
+    z, raw, dt = zxbcdt.split([H * P, held.raw.shape[2], H], -1)
+    conv = ring(raw.to(wide), weights.conv, weights.conv_bias, "silu" if weights.silu else None, held.raw, at.length, at.new)
+    x, b, c = conv.split([G * P, G * N, H * N], -1)
+    _put(held, at, x.unflatten(-1, (G, P)), b.unflatten(-1, (G, N)), dt)
+    places = at.folded[:, None] + torch.arange(L, device=z.device)  # [B, L] positions behind the state
+    kept = _replayed(held, at, places < at.length[:, None], weights)
+    folded = _replayed(held, at, places < torch.minimum(at.length, at.fold_to)[:, None], weights)
+    rows, state, out = torch.arange(B, device=z.device), kept, zxbcdt.new_zeros(B, T, H * P)
+    for t in range(T):
+        position, alive = at.length + t, at.new > t
+        x_t, b_t, dt_t = (buffer[rows, position % L].to(wide) for buffer in (held.x, held.b, held.dt))
+        state = torch.where(alive[:, None, None, None], _advance(state, x_t, b_t, dt_t, weights), state)
+        folded = torch.where((alive & (position + 1 == at.fold_to))[:, None, None, None], state, folded)
+        y = _output(state, x_t, c[:, t].unflatten(-1, (H, N)), z[:, t].to(wide).unflatten(-1, (H, P)), weights)
+        out[:, t] = y.flatten(1).masked_fill(~alive[:, None], 0)
+    held.state.copy_(folded)
     return out
 
 
-def _take(token: Tensor, weights: Any, held: Any, row: int, position: int) -> Tensor:
-    """Put a token into its slots; returns C [H, N]."""
-    _, H, P, N = held.state.shape
-    G, (C, W), wide = held.x.shape[2], weights.conv.shape, held.state.dtype
-    held.raw[row, position % held.raw.shape[1]] = token[H * P : H * P + C]
-    places = torch.arange(position - W + 1, position + 1, device=token.device)
-    window = held.raw[row, places % held.raw.shape[1]].to(wide).masked_fill((places < 0)[:, None], 0)  # [W, C]
-    z = (window * weights.conv.t().to(wide)).sum(0)
-    z = z if weights.conv_bias is None else z + weights.conv_bias.to(wide)
-    x, b, c = (silu(z) if weights.silu else z).split([G * P, G * N, H * N])
-    slot = position % held.x.shape[1]
-    held.x[row, slot], held.b[row, slot], held.dt[row, slot] = x.view(G, P), b.view(G, N), token[-H:]
-    return c.view(H, N)
+def _replayed(held: Any, at: Any, real: Tensor, weights: Any) -> Tensor:
+    """The state after those of the L tokens behind it that are `real` [B, L]: their writes, each with the decays that follow it."""
+    L, share, wide = real.shape[1], held.state.shape[1] // held.x.shape[2], held.state.dtype
+    slots = (at.folded[:, None] + torch.arange(L, device=real.device)) % L
+    rows = torch.arange(len(slots), device=real.device)[:, None]
+    x, b, dt = (buffer[rows, slots].to(wide) for buffer in (held.x, held.b, held.dt))
+    decay, strength = _decay(dt, weights)  # [B, L, H]
+    decay = decay.masked_fill(~real[..., None], 0)
+    later = torch.nn.functional.pad(decay[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))  # of the tokens behind each
+    x = x.repeat_interleave(share, 2) * (later.exp() if strength is None else later.exp() * strength)[..., None]
+    x, b = (value.masked_fill(~real[..., None, None], 0) for value in (x, b.repeat_interleave(share, 2)))
+    return held.state * decay.sum(1).exp()[..., None, None] + torch.einsum("blhp,blhn->bhpn", x, b)
+
+
+def _put(held: Any, at: Any, *values: Tensor) -> None:
+    """Put x [B, T, G, P], b [B, T, G, N] and dt [B, T, H] of the new tokens into their slots."""
+    (B, T), L = values[0].shape[:2], held.x.shape[1]
+    rows, steps = torch.arange(B, device=at.length.device)[:, None], torch.arange(T, device=at.length.device)
+    slots, real = (at.length[:, None] + steps) % L, steps < at.new[:, None]
+    for buffer, value in zip((held.x, held.b, held.dt), values, strict=True):
+        there = real.view(B, T, *[1] * (value.ndim - 2))
+        buffer[rows, slots] = torch.where(there, value.to(buffer.dtype), buffer[rows, slots])
+
+
+def _decay(dt: Tensor, weights: Any) -> tuple[Tensor, Tensor | None]:
+    """Log decay and write strength (None: 1) of steps [..., H]."""
+    step = softplus(dt + weights.dt_bias)
+    return (-step, None) if weights.A_log is None else (-weights.A_log.to(step.dtype).exp() * step, step)
 
 
 def _advance(state: Tensor, x: Tensor, b: Tensor, dt: Tensor, weights: Any) -> Tensor:
-    """The state [H, P, N] after a token x [G, P], b [G, N], dt [H]."""
-    step, share = softplus(dt + weights.dt_bias), state.shape[0] // x.shape[0]
-    decay = (-step if weights.A_log is None else -weights.A_log.to(step.dtype).exp() * step).exp()
-    write = x.repeat_interleave(share, 0) * (1 if weights.A_log is None else step[:, None])  # [H, P]
-    return state * decay[:, None, None] + write[:, :, None] * b.repeat_interleave(share, 0)[:, None]
+    """The state [B, H, P, N] after a token x [B, G, P], b [B, G, N], dt [B, H]."""
+    (decay, strength), share = _decay(dt, weights), state.shape[1] // x.shape[1]
+    write = x.repeat_interleave(share, 1) * (1 if strength is None else strength[..., None])  # [B, H, P]
+    return state * decay.exp()[..., None, None] + write[..., None] * b.repeat_interleave(share, 1)[:, :, None]
 
 
 def _output(state: Tensor, x: Tensor, c: Tensor, z: Tensor, weights: Any) -> Tensor:
-    """The gated, normalised output [H, P]."""
-    y = (state * c[:, None]).sum(-1) + weights.D[:, None] * x.repeat_interleave(state.shape[0] // x.shape[0], 0)
+    """The gated, normalised output [B, H, P]."""
+    y = (state * c[:, :, None]).sum(-1) + weights.D[:, None] * x.repeat_interleave(state.shape[1] // x.shape[1], 1)
     gated = y * silu(z)
     if weights.norm is None:
         return gated
-    return gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.view(gated.shape)
+    return gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + weights.eps) * weights.norm.view(gated.shape[1:])

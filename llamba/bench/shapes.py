@@ -53,8 +53,8 @@ def _stack(width: int, layers: int, heads: int, mlp: int, vocab: int) -> PreTrai
     )  # fmt: skip
 
 
-def _recurrent(teacher: PreTrainedConfig, attention: float = 0.0) -> PreTrainedConfig:
-    return student_config(teacher, "mamba1", attention)
+def _recurrent(teacher: PreTrainedConfig, attention: float = 0.0, mixer: str = "mamba1") -> PreTrainedConfig:
+    return student_config(teacher, mixer, attention)
 
 
 def _hybrid(name: str, attention: float, layers: int, *rows: Published) -> Preset:
@@ -109,11 +109,12 @@ def _shrunk(config: PreTrainedConfig, by: int) -> PreTrainedConfig:
     )  # fmt: skip
     if not values.get("mixer"):
         return plain
-    return _recurrent(plain, sum(kind != RECURRENT for kind in config.layer_types) / len(config.layer_types))
+    return _recurrent(plain, sum(kind != RECURRENT for kind in config.layer_types) / len(config.layer_types), values["mixer"]["kind"])
 
 
 def build(config: PreTrainedConfig, shrink: int, dtype: torch.dtype, device: str) -> Any:
     """A model of this shape with random weights."""
     torch.manual_seed(0)
-    made: Any = AutoModelForCausalLM.from_config(_shrunk(config, shrink), dtype=dtype)
+    with torch.device(device):  # made where it is needed: billions of random numbers take long on a CPU
+        made: Any = AutoModelForCausalLM.from_config(_shrunk(config, shrink), dtype=dtype)
     return made.to(device).eval()

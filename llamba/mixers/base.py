@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamba.cache import KEPT, RecurrentLayer, columns, write
+from llamba.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
 from llamba.kernels.gated_norm import gated_head_norm
 from llamba.tree import Tree
@@ -215,14 +215,17 @@ class Mixer(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, None]:
         """hidden_states [B, T, D] -> ([B, T, D], None). `attention_mask` is a `Recurrence`; other attention arguments do not apply."""
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if isinstance(layer, SteppedLayer):
+            return self.out_proj(layer.run(self, hidden_states)), None
         rec = attention_mask or Recurrence()
         parts = self._project(hidden_states)
-        if past_key_values is None:
+        if layer is None:
             y, _, _ = self._run(parts, rec, None, None)
         elif hidden_states.shape[1] == 1 and rec.mask is None:
-            y = self._cached_step(parts, rec, past_key_values.layers[self.layer_idx])
+            y = self._cached_step(parts, rec, layer)
         else:
-            y = self._cached_run(parts, rec, past_key_values.layers[self.layer_idx])
+            y = self._cached_run(parts, rec, layer)
         y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
         return self.out_proj(y.to(hidden_states.dtype)), None
 

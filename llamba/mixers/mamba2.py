@@ -41,6 +41,13 @@ class Mamba2(Mixer):
         """x, B and C pass the convolution."""
         return ("x", "B", "C")
 
+    def fused_rows(self, hidden_states: Tensor) -> Tensor:
+        """z | x | B | C | dt [B, T, ...] as `llamba.kernels.decode` takes them: B and C normalised, x and B perhaps repeated."""
+        if self.config.qk_norm is None and not self.config.conv_after_repeat:
+            return self.in_proj(hidden_states)
+        parts = self._project(hidden_states)
+        return torch.cat((parts["z"], self._conv_in(parts), parts["dt"]), -1)
+
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
         c, together = self.config, parts["conv"]
         if not c.conv_after_repeat:
