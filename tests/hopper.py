@@ -64,7 +64,7 @@ def launches() -> list:
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
-    tree = grow((3, 2, 1, 1), torch.device("cpu"))
+    tree = grow((2, 2, 1, 1), torch.device("cpu"))
     for tokens, branches in ((5, None), (len(tree), Branches(tree.ancestors, tree.windows(W)))):
         held = buffers(1, H, G, P, P, W, tokens, torch.bfloat16, "cpu")
         dual.fused_dual(wide[:, :tokens], weights, held, cursors(1, "cpu"), branches)

@@ -120,8 +120,9 @@ def mamba2_steps(
     """Evaluate at.new[b] of the T tokens zxbcdt [B, T, H P + C + H], rows z | x | B | C | dt as in_proj leaves them.
 
     form: "recurrent" reads the tokens one after another, which suits few rows; "dual" takes them together in matrix products of at least
-    16 rows, for large batches; which is faster where has not been measured on a GPU. `branches`, with "dual" alone: the tokens are a tree,
-    and the state is written nowhere behind the kept ones (`plan` without `keep`).
+    16 rows, for large batches; which is faster where has not been measured on a GPU, and compiled for more than 16 tokens "dual" spills
+    registers. `branches`, with "dual" alone: the tokens are a tree, and the state is written nowhere behind the kept ones (`plan` without
+    `keep`).
     Changes the slots of the new tokens, and the state of rows whose `fold_to` is behind `folded`; the cursors stay (`commit`).
     Returns what out_proj takes, [B, T, H P] in the dtype of zxbcdt, 0 from new[b] on.
     Raises `ValueError` for shapes that do not fit, for too few slots, for a tree in the recurrent form, and for a `form` or an `impl` that

@@ -9,6 +9,8 @@ where the draft's layers fit into the target, else by a draft that is told what 
 import argparse
 import json
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
-from llamba.bench.timing import median_seconds
 from llamba.chat import load, load_draft
 from llamba.provenance import append_row
 from llamba.speculative import Auto, Generation, generate
@@ -47,10 +48,9 @@ class Rehearsed(ModelDraft):
         return Proposal(tokens[None] % self.reader.model.config.vocab_size, [len(told)], None)
 
 
-@torch.inference_mode()
-def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repeats: int = 20) -> float:
-    """Seconds to read `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round."""
-    reader = Rewindable(model, len(prompt) + (repeats + 2) * tokens + CAPACITY)
+def _reads(model: Any, tokens: int, record: bool, prompt: list[int], calls: int) -> Callable[[], None]:
+    """A call that reads `tokens` tokens behind a prompt; with `record` half of them are taken back, as in a round."""
+    reader = Rewindable(model, len(prompt) + calls * tokens + CAPACITY)
     reader.start([prompt])
     if record:
         reader.record()
@@ -61,7 +61,25 @@ def step_seconds(model: Any, prompt: list[int], tokens: int, record: bool, repea
         reader.take_back([back])
         reader.pin()
 
-    return median_seconds(read, model.device.type, repeats)
+    return read
+
+
+@torch.inference_mode()
+def step_seconds(steps: dict[Any, tuple[Any, int, bool]], prompt: list[int], repeats: int = 20) -> dict[Any, float]:
+    """Median seconds of each step: a model, how many tokens it reads, and whether they may be taken back.
+
+    They are taken in turns, so that a slow moment of the machine meets all alike, after two turns to warm up.
+    """
+    reads = {name: (step[0].device.type, _reads(*step, prompt, repeats + 2)) for name, step in steps.items()}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 2):
+        for name, (device, read) in reads.items():
+            started = time.perf_counter()
+            read()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
 
 
 def _total(runs: list[Generation]) -> Generation:
@@ -115,8 +133,8 @@ def measure(
             best[count] = min(made, best.get(count, made), key=lambda run: run.seconds)
     plain = best[0]
     rows: list[Row] = [{"lookahead": 0, "tokens_per_second": plain.tokens_per_second, "tokens": plain.tokens}]
-    one = step_seconds(model, prompts[0], 1, record=False)
-    cost = 0.0 if isinstance(draft, str) else step_seconds(draft, prompts[0], 1, record=True) / one
+    steps = {0: (model, 1, False)} | {count: (model, count + 1, True) for count in lookaheads if isinstance(count, int)}
+    cost = step_seconds(steps if isinstance(draft, str) else {**steps, "draft": (draft, 1, True)}, prompts[0])
     for count in lookaheads:
         made = best[count]
         row: Row = {
@@ -129,9 +147,9 @@ def measure(
             "same": made.new == plain.new,
         }
         if isinstance(count, int):
-            overhead = step_seconds(model, prompts[0], count + 1, record=True) / one - 1
-            row |= {"verify_overhead": overhead, "draft_cost": cost}
-            row["predicted"] = row["tokens_per_round"] / (1 + overhead + cost * count)
+            overhead, drafting = cost[count] / cost[0] - 1, cost.get("draft", 0.0) / cost[0]
+            row |= {"verify_overhead": overhead, "draft_cost": drafting}
+            row["predicted"] = row["tokens_per_round"] / (1 + overhead + drafting * count)
         rows.append(row)
     return rows
 
