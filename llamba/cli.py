@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
     command.add_argument("--out", help="append the rows to this .jsonl file")
+    command.add_argument("--mixer", default="mamba2", choices=("mamba2", "mamba1"), help="of multistep and train (default mamba2)")
     command.add_argument("--model", help="of matrices and speculative: run folder, model folder or hub name")
     _matrices_options(command.add_argument_group("matrices"))
     _speculative_options(command.add_argument_group("speculative"))

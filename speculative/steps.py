@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llamba.cache import RecurrentLayer
-from llamba.kernels.decode import Buffers, Cursors, Weights, buffers, mamba2_steps
-from llamba.mixers import DiscreteMamba2, Mamba2
+from llamba.kernels.decode import Buffers, Cursors, Mamba1Weights, Weights, buffers, mamba1_buffers, mamba1_steps, mamba2_steps
+from llamba.mixers import DiscreteMamba2, Mamba1, Mamba2
 
 
 class Steps(NamedTuple):
@@ -28,7 +28,7 @@ def _mamba2_buffers(mixer: Mamba2, rows: int, longest: int, dtype: torch.dtype, 
     return buffers(rows, c.heads, groups, c.head_dim, c.state, c.conv_width, longest, dtype, device)
 
 
-def _mamba2_load(held: Buffers, layer: RecurrentLayer, lengths: Tensor) -> None:
+def _load(held: Buffers, layer: RecurrentLayer, lengths: Tensor) -> None:
     if layer.state is None or layer.raw is None:  # nothing was read
         held.state.zero_()
         return
@@ -47,4 +47,19 @@ def _mamba2_run(mixer: Mamba2, hidden: Tensor, held: Buffers, at: Cursors) -> Te
     return mamba2_steps(mixer.fused_rows(hidden), weights, held, at)
 
 
-STEPS: dict[type, Steps] = dict.fromkeys((Mamba2, DiscreteMamba2), Steps(_mamba2_buffers, _mamba2_load, _mamba2_run))
+def _mamba1_buffers(mixer: Mamba1, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers:
+    c = mixer.config
+    return mamba1_buffers(rows, c.inner, c.shared, mixer.conv_channels(), c.state, c.conv_width, longest, dtype, device)
+
+
+def _mamba1_run(mixer: Mamba1, hidden: Tensor, held: Buffers, at: Cursors) -> Tensor:
+    c = mixer.config
+    weights = Mamba1Weights(
+        mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias * (2 if c.double_dt_bias else 1), mixer.A_log, mixer.D,
+        c.state if c.block_gqa else c.head_dim, c.conv_activation is not None,
+    )  # fmt: skip
+    return mamba1_steps(*mixer.fused_rows(hidden), weights, held, at)
+
+
+STEPS: dict[type, Steps] = dict.fromkeys((Mamba2, DiscreteMamba2), Steps(_mamba2_buffers, _load, _mamba2_run))
+STEPS[Mamba1] = Steps(_mamba1_buffers, _load, _mamba1_run)

@@ -21,9 +21,10 @@ from triton.compiler import ASTSource
 import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_dual as dual
 import llamba.kernels.decode.triton_op as decode
+import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.ssd.triton_op as ssd
 import llamba.kernels.ssd.triton_step as step
-from llamba.kernels.decode import Branches, Weights, buffers, cursors
+from llamba.kernels.decode import Branches, Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
 from llamba.tree import grow
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.int8: "i8"}
@@ -44,9 +45,9 @@ class Recorder:
 
 
 def launches() -> list:
-    """Every launch of a training step's SSD and convolution, and of a speculative round, on tensors without content."""
+    """Every launch of a training step's SSD, selective scan and convolution, and of speculative rounds, on tensors without content."""
     noted: list = []
-    for module in (ssd, step, conv1d, decode):
+    for module in (ssd, step, selective_scan, conv1d, decode):
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction):
                 setattr(module, name, Recorder(value, noted))
@@ -60,6 +61,8 @@ def launches() -> list:
     a = torch.empty(1, T, H, requires_grad=True)
     y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
     torch.autograd.grad(y.sum() + last.sum(), a)
+    _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32))
+    _mamba1_scan(1, H, P, None)
     with torch.no_grad():
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
@@ -68,7 +71,18 @@ def launches() -> list:
     for tokens, branches in ((5, None), (len(tree), Branches(tree.ancestors, tree.windows(W)))):
         held = buffers(1, H, G, P, P, W, tokens, torch.bfloat16, "cpu")
         dual.fused_dual(wide[:, :tokens], weights, held, cursors(1, "cpu"), branches)
+    parameters = torch.empty(G * P, W), torch.empty(G * P), torch.empty(H * P), torch.empty(H * P, 16), torch.empty(H * P)
+    held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, torch.bfloat16, "cpu")
+    decode.fused_mamba1(wide[:, :5], wide[:, :5, : H * P], Mamba1Weights(*parameters, P), held, cursors(1, "cpu"))
     return noted
+
+
+def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None) -> None:
+    """The selective scan of T tokens and its gradient, in S groups of b and c."""
+    x, b = torch.empty(1, T, H * P, dtype=torch.bfloat16), torch.empty(1, T, S, N, dtype=torch.bfloat16)
+    dt, A = torch.empty(1, T, H * P, requires_grad=True), torch.empty(H * P, N)
+    y, last = selective_scan.fused(x, dt, A, b, b, A[:, 0].contiguous(), None, docs, 64)
+    torch.autograd.grad(y.sum() + last.sum(), dt)
 
 
 def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str, Any]:

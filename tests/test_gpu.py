@@ -3,6 +3,9 @@
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from models import ids, student
@@ -11,13 +14,27 @@ from torch import Tensor
 from triton_tools import poisoned, rms, with_gradients
 
 from llamba.kernels.conv1d import causal_conv1d
-from llamba.kernels.decode import Weights, buffers, commit, cursors, mamba2_steps, plan
+from llamba.kernels.decode import (
+    Buffers,
+    Mamba1Weights,
+    Weights,
+    buffers,
+    commit,
+    cursors,
+    mamba1_buffers,
+    mamba1_steps,
+    mamba2_steps,
+    plan,
+)
+from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 from llamba.speculative import generate, graphs
 from llamba.speculative.choose import Choice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative RMS error: operands of tensor cores are rounded once
+Kernel = Callable[..., Tensor]
+Mixer = Callable[[torch.dtype, int], tuple[Kernel, Any, Buffers, tuple[Tensor, ...]]]
 every_dtype = pytest.mark.parametrize("dtype", BUDGET, ids=str)
 
 
@@ -52,6 +69,22 @@ def test_ssd(dtype: torch.dtype, T: int, width: int) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("T", [1, 63, 100, 257])
+@pytest.mark.parametrize(("C", "S", "N"), [(64, 4, 16), (96, 2, 48), (256, 2, 128), (200, 1, 16)])
+def test_selective_scan(dtype: torch.dtype, T: int, C: int, S: int, N: int) -> None:
+    B = 2
+    shapes = {"x": (B, T, C), "b": (B, T, S, N), "c": (B, T, S, N)}
+    inputs = {name: _randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+    wide = {"dt": (B, T, C), "A": (C, N), "D": (C,), "state": (B, C, N)}
+    inputs |= {name: _randn(*shape, dtype=torch.float32) for name, shape in wide.items()}
+    inputs |= {"dt": inputs["dt"].square(), "A": -inputs["A"].exp()}
+    options = {"seq_idx": torch.arange(T, device="cuda").mul(3).div(T, rounding_mode="floor").expand(B, T).contiguous()}
+    with poisoned():
+        got = with_gradients(selective_scan, inputs, impl="triton", **options)
+    _check(got, with_gradients(selective_scan, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
+
+
+@every_dtype
 @pytest.mark.parametrize("T", [1, 3, 100])
 def test_conv1d(dtype: torch.dtype, T: int) -> None:
     inputs = {"x": _randn(2, T, 200, dtype=dtype), "state": _randn(2, 3, 200, dtype=dtype)}
@@ -61,9 +94,9 @@ def test_conv1d(dtype: torch.dtype, T: int) -> None:
     _check(got, with_gradients(causal_conv1d, _exact(inputs), activation="silu", impl="sequential"), BUDGET[dtype])
 
 
-def _decode(impl: str, dtype: torch.dtype, sizes: list[int], keep: bool) -> tuple[Tensor, Tensor]:
-    """The same tokens in rounds of these sizes: outputs and, once everything is folded, the state."""
-    H, G, P, N, W, total = 8, 2, 128, 128, 4, sum(sizes)
+def _mamba2(dtype: torch.dtype, total: int) -> tuple[Kernel, Any, Buffers, tuple[Tensor, ...]]:
+    """The kernel, weights, buffers, and what it takes of `total` tokens."""
+    H, G, P, N, W = 8, 2, 128, 128, 4
     C = G * P + G * N + H * N
     parameters = (
         _randn(C, W, dtype=torch.float32),
@@ -72,29 +105,49 @@ def _decode(impl: str, dtype: torch.dtype, sizes: list[int], keep: bool) -> tupl
     )
     weights = Weights(*parameters, _randn(H * P, dtype=torch.float32))
     tokens = _randn(1, total, H * P + C + H, dtype=torch.bfloat16).to(dtype)
-    held, at, outs, start = buffers(1, H, G, P, N, W, total, dtype, "cuda"), cursors(1, "cuda"), [], 0
+    return mamba2_steps, weights, buffers(1, H, G, P, N, W, total, dtype, "cuda"), (tokens,)
+
+
+def _mamba1(dtype: torch.dtype, total: int) -> tuple[Kernel, Any, Buffers, tuple[Tensor, ...]]:
+    C, shared, P, N, W = 1024, 256, 128, 16, 4
+    shapes = (shared, W), (shared,), (C,), (C, N), (C,)
+    weights = Mamba1Weights(*(_randn(*shape, dtype=torch.float32) for shape in shapes), P)
+    tokens = (_randn(1, total, width, dtype=torch.bfloat16).to(dtype) for width in (2 * C + 2 * shared + 64, C))
+    return mamba1_steps, weights, mamba1_buffers(1, C, shared, shared, N, W, total, dtype, "cuda"), tuple(tokens)
+
+
+def _decode(mixer: Mixer, impl: str, dtype: torch.dtype, sizes: list[int], keep: bool) -> tuple[Tensor, Tensor]:
+    """The same tokens in rounds of these sizes: outputs and, once everything is folded, the state."""
+    kernel, weights, held, tokens = mixer(dtype, sum(sizes))
+    at, outs, start = cursors(1, "cuda"), [], 0
     for size in sizes:
         new = torch.tensor([size], device="cuda")
         plan(at, new, size, held.x.shape[1], keep)
-        outs.append(mamba2_steps(tokens[:, start : start + size], weights, held, at, impl=impl))
+        outs.append(kernel(*(t[:, start : start + size] for t in tokens), weights, held, at, impl=impl))
         commit(at, new)
         start += size
     plan(at, torch.zeros_like(new), 1, 1, keep=False)
-    mamba2_steps(tokens[:, :1], weights, held, at, impl=impl)
+    kernel(*(t[:, :1] for t in tokens), weights, held, at, impl=impl)
     return torch.cat(outs, 1), held.state
 
 
+both_mixers = pytest.mark.parametrize("mixer", [_mamba2, _mamba1])
+
+
 @every_dtype
-def test_decode_kernel_equals_its_torch_form(dtype: torch.dtype) -> None:
-    for got, want in zip(_decode("triton", dtype, [1, 3, 2], False), _decode("torch", dtype, [1, 3, 2], False), strict=True):
+@both_mixers
+def test_decode_kernel_equals_its_torch_form(mixer: Mixer, dtype: torch.dtype) -> None:
+    results = (_decode(mixer, impl, dtype, [1, 3, 2], False) for impl in ("triton", "torch"))
+    for got, want in zip(*results, strict=True):
         assert rms(got.double() - want.double()) <= BUDGET[dtype] * rms(want)
 
 
 @every_dtype
-def test_one_token_and_several_give_the_same_bits(dtype: torch.dtype) -> None:
-    single, state = _decode("triton", dtype, [1] * 6, True)
+@both_mixers
+def test_one_token_and_several_give_the_same_bits(mixer: Mixer, dtype: torch.dtype) -> None:
+    single, state = _decode(mixer, "triton", dtype, [1] * 6, True)
     for sizes, keep in (([6], True), ([2, 3, 1], False), ([5, 1], False)):
-        outputs, last = _decode("triton", dtype, sizes, keep)
+        outputs, last = _decode(mixer, "triton", dtype, sizes, keep)
         assert torch.equal(outputs, single) and torch.equal(last, state)
 
 
@@ -129,7 +182,7 @@ def test_a_round_can_be_captured_and_replayed() -> None:
     assert torch.equal(graphed.state, plain.state) and torch.equal(at.length, by.length)
 
 
-@pytest.mark.parametrize(("mixer", "attention"), [("mamba2", 0.5), ("discrete_mamba2", 0.0)])
+@pytest.mark.parametrize(("mixer", "attention"), [("mamba2", 0.5), ("discrete_mamba2", 0.0), ("mamba1", 0.5)])
 def test_decoding_in_graphs_equals_eager_decoding(mixer: str, attention: float) -> None:
     """fp32, plain and with drafts; prompts of other lengths and another number of rows use the same graphs."""
     model = student(mixer, attention=attention, dtype=torch.float32)

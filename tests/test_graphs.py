@@ -17,7 +17,7 @@ from llamba.speculative.choose import Choice
 from llamba.speculative.graphs import Decoder
 
 NEW = 12
-CASES = [("mamba2", 0.5), ("mamba2", 0.0), ("discrete_mamba2", 0.25)]
+CASES = [("mamba2", 0.5), ("mamba2", 0.0), ("discrete_mamba2", 0.25), ("mamba1", 0.5)]
 
 
 def check_every_draft(model: PreTrainedModel, kinds: tuple[str, ...], mixer: str = "mamba2", new: int = NEW) -> None:
@@ -54,8 +54,11 @@ def test_other_families(name: str) -> None:
     check_every_draft(student("mamba2", name), ("noisy",), new=8)
 
 
-def test_a_convolution_behind_the_repeat() -> None:
-    check_every_draft(student("mamba2", options={"conv_after_repeat": True}), ("noisy",), new=8)
+@pytest.mark.parametrize(
+    ("mixer", "options"), [("mamba2", {}), pytest.param("mamba1", {"double_dt_bias": True, "block_gqa": True, "state": 4}, id="mamba1")]
+)
+def test_a_convolution_behind_the_repeat(mixer: str, options: dict) -> None:
+    check_every_draft(student(mixer, options={"conv_after_repeat": True} | options), ("noisy",), mixer, new=8)
 
 
 def test_attention_past_its_window() -> None:

@@ -73,7 +73,7 @@ def _walk(kind: str, impl: str, dtype: torch.dtype, rounds: int = 9, keep: bool 
         before = Buffers(*(buffer.clone() for buffer in held))
         with poisoned():
             out = mamba2_steps(zxbcdt, weights, held, at, impl=impl)
-        _only_new_slots_changed(before, held, at)
+        only_new_slots_changed(before, held, at)
         for row in range(rows):
             assert not out[row, new[row] :].any()
             walk.outputs[row] = torch.cat([walk.outputs[row].to(out), out[row, : kept[row]]])
@@ -82,7 +82,7 @@ def _walk(kind: str, impl: str, dtype: torch.dtype, rounds: int = 9, keep: bool 
     return walk
 
 
-def _only_new_slots_changed(before: Buffers, after: Buffers, at: Cursors) -> None:
+def only_new_slots_changed(before: Buffers, after: Buffers, at: Cursors) -> None:
     for name, old in before._asdict().items():
         now = getattr(after, name)
         for row in range(len(old)):

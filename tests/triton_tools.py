@@ -12,11 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py sets it where there is no GPU
+MARGIN = 64  # numbers on either side of a poisoned tensor; keeps the alignment that kernels are compiled for
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
 
 
@@ -35,7 +37,28 @@ def grid_backwards() -> Iterator[None]:
         del interpreter.range
 
 
-MARGIN = 64  # numbers on either side of a poisoned tensor; keeps the alignment that kernels are compiled for
+@contextlib.contextmanager
+def scans_by_row() -> Iterator[Callable[..., Any]]:
+    """Let the interpreter's associative scans combine whole rows: entry by entry, as its own does, a tile takes a second.
+
+    Yields its own.
+    """
+    from triton.runtime.interpreter import ScanOps
+
+    def by_row(self: Any, inputs: Any) -> list[Any]:
+        values = [np.moveaxis(one.handle.data, self.axis, 0) for one in inputs]
+        done = [tuple(value[0] for value in values)]
+        for row in zip(*(value[1:] for value in values), strict=True):
+            pair = (self.to_tensor(value, one.dtype) for value, one in zip((*done[-1], *row), [*inputs, *inputs], strict=True))
+            done.append(tuple(made.handle.data for made in self.combine_fn.fn(*pair)))
+        stacked = (np.moveaxis(np.stack(rows), 0, self.axis) for rows in zip(*done, strict=True))
+        return [self.to_tensor(value, one.dtype) for value, one in zip(stacked, inputs, strict=True)]
+
+    original, ScanOps.generic_scan = ScanOps.generic_scan, by_row
+    try:
+        yield original
+    finally:
+        ScanOps.generic_scan = original
 
 
 @contextlib.contextmanager

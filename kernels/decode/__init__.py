@@ -1,4 +1,4 @@
-"""Tokens of a Mamba-2 mixer between its two projections, one launch for one token or for the few of a speculative round.
+"""Tokens of a mixer between its projections, one launch for one token or for the few of a speculative round.
 
 A round advances the state over the tokens that were kept since it was written, evaluates T new ones, and writes no state between
 them (Mamba-in-Llama, arXiv 2408.15237, Algorithm 2). The numbers of tokens are integers on the device: one kernel, and one CUDA graph,
@@ -15,10 +15,15 @@ from torch import Tensor
 
 from ..choice import Obstacle, choose
 from ..common import check_positive, check_rank, check_shape
-from .dual import dual_in_torch
+from .dual import Branches, dual_in_torch, keep_paths
+from .mamba1 import Mamba1Weights, mamba1_buffers, mamba1_steps
 from .reference import steps_in_torch
+from .rounds import Buffers, Cursors, check_room, commit, cursors, plan, power_of_2
 
-__all__ = ["Branches", "Buffers", "Cursors", "Weights", "buffers", "commit", "cursors", "keep_paths", "mamba2_steps", "plan"]
+__all__ = [
+    "Branches", "Buffers", "Cursors", "Mamba1Weights", "Weights", "buffers", "commit", "cursors", "keep_paths", "mamba1_buffers",
+    "mamba1_steps", "mamba2_steps", "plan",
+]  # fmt: skip
 
 TRITON_WIDEST = 128  # entries of P and of N that a program holds
 
@@ -36,76 +41,15 @@ class Weights(NamedTuple):
     silu: bool = True  # behind the convolution
 
 
-class Buffers(NamedTuple):
-    """What one layer remembers."""
-
-    state: Tensor  # [B, H, P, N] at position `folded`, at least fp32
-    raw: Tensor  # [B, R, C]
-    x: Tensor  # [B, L, G, P] behind the convolution
-    b: Tensor  # [B, L, G, N] behind the convolution
-    dt: Tensor  # [B, L, H] before bias and softplus
-
-
-class Cursors(NamedTuple):
-    """Positions of each row, [B] integers on the device, the same for every layer."""
-
-    length: Tensor  # tokens that are kept
-    folded: Tensor  # tokens in `state`
-    new: Tensor  # of the T tokens of this round, how many are real
-    fold_to: Tensor  # where this round writes the state: up to length + new; nothing is written unless it is behind `folded`
-
-
-class Branches(NamedTuple):
-    """The T tokens of a round as a tree: node 0 follows the tokens that are kept. See `llamba.tree.Tree`, which makes both."""
-
-    ancestors: Tensor  # [T, T] bool, whether node j is node i or stands on the way to it; j <= i
-    windows: Tensor  # [T, W] integers, what the convolution of each node sees, oldest first: W - 1 + j is node j, less is before node 0
-
-
 def buffers(B: int, H: int, G: int, P: int, N: int, W: int, rounds: int, dtype: torch.dtype, device: torch.device | str) -> Buffers:
     """Empty buffers for rounds of up to `rounds` tokens in the model's `dtype`; the slot counts are powers of 2."""
-    slots, wide = _power_of_2(4 * rounds), torch.promote_types(dtype, torch.float32)
+    slots, wide = power_of_2(4 * rounds), torch.promote_types(dtype, torch.float32)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(B, *shape, dtype=dtype, device=device)
 
-    raw, state = zeros(_power_of_2(W - 1 + rounds), G * P + G * N + H * N), torch.zeros(B, H, P, N, dtype=wide, device=device)
+    raw, state = zeros(power_of_2(W - 1 + rounds), G * P + G * N + H * N), torch.zeros(B, H, P, N, dtype=wide, device=device)
     return Buffers(state, raw, zeros(slots, G, P), zeros(slots, G, N), zeros(slots, H))
-
-
-def cursors(B: int, device: torch.device | str) -> Cursors:
-    """Cursors before the first token."""
-    return Cursors(*torch.zeros(4, B, dtype=torch.int32, device=device).unbind())
-
-
-def plan(at: Cursors, new: Tensor, rounds: int, slots: int, keep: bool) -> None:
-    """Set the cursors for a round of new[b] <= `rounds` tokens; only device work, which a CUDA graph can hold.
-
-    keep: the new tokens stay, so the state is written behind them. Else it is written, at `length`, only where the kept inputs would not
-    leave room for this round and the next in `slots`.
-    """
-    at.new.copy_(new)
-    if keep:
-        at.fold_to.copy_(at.length + new)
-    else:
-        at.fold_to.copy_(torch.where(at.length - at.folded + 2 * rounds > slots, at.length, at.folded))
-
-
-def commit(at: Cursors, kept: Tensor) -> None:
-    """Keep the first kept[b] <= new[b] tokens of the round; only device work."""
-    at.folded.copy_(torch.maximum(at.folded, at.fold_to))
-    at.length.add_(kept)
-
-
-def keep_paths(held: Buffers, at: Cursors, paths: Tensor) -> None:
-    """Bring a path of each row's tree to the front, before `commit`: token j takes the place of node paths[b, j] >= j.
-
-    paths [B, J] integers on the device; what stands behind a shorter path, padded with any node, is not to be kept. Only device work.
-    """
-    rows, places = torch.arange(len(paths), device=paths.device)[:, None], torch.arange(paths.shape[1], device=paths.device)
-    for ring in held[1:]:
-        to, start = (at.length[:, None] + places) % ring.shape[1], (at.length[:, None] + paths) % ring.shape[1]
-        ring[rows, to] = ring[rows, start]
 
 
 def mamba2_steps(
@@ -144,10 +88,6 @@ def mamba2_steps(
     return steps_in_torch(zxbcdt, weights, held, at)
 
 
-def _power_of_2(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 def _obstacle(held: Buffers) -> Obstacle:
     widest = max(held.state.shape[2:])
     return f"its kernel holds P and N up to {TRITON_WIDEST}, got {widest}" if widest > TRITON_WIDEST else None
@@ -176,7 +116,4 @@ def _check(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors) -> None
     }  # fmt: skip
     for name, (tensor, shape) in shapes.items():
         check_shape(name, tensor, *shape)
-    for name, tensor in at._asdict().items():
-        check_shape(name, tensor, B)
-    if R < W - 1 + T or L < 2 * T:
-        raise ValueError(f"{T} tokens need W - 1 + T = {W - 1 + T} raw slots and 2 T = {2 * T} slots; got {R} and {L}")
+    check_room(held, at, T, W)

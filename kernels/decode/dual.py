@@ -3,7 +3,7 @@
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C channels, L slots.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,25 @@ from torch.nn.functional import silu, softplus
 
 from ..conv1d import causal_conv1d_span
 from ..ssd import ssd_resume
+from .rounds import Buffers, Cursors
+
+
+class Branches(NamedTuple):
+    """The T tokens of a round as a tree: node 0 follows the tokens that are kept. See `llamba.tree.Tree`, which makes both."""
+
+    ancestors: Tensor  # [T, T] bool, whether node j is node i or stands on the way to it; j <= i
+    windows: Tensor  # [T, W] integers, what the convolution of each node sees, oldest first: W - 1 + j is node j, less is before node 0
+
+
+def keep_paths(held: Buffers, at: Cursors, paths: Tensor) -> None:
+    """Bring a path of each row's tree to the front, before `commit`: token j takes the place of node paths[b, j] >= j.
+
+    paths [B, J] integers on the device; what stands behind a shorter path, padded with any node, is not to be kept. Only device work.
+    """
+    rows, places = torch.arange(len(paths), device=paths.device)[:, None], torch.arange(paths.shape[1], device=paths.device)
+    for ring in held[1:]:
+        to, start = (at.length[:, None] + places) % ring.shape[1], (at.length[:, None] + paths) % ring.shape[1]
+        ring[rows, to] = ring[rows, start]
 
 
 def dual_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any, branches: Any) -> Tensor:

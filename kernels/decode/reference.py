@@ -18,7 +18,7 @@ def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
     z, raw, dt = zxbcdt.split([H * P, held.raw.shape[2], H], -1)
     conv = ring(raw.to(wide), weights.conv, weights.conv_bias, "silu" if weights.silu else None, held.raw, at.length, at.new)
     x, b, c = conv.split([G * P, G * N, H * N], -1)
-    _put(held, at, x.unflatten(-1, (G, P)), b.unflatten(-1, (G, N)), dt)
+    put(held, at, x.unflatten(-1, (G, P)), b.unflatten(-1, (G, N)), dt)
     places = at.folded[:, None] + torch.arange(L, device=z.device)  # [B, L] positions behind the state
     kept = _replayed(held, at, places < at.length[:, None], weights)
     folded = _replayed(held, at, places < torch.minimum(at.length, at.fold_to)[:, None], weights)
@@ -48,7 +48,7 @@ def _replayed(held: Any, at: Any, real: Tensor, weights: Any) -> Tensor:
     return held.state * decay.sum(1).exp()[..., None, None] + torch.einsum("blhp,blhn->bhpn", x, b)
 
 
-def _put(held: Any, at: Any, *values: Tensor) -> None:
+def put(held: Any, at: Any, *values: Tensor) -> None:
     """Put x [B, T, G, P], b [B, T, G, N] and dt [B, T, H] of the new tokens into their slots."""
     (B, T), L = values[0].shape[:2], held.x.shape[1]
     rows, steps = torch.arange(B, device=at.length.device)[:, None], torch.arange(T, device=at.length.device)

@@ -1,4 +1,4 @@
-"""Tokens of a Mamba-2 mixer between its projections in Triton: the launch.
+"""Tokens of a mixer between its projections in Triton: the launches.
 
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width.
 """
@@ -6,17 +6,20 @@ Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..launch import WIDE, dense_rows, on_device, width
+from .triton_mamba1 import mamba1
 from .triton_mamba2 import mamba2
+
+BLOCK = 32  # channels of a program of Mamba-1: at batch 1 there are few to fill the device
 
 
 def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
     """`mamba2_steps` in one launch; arguments as there."""
     (B, H, P, N), G, T = held.state.shape, held.x.shape[2], zxbcdt.shape[1]
-    for name, buffer in held._asdict().items():
-        assert buffer.is_contiguous(), f"the kernel writes {name} in place"
+    _check_in_place(held)
     zxbcdt, out = dense_rows(zxbcdt), torch.empty(B, T, H * P, dtype=zxbcdt.dtype, device=zxbcdt.device)
     with on_device(zxbcdt):
         mamba2[H, B](
@@ -26,3 +29,23 @@ def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
             BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=4,
         )  # fmt: skip
     return out
+
+
+def fused_mamba1(zxbc: Tensor, dt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
+    """`mamba1_steps` in one launch; arguments as there."""
+    (B, C, N), (_, L, shared), (_, R, X), T = held.state.shape, held.b.shape, held.raw.shape, zxbc.shape[1]
+    _check_in_place(held)
+    zxbc, dt, out = dense_rows(zxbc), dense_rows(dt), torch.empty(B, T, C, dtype=zxbc.dtype, device=zxbc.device)
+    with on_device(zxbc):
+        mamba1[triton.cdiv(C, BLOCK), B](
+            zxbc, dt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log.contiguous(), weights.D, *held, *at, out,
+            *zxbc.stride()[:2], *dt.stride()[:2], T, C, shared, X, L, R,
+            BLOCK=weights.block, SHARE=C // shared, X_SHARE=C // X, N=N, W=weights.conv.shape[1], SILU=weights.silu,
+            BC=BLOCK, BN=width(N, 1), ACC=WIDE[held.state.dtype], num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _check_in_place(held: Any) -> None:
+    for name, buffer in held._asdict().items():
+        assert buffer.is_contiguous(), f"the kernel writes {name} in place"

@@ -7,7 +7,7 @@ Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State S
 import torch
 from torch import Tensor
 
-from ..choice import choose
+from ..choice import Obstacle, choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
 from .blocked import blocked
 from .packages import by_mamba_ssm, obstacles
@@ -15,7 +15,8 @@ from .reference import sequential
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
-FORMS = ("torch", "sequential", "mamba_ssm")
+FORMS = ("torch", "sequential", "triton", "mamba_ssm")
+TRITON_WIDEST = 256  # entries of N that a Triton program holds
 
 
 def selective_scan(
@@ -38,11 +39,11 @@ def selective_scan(
     state [B, C, N] before the first token (None: 0).
     seq_idx [B, T] non-decreasing document numbers: a document sees itself alone, and `state` belongs to document 0.
     mask [B, T] bool, True for real tokens: the others neither decay nor write the state, and their output is 0.
-    The tokens are taken in blocks of `chunk`, which bounds the memory.
+    The tokens are taken in blocks of `chunk`, which bounds the memory (Triton takes at most 32). impl: see `kernels.choice`.
     Returns y [B, T, C] in the dtype of x and the state after the last token [B, C, N], fp32 (fp64 for fp64 inputs).
-    Raises `ValueError` for shapes that do not fit together and for an unknown `impl`.
+    Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    form = choose("selective_scan", impl, FORMS, x, packages=obstacles(A, state, seq_idx))
+    form = choose("selective_scan", impl, FORMS, x, _obstacle(b), packages=obstacles(A, state, seq_idx))
     check_positive("chunk", chunk)
     _check(x, dt, A, b, c, D, state, seq_idx, mask)
     docs = documents(seq_idx, mask)
@@ -51,6 +52,10 @@ def selective_scan(
     with no_autocast(x):
         if form == "sequential":
             y, last = sequential(x, dt, A, b, c, D, state, docs)
+        elif form == "triton":
+            from .triton_op import fused
+
+            y, last = fused(x, dt, A, b, c, D, state, docs, chunk)
         elif form == "mamba_ssm":
             y, last = by_mamba_ssm(x, dt, A, b, c, D)
         else:
@@ -81,6 +86,11 @@ def selective_scan_step(
     if D is not None:
         y = torch.addcmul(y, value, D.to(acc))
     return y.to(x.dtype), new.view(B, C, N)
+
+
+def _obstacle(b: Tensor) -> Obstacle:
+    N = b.shape[-1]
+    return f"the Triton kernels of selective_scan hold N up to {TRITON_WIDEST}, got {N}" if N > TRITON_WIDEST else None
 
 
 def _check_groups(C: int, S: int) -> None:

@@ -1,7 +1,7 @@
-"""A training step of the SSD, forward and backward: Triton against the chunked PyTorch form, beside what the device can do at most.
+"""A training step of a mixer's recurrence, forward and backward: Triton against PyTorch, beside what the device can do at most.
 
-Shapes: those of a Llama-3-8B mixer, B = 1, T = 4,096, H = 32, G = 8, P = N = 128, with H, G and T divided by `--shrink`. The two ceilings
-are measured on the spot: a copy (bytes read and written) and a bf16 matrix product.
+Shapes: those of a Llama-3-8B mixer, B = 1, T = 4,096, H = 32, G = 8, P = N = 128 (Mamba-1: N = 16, H P / N groups), with H, G and T divided
+by `--shrink`. The two ceilings are measured on the spot: a copy (bytes read and written) and a bf16 matrix product.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from llamba.bench.timing import median_seconds
+from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 from llamba.provenance import append_row
 
-T, H, G, P = 4096, 32, 8, 128
+T, H, G, P, NARROW = 4096, 32, 8, 128, 16
+SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"mamba2": ssd, "mamba1": selective_scan}
 DTYPES = {"auto": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,29 +31,35 @@ def ceilings(device: str, shrink: int, repeats: int) -> dict[str, float]:
     return {"copy_gb_s": 2 * numbers / copied / 1e9, "matmul_tflop_s": 2 * side**3 / multiplied / 1e12}
 
 
-def _inputs(shrink: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _inputs(mixer: str, shrink: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     tokens, heads, groups = max(T // shrink, 64), max(H // shrink, 1), max(G // shrink, 1)
-    shapes = {"x": (1, tokens, groups, P), "b": (1, tokens, groups, P), "c": (1, tokens, heads, P)}
+    shapes: dict[str, tuple[int, ...]]
+    if mixer == "mamba1":
+        channels = heads * P
+        shapes = {"x": (1, tokens, channels), **dict.fromkeys("bc", (1, tokens, channels // NARROW, NARROW))}
+        wide = {"dt": torch.rand(1, tokens, channels, device=device), "A": -torch.rand(channels, NARROW, device=device)}
+    else:
+        channels = heads
+        shapes = {"c": (1, tokens, heads, P), **dict.fromkeys("xb", (1, tokens, groups, P))}
+        wide = {"dt": torch.rand(1, tokens, heads, device=device), "a": -torch.rand(1, tokens, heads, device=device)}
     made = {name: torch.randn(*shape, device=device).to(dtype) for name, shape in shapes.items()}
-    made |= {"a": -torch.rand(1, tokens, heads, device=device), "dt": torch.rand(1, tokens, heads, device=device)}
-    made["D"] = torch.randn(heads, device=device)
-    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+    return {name: tensor.requires_grad_() for name, tensor in (made | wide | {"D": torch.randn(channels, device=device)}).items()}
 
 
-def _step(inputs: dict[str, Any], impl: str) -> Callable[[], None]:
-    dy = torch.randn_like(inputs["c"])  # of y [B, T, H, P]: P = N
+def _step(mixer: str, inputs: dict[str, Any], impl: str) -> Callable[[], None]:
+    dy = torch.randn_like(inputs["x" if mixer == "mamba1" else "c"])  # of y: [B, T, C], or [B, T, H, P] with P = N
 
     def run() -> None:
-        y, _ = ssd(**inputs, impl=impl)
+        y, _ = SCANS[mixer](**inputs, impl=impl)
         torch.autograd.grad(y, list(inputs.values()), dy)
 
     return run
 
 
-def measure(impl: str, shrink: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
+def measure(mixer: str, impl: str, shrink: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, Any]:
     """One row: milliseconds and, on CUDA, peak MiB beyond the inputs."""
-    run = _step(_inputs(shrink, dtype, device), impl)
-    row: dict[str, Any] = {"bench": "train", "impl": impl, "ms": median_seconds(run, device, repeats) * 1e3}
+    run = _step(mixer, _inputs(mixer, shrink, dtype, device), impl)
+    row: dict[str, Any] = {"bench": "train", "mixer": mixer, "impl": impl, "ms": median_seconds(run, device, repeats) * 1e3}
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -68,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"copy {limits['copy_gb_s']:.0f} GB/s   bf16 matrix product {limits['matmul_tflop_s']:.1f} TFLOP/s")
     first = None
     for impl in ("torch", "triton") if device.startswith("cuda") else ("torch",):
-        row = measure(impl, args.shrink, DTYPES[args.dtype], device, args.repeats)
+        row = measure(args.mixer, impl, args.shrink, DTYPES[args.dtype], device, args.repeats)
         first = first or row["ms"]
         row |= {"speedup": first / row["ms"], "device": device, "shrink": args.shrink, "dtype": args.dtype, **limits}
         memory = f"   peak {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""

@@ -42,6 +42,14 @@ class Mamba1(Mixer):
         """Only x passes the convolution."""
         return ("x",)
 
+    def fused_rows(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """z | x | B | C | ... and the steps [B, T, H P] as `llamba.kernels.decode` takes them: B and C normalised, x perhaps repeated."""
+        if self.config.qk_norm is None and not self.config.conv_after_repeat:
+            rows = self.in_proj(hidden_states)
+            return rows, self.dt_proj(rows[..., -self.config.dt_rank :])
+        parts = self._project(hidden_states)
+        return torch.cat((parts["z"], self._conv_in(parts), parts["B"], parts["C"]), -1), parts["dt"]
+
     def _project(self, hidden_states: Tensor) -> dict[str, Tensor]:
         parts = super()._project(hidden_states)
         parts["dt"] = self.dt_proj(parts["dt"])  # [B, T, H P]
