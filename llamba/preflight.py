@@ -7,13 +7,14 @@ from pathlib import Path
 
 from llamba import data, lora, pairs, sources
 from llamba.convert import student_config
+from llamba.draft import draft_config
 from llamba.engines import require_vllm
 from llamba.folders import DONE, finished, resolve_model
 from llamba.inputs import limit_of, missing
 from llamba.loading import require_alike, require_bitsandbytes, require_model, require_same_vocabulary
 from llamba.recipe import Recipe, layers_of
 from llamba.reporters import require_reporters
-from llamba.settings import Aligning, Distill, Dpo, Hidden, Matrix, PseudoLabel, Select, Sft, Stage, TokenTraining, Training
+from llamba.settings import Aligning, Distill, Dpo, Draft, Hidden, Matrix, PseudoLabel, Select, Sft, Stage, TokenTraining, Training
 from llamba.train import accumulation
 
 
@@ -63,10 +64,12 @@ def _check_packages(stage: Stage) -> None:
 
 
 def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
-    """A stage's own teacher, or reference, can be had and fits the student, which has the shape of the recipe's teacher."""
+    """A stage's own teacher, or reference, can be had and fits the student, which has the shape of the recipe's teacher; so do drafts."""
     name = stage.teacher if isinstance(stage, (Matrix, Hidden, Distill, PseudoLabel)) else None
     if isinstance(stage, Dpo) and stage.reference not in ("input", "teacher"):
         name = stage.reference
+    if isinstance(stage, Draft):
+        draft_config(require_model(resolve_model(recipe.teacher)), stage.layers, stage.head)
     if name is None or _of_this_run(name, out):
         return
     student, other = resolve_model(recipe.teacher), resolve_model(name)

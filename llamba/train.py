@@ -147,10 +147,15 @@ def model_inputs(batch: Batch) -> Batch:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
 
 
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether no process has whole weights (FSDP, ZeRO-3)."""
+    kind = accelerator.distributed_type
+    return kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+
 def _whole(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A quantised teacher, which was loaded to its device. Raises ValueError where weights are sharded."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3):
+    if shards_weights(accelerator):
         raise ValueError("teacher_bits keeps a whole teacher on each device and needs one process, DDP or ZeRO-2, got sharded weights")
     return teacher
 

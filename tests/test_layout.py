@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
         "record select settings sources train wrapped".split()
     ),
     "inputs": {"data", "folders", "settings"},
-    "preflight": set("convert data engines folders inputs loading lora pairs recipe reporters settings sources train".split()),
+    "preflight": set("convert data draft engines folders inputs loading lora pairs recipe reporters settings sources train".split()),
     "run": {
         "checkpoints",
         "convert",

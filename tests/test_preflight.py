@@ -11,7 +11,7 @@ from llamba import run
 from llamba.batches import Rows
 from llamba.data import prepare
 from llamba.recipe import Data, Distill, Hidden, Matrix, Recipe, Student
-from llamba.settings import Dpo, Lora, PseudoLabel, Select, Sft, Stage
+from llamba.settings import Dpo, Draft, Lora, PseudoLabel, Select, Sft, Stage
 
 SHORT = dict(batch=4, micro_batch=4, steps=1, warmup=0, precision="fp32")
 
@@ -39,6 +39,7 @@ UNFIT = {
     "a teacher of fewer heads": (Matrix(teacher="heads"), "stage matrix needs .* the same num_attention_heads, got 4 in .* and 2 in heads"),
     "no one to ask": (PseudoLabel(teacher="./nowhere"), "found no such folder"),
     "a reference of other words": (Dpo(reference="words"), "must share a vocabulary, got 300 tokens in .* and 99 in words"),
+    "a draft of layers that nobody has": (Draft(layers=[0, 4]), r"draft.layers must be layers of the teacher, 0 to 3; got \[0, 4\]"),
     "attention that is gone": (Distill(attention=0.75), "keeps layers 2, but they are recurrent in this model already"),
     "a list that is not there": (Distill(attention="layers.json"), "or a JSON file with such a list, got 'layers.json'"),
     "data that are not there": (Sft(data=Data(train="nowhere.jsonl")), "data source nowhere.jsonl does not exist"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
@@ -24,7 +23,7 @@ from llamba.log import METRICS, Metrics
 from llamba.losses import IGNORE, head_sums
 from llamba.pairs import Pairs
 from llamba.settings import Dpo
-from llamba.train import carry_out, model_inputs, training_arguments
+from llamba.train import carry_out, model_inputs, shards_weights, training_arguments
 from llamba.wrapped import inside
 
 PROBE = 16  # pairs on whose answers the KL to the reference is measured
@@ -51,7 +50,7 @@ class DpoStage(Aligner, DPOTrainer):
     @torch.no_grad()
     def consult(self, stage: Dpo, rows: Pairs, used: Sequence[int], held_out: Pairs | None) -> None:
         """Take what training needs of the reference: its states on a probe and, where precomputed, its log-probabilities."""
-        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):  # whole weights are at hand
+        if not shards_weights(self.accelerator):
             self._take_probe(rows if held_out is None else held_out, range(PROBE) if held_out else used[:PROBE])
         if stage.precompute:
             self._log_probs(rows, used, self.folder / "reference-train.npy")
