@@ -92,7 +92,7 @@ class Choice:
         left, uniform = self.probabilities(scores).flatten(0, 1), noise.unflatten(1, (-1, count)).flatten(0, 1)  # [B T, V], [B T, count]
         tokens, weights = list[Tensor](), list[Tensor]()
         for place in range(count):
-            weights.append(left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny))
+            weights.append(left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).smallest_normal))
             tokens.append(draw(left, uniform[:, place]))
             left = left.scatter(1, tokens[-1][:, None], 0.0)
         shape = len(scores), -1

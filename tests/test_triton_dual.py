@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton_decode import KINDS, H, N, P, W, _only_new_slots_changed, _tokens, _truth, _weights
+from test_triton_decode import KINDS, H, N, P, W, _tokens, _truth, _weights, only_new_slots_changed
 from torch import Tensor
 from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, within_budget
 
@@ -42,7 +42,7 @@ def walk(
         before, longest = Buffers(*(buffer.clone() for buffer in held)), max(longest, int((at.length - at.folded).max()))
         with poisoned():
             out = mamba2_steps(zxbcdt, weights, held, at, impl=impl, form="dual", branches=branches_of(tree) if trees else None)
-        _only_new_slots_changed(before, held, at)
+        only_new_slots_changed(before, held, at)
         kept, paths = [], torch.zeros(rows, size, dtype=torch.long)
         for row in range(rows):
             assert not out[row, new[row] :].any()
