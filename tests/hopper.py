@@ -1,12 +1,13 @@
 """Compile the Triton kernels for an H100 or H200 where there is none, at Llama-3-8B's shapes; one JSON line per kernel.
 
-Run as a script without TRITON_INTERPRET. ptxas and cuobjdump come with triton.
+Run as a script without TRITON_INTERPRET, with the dtypes to compile for (default bfloat16). ptxas and cuobjdump come with triton.
 """
 
 import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -44,42 +45,49 @@ class Recorder:
         return lambda *args, **named: self.launches.append((self.kernel, args, named))
 
 
-def launches() -> list:
-    """Every launch of a training step's SSD, selective scan and convolution, and of speculative rounds, on tensors without content."""
+def _dual_launches(wide: torch.Tensor, weights: Weights, noted: list) -> None:
+    """The dual form of a chain and of a tree."""
+    kernel, dual.mamba2_dual = dual.mamba2_dual, Recorder(dual.mamba2_dual, noted)  # not the functions that it calls
+    tree = grow((2, 2, 1, 1), torch.device("cpu"))
+    for tokens, branches in ((5, None), (len(tree), Branches(tree.ancestors, tree.windows(W)))):
+        held = buffers(1, H, G, P, P, W, tokens, wide.dtype, "cpu")
+        dual.fused_dual(wide[:, :tokens], weights, held, cursors(1, "cpu"), branches)
+    dual.mamba2_dual = kernel
+
+
+def launches(dtype: torch.dtype) -> list:
+    """Every launch of a training step's SSD, selective scan and convolution, of one token, and of speculative rounds, on empty tensors."""
     noted: list = []
     for module in (ssd, step, selective_scan, conv1d, decode):
         for name, value in vars(module).copy().items():
-            if isinstance(value, triton.JITFunction):
-                setattr(module, name, Recorder(value, noted))
-    dual.mamba2_dual = Recorder(dual.mamba2_dual, noted)  # not the functions that it calls
-    wide = torch.empty(1, T, H * P + C + H, dtype=torch.bfloat16)
+            if isinstance(value, (triton.JITFunction, Recorder)):
+                setattr(module, name, Recorder(value.kernel if isinstance(value, Recorder) else value, noted))
+    wide = torch.empty(1, T, H * P + C + H, dtype=dtype)
     raw = wide[..., H * P : H * P + C].requires_grad_()
     conv, bias = torch.empty(C, W, requires_grad=True), torch.empty(C)
-    y = conv1d.fused(raw, conv, bias, "silu", torch.empty(1, W - 1, C, dtype=torch.bfloat16), None)
+    y = conv1d.fused(raw, conv, bias, "silu", torch.empty(1, W - 1, C, dtype=dtype), None)
     torch.autograd.grad(y.sum(), conv)
     x, b, c = (t.unflatten(-1, (-1, P)) for t in raw.split([G * P, G * P, H * P], -1))
     a = torch.empty(1, T, H, requires_grad=True)
     y, last = ssd.fused(x, a, b, c, torch.empty(1, T, H), torch.empty(H), None, None, 64)
     torch.autograd.grad(y.sum() + last.sum(), a)
-    _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32))
-    _mamba1_scan(1, H, P, None)
+    _mamba1_scan(T, H * P // 16, 16, torch.zeros(1, T, dtype=torch.int32), dtype)
+    _mamba1_scan(1, H, P, None, dtype)
     with torch.no_grad():
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
-    decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, torch.bfloat16, "cpu"), cursors(1, "cpu"))
-    tree = grow((2, 2, 1, 1), torch.device("cpu"))
-    for tokens, branches in ((5, None), (len(tree), Branches(tree.ancestors, tree.windows(W)))):
-        held = buffers(1, H, G, P, P, W, tokens, torch.bfloat16, "cpu")
-        dual.fused_dual(wide[:, :tokens], weights, held, cursors(1, "cpu"), branches)
+    decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, dtype, "cpu"), cursors(1, "cpu"))
+    if dtype == torch.bfloat16:
+        _dual_launches(wide, weights, noted)
     parameters = torch.empty(G * P, W), torch.empty(G * P), torch.empty(H * P), torch.empty(H * P, 16), torch.empty(H * P)
-    held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, torch.bfloat16, "cpu")
+    held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, dtype, "cpu")
     decode.fused_mamba1(wide[:, :5], wide[:, :5, : H * P], Mamba1Weights(*parameters, P), held, cursors(1, "cpu"))
     return noted
 
 
-def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None) -> None:
+def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None, dtype: torch.dtype) -> None:
     """The selective scan of T tokens and its gradient, in S groups of b and c."""
-    x, b = torch.empty(1, T, H * P, dtype=torch.bfloat16), torch.empty(1, T, S, N, dtype=torch.bfloat16)
+    x, b = torch.empty(1, T, H * P, dtype=dtype), torch.empty(1, T, S, N, dtype=dtype)
     dt, A = torch.empty(1, T, H * P, requires_grad=True), torch.empty(H * P, N)
     y, last = selective_scan.fused(x, dt, A, b, b, A[:, 0].contiguous(), None, docs, 64)
     torch.autograd.grad(y.sum() + last.sum(), dt)
@@ -114,5 +122,6 @@ def compile_launch(kernel: Any, args: tuple, named: dict[str, Any]) -> dict[str,
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for launch in launches():
-        print(json.dumps(compile_launch(*launch)), flush=True)
+    for name in sys.argv[1:] or ["bfloat16"]:
+        for launch in launches(getattr(torch, name)):
+            print(json.dumps(compile_launch(*launch) | {"dtype": name}), flush=True)

@@ -24,7 +24,7 @@ from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 
-B, T = 2, 20
+B, T, P, N = 2, 20, 16, 32
 
 
 def mamba_chunk_scan_combined(
@@ -145,7 +145,6 @@ def _randn(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _ssd(rates: bool, H: int = 4, G: int = 2, without: str = "") -> dict[str, Tensor]:
-    P, N = 6, 4
     inputs = _randn(
         x=(B, T, G, P), a=(H,) if rates else (B, T, H), b=(B, T, G, N), c=(B, T, H, N), dt=(B, T, H), D=(H,), state=(B, H, P, N)
     )

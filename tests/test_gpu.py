@@ -6,6 +6,7 @@ Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state
 from collections.abc import Callable
 from typing import Any
 
+import packages
 import pytest
 import torch
 from models import ids, student
@@ -27,7 +28,7 @@ from llamba.kernels.decode import (
     plan,
 )
 from llamba.kernels.selective_scan import selective_scan
-from llamba.kernels.ssd import ssd
+from llamba.kernels.ssd import ssd, ssd_step
 from llamba.speculative import generate, graphs
 from llamba.speculative.choose import Choice
 
@@ -66,6 +67,29 @@ def test_ssd(dtype: torch.dtype, T: int, width: int) -> None:
     with poisoned():
         got = with_gradients(ssd, inputs, impl="triton", **options)
     _check(got, with_gradients(ssd, _exact(inputs), impl="sequential", **options), BUDGET[dtype])
+
+
+@every_dtype
+def test_one_token_of_ssd(dtype: torch.dtype) -> None:
+    B, H, G, P = 3, 8, 2, 80
+    shapes = {"x": (B, G, P), "b": (B, G, P), "c": (B, H, P)}
+    inputs = {name: _randn(*shape, dtype=dtype) for name, shape in shapes.items()}
+    wide = {"a": (B, H), "dt": (B, H), "D": (H,), "state": (B, H, P, P)}
+    inputs |= {name: _randn(*shape, dtype=torch.float32) for name, shape in wide.items()}
+    with poisoned(), torch.no_grad():
+        got = ssd_step(**inputs, impl="triton")
+        want = ssd_step(**_exact(inputs), impl="torch")
+    _check(dict(zip("ys", got, strict=True)), dict(zip("ys", want, strict=True)), BUDGET[dtype])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case[0]) for case in packages.cases()])
+def test_forms_in_other_packages(case) -> None:
+    """As installed and compiled here; their products of fp32 tensors are tf32's."""
+    _, op, form, inputs, options = case
+    pytest.importorskip(form)
+    inputs, options = ({n: v.cuda() if isinstance(v, Tensor) else v for n, v in given.items()} for given in (inputs, options))
+    for name, error in packages.errors(op, form, inputs, options).items():
+        assert error <= 1e-2, f"{name}: relative RMS error {error:.1e}"
 
 
 @every_dtype

@@ -78,8 +78,8 @@ ARROWS: dict[str, set[str]] = {
     "speculative": {"cache", "hybrid", "kernels", "mixers", "tree"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
     "bench": set(
-        "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative structured "
-        "teachers".split()
+        "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative stages "
+        "structured teachers train".split()
     ),
 }
 

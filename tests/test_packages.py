@@ -44,7 +44,7 @@ def test_what_a_package_cannot_take_is_a_sentence(installed) -> None:
         ssd(**inputs, **options, impl="mamba_ssm")
     with pytest.raises(ValueError, match="ssd cannot run in fla: its kernels take fp32 and 16-bit tensors, got fp64"):
         ssd(**{name: t.double() for name, t in inputs.items()}, impl="fla")
-    with pytest.raises(ValueError, match="ssd cannot run in fla: in 16 bit it takes even P and N, got P = 5 and N = 4"):
+    with pytest.raises(ValueError, match="ssd cannot run in fla: in 16 bit it takes even P and N, got P = 5 and N = 32"):
         ssd(**inputs | {"x": inputs["x"][..., :5].bfloat16()}, impl="fla")
     with pytest.raises(ValueError, match=r"a \[H\] is a rate per unit of dt, so it needs dt; got None"):
         ssd(**inputs | {"a": -torch.ones(4)})

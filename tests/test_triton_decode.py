@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
-from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms
+from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, within_budget
 
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Buffers, Cursors, Weights, buffers, commit, cursors, mamba2_steps, plan, triton_mamba2, triton_op
@@ -111,6 +111,19 @@ def test_rounds_with_tokens_taken_back_equal_the_sequence(impl: str, kind: str) 
     _check_walk(_walk(kind, impl, torch.float64), _weights(kind, torch.float64), 1e-12)
     if impl == "torch":
         _check_walk(_walk(kind, impl, torch.float32), _weights(kind, torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_at_most_twice_those_of_torch(kind: str) -> None:
+    weights, walks = _weights(kind, torch.float32), [_walk(kind, impl, torch.float32, rounds=6) for impl in ("triton", "torch")]
+    made: list[dict[str, Tensor]] = [{}, {}, {}]
+    for row, tokens in enumerate(walks[0].tokens):
+        folded = int(walks[0].at.folded[row])
+        for into, walk in zip(made, walks, strict=False):
+            into |= {f"outputs of row {row}": walk.outputs[row], f"state of row {row}": walk.held.state[row]}
+        made[2] |= {f"outputs of row {row}": _truth(tokens[None], weights)[0][0]}
+        made[2] |= {f"state of row {row}": _truth(tokens[None, :folded], weights)[1][0]} if folded else {}
+    within_budget(*made, 1e-5)
 
 
 @pytest.mark.slow

@@ -1,15 +1,18 @@
-"""`llamba bench ops`: whole mixer against whole mixer, ours and the PyTorch paths that transformers ships.
+"""`llamba bench ops`: whole mixer against whole mixer, ours and transformers'. Theirs run in PyTorch on a CPU, and on CUDA in the
+kernels of mamba-ssm and causal-conv1d where both are installed.
 
-Shapes: B = 1, T = 2,048, D = 512, H = 8, G = 2, P = N = 64 (Mamba-1: N = 16), W = 4; fp32, uncompiled, 2 threads on a CPU.
-Each measurement alternates the two sides and reports medians; peak memory is taken in a process of its own.
+Shapes: B = 1, W = 4; on a CPU T = 2,048, D = 512, H = 8, G = 2, P = N = 64 (Mamba-1: N = 16), fp32, uncompiled, 2 threads; on CUDA a
+Llama-3-8B mixer, T = D = 4,096, H = 32, G = 8, P = N = 128, bf16. `--shrink` divides T, D, H and G.
+Each measurement alternates the two sides and reports medians; peak memory on a CPU is taken in a process of its own.
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +25,40 @@ from llamba.cache import RecurrentLayer
 from llamba.mixers import build_mixer, initialise, mixer_config
 from llamba.provenance import append_row
 
-T, D, H, G, P, W = 2048, 512, 8, 2, 64, 4
-SHAPE = {"hidden_size": D, "heads": H, "groups": G, "head_dim": P}
+W = 4
 THREADS = 2
 ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Run = Callable[[], Any]
+
+
+class Work(NamedTuple):
+    """Shapes of a mixer and its input, and where it runs."""
+
+    device: str
+    dtype: torch.dtype
+    tokens: int
+    heads: int
+    groups: int
+    width: int
+
+    @property
+    def inner(self) -> int:
+        """Width of the model and of the mixer's heads together."""
+        return self.heads * self.width
+
+    def randn(self, tokens: int, **options: Any) -> Tensor:
+        """Input [1, tokens, D]."""
+        return torch.randn(1, tokens, self.inner, device=self.device, dtype=self.dtype, **options)
+
+
+def work_on(device: str, dtype: str, shrink: int) -> Work:
+    """What is measured on a device."""
+    cuda = device.startswith("cuda")
+    tokens, heads, groups, width = (4096, 32, 8, 128) if cuda else (2048, 8, 2, 64)
+    kind = DTYPES[("bfloat16" if cuda else "float32") if dtype == "auto" else dtype]
+    return Work(device, kind, max(tokens // shrink, 16), max(heads // shrink, 1), max(groups // shrink, 1), width)
 
 
 class _Cache:
@@ -37,26 +68,33 @@ class _Cache:
         self.layers = [RecurrentLayer(W)]
 
 
-def _ours(kind: str, compiled: bool = False) -> Any:
+def _ours(kind: str, work: Work, compiled: bool = False) -> Any:
     torch.manual_seed(0)
-    mixer = build_mixer(vars(mixer_config(kind, SHAPE)), 0)
+    shape = {"hidden_size": work.inner, "heads": work.heads, "groups": work.groups, "head_dim": work.width}
+    mixer = build_mixer(vars(mixer_config(kind, shape)), 0)
     initialise(mixer, None, "paper")
+    mixer.to(work.device, work.dtype)
     return torch.compile(mixer) if compiled else mixer
 
 
-def _theirs(kind: str) -> nn.Module:
+def _theirs(kind: str, work: Work) -> nn.Module:
     torch.manual_seed(0)
+    made: nn.Module
     if kind == "mamba2":
         shape: dict[str, Any] = {
-            "mamba_n_heads": H,
-            "mamba_d_head": P,
-            "mamba_n_groups": G,
-            "mamba_d_state": P,
-            "mamba_d_conv": W,
-            "mamba_expand": 1,
-        }
-        return BambaMixer(BambaConfig(hidden_size=D, **ONE_LAYER, **shape), 0)
-    return MambaMixer(MambaConfig(hidden_size=D, expand=1, state_size=16, conv_kernel=W, num_hidden_layers=1), 0)
+            "mamba_n_heads": work.heads, "mamba_d_head": work.width, "mamba_n_groups": work.groups, "mamba_d_state": work.width,
+            "mamba_d_conv": W, "mamba_expand": 1,
+        }  # fmt: skip
+        made = BambaMixer(BambaConfig(hidden_size=work.inner, **ONE_LAYER, **shape), 0)
+    else:
+        made = MambaMixer(MambaConfig(hidden_size=work.inner, expand=1, state_size=16, conv_kernel=W, num_hidden_layers=1), 0)
+    return made.to(work.device, work.dtype)
+
+
+def their_kernels(work: Work) -> str:
+    """What transformers' mixers run in."""
+    there = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
+    return "mamba_ssm" if there and work.device.startswith("cuda") else "torch"
 
 
 def _forward(mixer: nn.Module, own: bool, u: Tensor, cache: Any = None) -> Tensor:
@@ -71,8 +109,8 @@ def _cache_for(own: bool, kind: str) -> Any:
     return DynamicCache(config=BambaConfig(**ONE_LAYER))
 
 
-def _prefill(mixer: nn.Module, own: bool, kind: str) -> Run:
-    u = torch.randn(1, T, D)
+def _prefill(mixer: nn.Module, own: bool, kind: str, work: Work) -> Run:
+    u = work.randn(work.tokens)
 
     def run() -> None:
         with torch.inference_mode():
@@ -81,8 +119,8 @@ def _prefill(mixer: nn.Module, own: bool, kind: str) -> Run:
     return run
 
 
-def _training_step(mixer: nn.Module, own: bool, kind: str) -> Run:
-    u, d = torch.randn(1, T, D, requires_grad=True), torch.randn(1, T, D)
+def _training_step(mixer: nn.Module, own: bool, kind: str, work: Work) -> Run:
+    u, d = work.randn(work.tokens, requires_grad=True), work.randn(work.tokens)
 
     def run() -> None:
         mixer.zero_grad(set_to_none=True)
@@ -92,10 +130,10 @@ def _training_step(mixer: nn.Module, own: bool, kind: str) -> Run:
     return run
 
 
-def _decode(mixer: nn.Module, own: bool, kind: str, tokens: int = 50) -> Run:
-    u, cache = torch.randn(1, 1, D), _cache_for(own, kind)
+def _decode(mixer: nn.Module, own: bool, kind: str, work: Work, tokens: int = 50) -> Run:
+    u, cache = work.randn(1), _cache_for(own, kind)
     with torch.inference_mode():
-        _forward(mixer.eval(), own, torch.randn(1, 16, D), cache)
+        _forward(mixer.eval(), own, work.randn(16), cache)
 
     def run() -> None:
         with torch.inference_mode():
@@ -111,37 +149,46 @@ WORK = {"prefill": _prefill, "training step": _training_step, "decode, 50 tokens
 def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def _side(own: bool, kind: str, what: str) -> Run:
-    return WORK[what](_ours(kind) if own else _theirs(kind), own, kind)
+def _side(own: bool, kind: str, what: str, work: Work) -> Run:
+    return WORK[what](_ours(kind, work) if own else _theirs(kind, work), own, kind, work)
 
 
-def _peak(own: bool, kind: str, what: str, queue: Any) -> None:
+def _peak(own: bool, kind: str, what: str, work: Work, queue: Any) -> None:
     """Peak memory of one run beyond what stood before it, in MiB, put into `queue`. Runs in a fresh process."""
     torch.set_num_threads(THREADS)
-    run = _side(own, kind, what)
+    run = _side(own, kind, what, work)
     forget_peak()  # of the imports
     before = mib("VmRSS")
     run()
     queue.put(mib("VmHWM") - before)
 
 
-def _peak_apart(own: bool, kind: str, what: str) -> float:
+def _peak_apart(own: bool, kind: str, what: str, work: Work) -> float:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_peak, args=(own, kind, what, queue))
+    process = context.Process(target=_peak, args=(own, kind, what, work, queue))
     process.start()
     value = queue.get(timeout=600)
     process.join()
     return value
 
 
-def measure(kind: str, what: str, repeats: int) -> dict[str, Any]:
+def _peak_on_cuda(run: Run) -> float:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(kind: str, what: str, work: Work, repeats: int) -> dict[str, Any]:
     """One row: median seconds and peak MiB of both sides, and the ratios (theirs / ours)."""
-    runs = {own: _side(own, kind, what) for own in (True, False)}
-    slow = kind == "mamba1" and what == "training step"  # the peer's backward is quadratic in T and takes minutes
+    runs = {own: _side(own, kind, what, work) for own in (True, False)}
+    slow = is_slow(kind, what, work)
     times: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(repeats + 1):
         for own, run in runs.items():
@@ -152,14 +199,20 @@ def measure(kind: str, what: str, repeats: int) -> dict[str, Any]:
     ours, theirs = (statistics.median(times[own]) for own in (True, False))
     row: dict[str, Any] = {"mixer": kind, "work": what, "ours_s": ours, "theirs_s": theirs, "speedup": theirs / ours, "repeats": repeats}
     if what != "decode, 50 tokens" and not slow:
-        memory = {own: _peak_apart(own, kind, what) for own in (True, False)}
+        cuda = work.device.startswith("cuda")
+        memory = {own: _peak_on_cuda(run) if cuda else _peak_apart(own, kind, what, work) for own, run in runs.items()}
         row |= {"ours_mib": memory[True], "theirs_mib": memory[False], "memory": memory[True] / memory[False]}
     return row
 
 
-def measure_compiled(kind: str, what: str, repeats: int) -> dict[str, Any]:
+def is_slow(kind: str, what: str, work: Work) -> bool:
+    """Whether transformers' side takes minutes: the backward pass of its Mamba-1 in PyTorch is quadratic in T."""
+    return kind == "mamba1" and what == "training step" and their_kernels(work) == "torch"
+
+
+def measure_compiled(kind: str, what: str, work: Work, repeats: int) -> dict[str, Any]:
     """What `torch.compile` adds to ours: median seconds with and without."""
-    runs = {name: WORK[what](_ours(kind, name), True, kind) for name in (False, True)}
+    runs = {name: WORK[what](_ours(kind, work, name), True, kind, work) for name in (False, True)}
     for run in runs.values():
         _seconds(run)
     times = {name: statistics.median(_seconds(run) for _ in range(repeats)) for name, run in runs.items()}
@@ -178,13 +231,20 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; with `--out`, append the rows to a .jsonl file with what made them."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     torch.set_num_threads(THREADS)
+    work = work_on(device, args.dtype, args.shrink)
+    where = {"device": device, "dtype": str(work.dtype), "shrink": args.shrink, "theirs_in": their_kernels(work)}
+    print(f"theirs: transformers' mixers in {where['theirs_in']}")
     for kind in ("mamba2", "mamba1"):
         for what in WORK:
+            if device.startswith("cuda") and is_slow(kind, what, work):
+                print(f"{kind:<8} {what:<18} left out: without mamba-ssm, transformers' backward pass is quadratic in T")
+                continue
             compiled = args.compile and what != "decode, 50 tokens" and kind == "mamba2"  # Mamba-1's scan compiles for minutes
             measures = [measure] + ([measure_compiled] if compiled else [])
             for made in measures:
-                row = made(kind, what, args.repeats)
+                row = made(kind, what, work, args.repeats)
                 print(_line(row), flush=True)
                 if args.out:
-                    append_row(args.out, row)
+                    append_row(args.out, row | where)

@@ -95,7 +95,7 @@ def chosen(name: str) -> dict[str, Preset]:
     return found
 
 
-def _shrunk(config: PreTrainedConfig, by: int) -> PreTrainedConfig:
+def shrunk(config: PreTrainedConfig, by: int) -> PreTrainedConfig:
     """The shape with fewer layers, heads and tokens, head widths as they are: for trying a preset out."""
     if by == 1:
         return config
@@ -117,5 +117,5 @@ def build(config: PreTrainedConfig, shrink: int, dtype: torch.dtype, device: str
     """A model of this shape with random weights."""
     torch.manual_seed(0)
     with torch.device(device):  # made where it is needed: billions of random numbers take long on a CPU
-        made: Any = AutoModelForCausalLM.from_config(_shrunk(config, shrink), dtype=dtype)
+        made: Any = AutoModelForCausalLM.from_config(shrunk(config, shrink), dtype=dtype)
     return made.to(device).eval()
