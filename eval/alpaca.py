@@ -2,7 +2,7 @@
 
     OUT/alpaca_eval/model_answer/MODEL.jsonl          answers
     OUT/alpaca_eval/MODEL/model_outputs.json          the same, in alpaca_eval's format
-    OUT/alpaca_eval/MODEL/JUDGE/annotations.json      preferences (1: reference, 2: model), leaderboard.csv
+    OUT/alpaca_eval/MODEL/JUDGE/annotations.json      preferences (1: reference, 2: model)
     OUT/judge/JUDGE.jsonl                             every reply, under a key of judge, URL, parameters and whole prompt
 
 alpaca_eval makes the prompts, reads the log-probabilities and fits the length model; the requests are ours.
@@ -29,7 +29,7 @@ from llamba.eval import fetch, stats
 from llamba.eval.answerer import Settings
 from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.journal import Journal
-from llamba.eval.judge import Asker, Failure, Judge, Reply, Request, escape
+from llamba.eval.judge import Asker, Failure, Judge, Reply, Request, digest, escape
 from llamba.eval.local_judge import transport
 from llamba.eval.scores import model_name, need, save, save_items, score
 
@@ -71,6 +71,8 @@ def package() -> Any:
             del sys.modules["pkg_resources"]
             if real is not None:
                 sys.modules["pkg_resources"] = real
+        bars = sys.modules["alpaca_eval.utils"]
+        vars(bars)["tqdm"] = types.SimpleNamespace(tqdm=lambda steps, **kwargs: steps)  # the bar of our requests is enough
     return sys.modules["alpaca_eval"]
 
 
@@ -111,6 +113,10 @@ def _outputs(name: str, out: Path, reference: Sequence[dict[str, Any]], settings
         rows = fetch.read_json_rows(Path(options.outputs))
         if bad := [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("instruction", "output"))]:
             raise ValueError(f"{options.outputs} must hold instruction and output in every row; row {bad[0]} does not")
+        if options.limit is not None:
+            asked_for = {row["instruction"] for row in reference}
+            rows = [row for row in rows if row["instruction"] in asked_for]
+        _check_instructions(options.outputs, [row["instruction"] for row in rows], reference)
         return [row | {"generator": name} for row in rows]
     asked = [Question(i, (row["instruction"],), options.temperature) for i, row in enumerate(reference)]
     rows = answer_all(name, model_name(name), asked, settings, out / "alpaca_eval/model_answer" / f"{model_name(name)}.jsonl")
@@ -125,6 +131,14 @@ def _outputs(name: str, out: Path, reference: Sequence[dict[str, Any]], settings
         }
         for ref, row in zip(reference, rows, strict=True)
     ]
+
+
+def _check_instructions(file: str, given: Sequence[str], reference: Sequence[dict[str, Any]]) -> None:
+    known = {row["instruction"] for row in reference}
+    other = [row for row, instruction in enumerate(given) if instruction not in known]
+    if not given or other or len(set(given)) < len(given):
+        what = f"row {other[0]} has another" if other else "some stand there twice" if given else "it is empty"
+        raise ValueError(f"{file} must hold outputs for instructions of AlpacaEval, each once; {what}")
 
 
 def has_verdict(reply: Reply) -> bool:
@@ -176,7 +190,7 @@ def _config(judge: Judge, folder: Path) -> Path:
         "prompt_template": str(prompt), "fn_completions": "openai_completions", "completions_kwargs": PARAMETERS,
         "fn_completion_parser": "logprob_parser", "completion_parser_kwargs": parser, "completion_key": "completions_all", "batch_size": 1,
     }  # fmt: skip
-    path = folder / judge.slug / "configs.yaml"
+    path = folder.resolve() / judge.slug / "configs.yaml"  # alpaca_eval looks for a relative one beside its own code
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({judge.slug: config}, indent=2))  # JSON is YAML
     return path.parent
@@ -312,7 +326,8 @@ def _report(
     rows: list[dict[str, Any]], annotations: Any, judge: Judge, out: Path, gamed: Path | None, options: Options, failed: int
 ) -> str:
     model = rows[0]["generator"]
-    wins: stats.Values = {i: [100 * (p - 1)] for i, p in enumerate(annotations["preference"].astype(float)) if p == p}
+    preferences = zip(annotations["instruction"], annotations["preference"].astype(float), strict=True)
+    wins: stats.Values = {digest(instruction)[:16]: [100 * (p - 1)] for instruction, p in preferences if p == p}
     limited = {} if options.limit is None else {"limit": len(wins)}
     more = limited | {"failed": failed, "judge_is": judge.identity, "average_length": float(np.mean([len(row["output"]) for row in rows]))}
     raw = stats.bootstrap(wins)

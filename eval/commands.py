@@ -365,6 +365,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         try:
             COMMANDS[argv[0]](argv[1:])
+        except KeyboardInterrupt:
+            sys.exit("stopped; what was answered and judged so far is kept, and the same command goes on from here")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 done = "what was answered and judged so far is kept: make room and give the same command again"

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from llamba.eval.journal import Journal
 
 CHARACTERS_PER_TOKEN = 4
+ALONE = 3  # requests that may go one by one until there is a reply to look at
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CONTROL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start_of_turn|end_of_turn|bos|eos|unk|pad)>")  # noqa: RUF001
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -253,7 +254,7 @@ class Asker:
         if self.judge.max_cost is not None and dollars > self.judge.max_cost:
             raise ValueError(f"asking {len(todo)} requests would cost about ${dollars:.2f}, above --max-cost {self.judge.max_cost}")
         transport, failures = self.make_transport(), dict[str, Failure]()
-        chunks = [todo[:1]] + [todo[i : i + transport.batch] for i in range(1, len(todo), transport.batch)]  # the first goes alone
+        chunks = [todo[:1]] + [todo[i : i + transport.batch] for i in range(1, len(todo), transport.batch)]  # the first alone
         with closing(transport), tqdm(total=len(todo), desc=f"judge {self.judge.model}", unit="reply", disable=None) as bar:
 
             def work(chunk: list[Request]) -> None:
@@ -263,11 +264,16 @@ class Asker:
                     bar.set_postfix(failed=len(failures))
                     bar.update(len(chunk))
 
-            work(chunks[0])
-            first = self.known.get(todo[0].key(self.judge))
-            if first is not None and (wrong := preflight(first)):
-                raise ValueError(wrong)
-            self._through(work, chunks[1:], transport.workers)
+            alone = 0
+            for chunk in chunks[:ALONE]:
+                work(chunk)
+                alone += 1
+                replies = [self.known[key] for request in chunk if (key := request.key(self.judge)) in self.known]
+                if replies and (wrong := preflight(replies[0])):
+                    raise ValueError(wrong)
+                if replies or self.stopped:
+                    break
+            self._through(work, chunks[alone:], transport.workers)
         if self.full is not None:
             raise ValueError(f"the disk is full at {self.journal.path} ({self.full}); every reply so far is kept: make room and run again")
         if self.stopped:

@@ -46,6 +46,8 @@ class Options:
     def __post_init__(self) -> None:
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"--tasks must be among {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+        if any(not 1 <= number <= len(FIRST) * len(LAST) for number in self.names) or min(self.pairs + self.lengths) < 1:
+            raise ValueError(f"--names must be from 1 to {len(FIRST) * len(LAST)}, --pairs and --lengths at least 1")
         if self.trials < 1 or any(depth < 0 or depth > 1 for depth in self.depths):
             raise ValueError("--trials must be at least 1, and every depth from 0 (start of the text) to 1 (its end)")
 

@@ -73,9 +73,17 @@ def _aligned(head: list[str], lines: list[list[str]]) -> str:
     )
 
 
+def _items(folder: Path) -> list[Row]:
+    """What a folder keeps of each question, its models in the order in which they came."""
+    noted = folder / MODELS
+    models = list(json.loads(noted.read_text())) if noted.exists() else []
+    found = [json.loads(path.read_text()) for path in sorted((folder / "items").glob("*.json"))]
+    return sorted(found, key=lambda item: models.index(item["model"]) if item["model"] in models else len(models))
+
+
 def differences(folders: Sequence[Path]) -> list[str]:
     """A line for each pair of models with values of the same benchmark, questions and judge: the first that has them against the others."""
-    items = [json.loads(path.read_text()) for folder in dict.fromkeys(folders) for path in sorted((folder / "items").glob("*.json"))]
+    items = [item for folder in dict.fromkeys(folders) for item in _items(folder)]
     together: dict[tuple[str, str | None], list[Row]] = {}
     for item in items:
         together.setdefault((item["benchmark"], item["judge"]), []).append(item)

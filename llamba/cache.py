@@ -38,6 +38,16 @@ def write(buffer: Tensor, firsts: list[int], values: Tensor) -> None:
         buffer[_places(buffer, firsts, values.shape[1])] = values.to(buffer.dtype)
 
 
+def gather(buffer: Tensor, firsts: list[int], places: list[list[int]]) -> None:
+    """Bring columns firsts[b] + places[b][j] of each row of buffer [B, S, ...] to columns firsts[b] + j; places[b] rises."""
+    if all(path == list(range(len(path))) for path in places):
+        return
+    longest = max(map(len, places))
+    index = [[first + place for place in path] + [first] * (longest - len(path)) for first, path in zip(firsts, places, strict=True)]
+    rows = torch.arange(len(firsts), device=buffer.device)[:, None]
+    write(buffer, firsts, buffer[rows, torch.tensor(index, device=buffer.device)])  # behind a shorter path: garbage
+
+
 def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Tensor]:
     first = torch.tensor(firsts, device=buffer.device)[:, None]
     return torch.arange(len(firsts), device=buffer.device)[:, None], first + torch.arange(length, device=buffer.device)
@@ -104,18 +114,20 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             assert self.raw is not None
             self.raw[:, : self.conv_width - 1] = window
 
-    def note(self, raw: Tensor, advance: Advance, fold_after: int) -> Tensor:
+    def note(self, raw: Tensor, advance: Advance, fold_after: int, behind: int = 0) -> Tensor:
         """Append raw inputs [B, T, C], T <= KEPT; returns the window before them and themselves [B, W - 1 + T, C]. `hold` follows.
 
-        `advance` folds (inputs, mask, state) into a state. Settled tokens are folded once there are `fold_after` of them.
+        `advance` folds (inputs, mask, state) into a state. Settled tokens are folded once there are `fold_after` of them. `behind`:
+        how many of the tokens held before are to be returned as well, and not to be folded yet.
         """
         if self.held is None:
             self._make_columns(raw)
         elif max(self.counts) + raw.shape[1] > SLOTS or min(self.pinned) >= fold_after:
-            self._fold([max(pinned, count - KEPT) for pinned, count in zip(self.pinned, self.counts, strict=True)], advance)
+            old = [max(pinned, count - KEPT) for pinned, count in zip(self.pinned, self.counts, strict=True)]
+            self._fold([min(fold, count - behind) for fold, count in zip(old, self.counts, strict=True)], advance)
         assert self.raw is not None
         write(self.raw, [count + self.conv_width - 1 for count in self.counts], raw)
-        return columns(self.raw, self.counts, self.conv_width - 1 + raw.shape[1])
+        return columns(self.raw, [count - behind for count in self.counts], self.conv_width - 1 + behind + raw.shape[1])
 
     def hold(self, inputs: Inputs) -> tuple[Inputs, list[int]]:
         """Append the tokens' inputs [B, T, ...]; returns those of all slots in use and each row's first new slot."""
@@ -178,6 +190,15 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "after cache.activate_past_recording()"
             )
         self.counts = left
+
+    def keep(self, tokens: int, places: list[list[int]]) -> None:
+        """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others."""
+        firsts = [count - tokens for count in self.counts]
+        self.take_back([tokens - len(path) for path in places])
+        assert self.raw is not None and self.held is not None
+        for buffer in self.held:
+            gather(buffer, firsts, places)
+        gather(self.raw, [first + self.conv_width - 1 for first in firsts], places)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens of every row (transformers passes a negative count, or 0)."""

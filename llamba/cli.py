@@ -162,7 +162,7 @@ def _speculative_options(group: Any) -> None:
     group.add_argument("--preset", help="instead of a model: table1, table5, or a row of them; random weights of its shapes")
     group.add_argument("--acceptance", type=float, help="of a preset's drafts (default: what its published row implies)")
     group.add_argument("--shrink", type=int, default=1, help="divide widths, layers and tokens by this (to try it out)")
-    group.add_argument("--lookahead", default="1,2,3,4,5,6,7,8", help="tokens drafted at a time, several with commas (default 1 to 8)")
+    group.add_argument("--lookahead", default="1,2,3,4,5,6,7,8", help="drafted tokens or trees (3x2x1), with commas (default 1 to 8)")
     group.add_argument("--tokens", type=int, default=128, help="new tokens per prompt (default 128)")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     group.add_argument("--device", default="auto")

@@ -1,11 +1,15 @@
 """Which drafted tokens stand, and what follows them: the lossless rule as pure functions.
 
-Shapes: B batch, K drafted tokens, V vocabulary. Row b drafted counts[b] <= K tokens; what stands behind them is ignored.
-Sources: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192), Algorithm 1; Chen et al. 2023 (arXiv 2302.01318), Theorem 1.
+Shapes: B batch, K drafted tokens, V vocabulary. Row b drafted counts[b] <= K tokens; what stands behind them is ignored. A tree has
+M = K + 1 nodes: node 0 is the token before all drafts, node n > 0 is drafted token n - 1.
+Sources: Leviathan, Kalman, Matias 2023 (arXiv 2211.17192), Algorithm 1; Chen et al. 2023 (arXiv 2302.01318), Theorem 1; for trees Miao
+et al. 2023 (SpecInfer, arXiv 2305.09781), section 4.3, with children drawn without replacement as in Jeon et al. 2024 (arXiv 2402.14160).
 """
 
 import torch
 from torch import Tensor
+
+from llamba.tree import Tree
 
 
 def accept_greedy(best: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +40,41 @@ def accept(target: Tensor, draft: Tensor | None, drafts: Tensor, counts: Tensor,
         guess = torch.zeros_like(last).scatter_(1, drafts[rows, at, None], 1.0) if draft is None else draft[rows, at]
         last = torch.where(rejected[:, None], residual(last, guess), last)
     return fits, draw(last, noise[:, -1])
+
+
+def accept_tree_greedy(best: Tensor, drafts: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    """The rule for a tree where the target's distributions have one token each.
+
+    best [B, M]: the target's token behind each node; drafts [B, K]. Returns the deepest node that stands [B], 0 if none does, and
+    the token that follows it [B].
+    """
+    wrong = best[:, list(tree.parents[1:])] != drafts
+    fallen = (torch.nn.functional.pad(wrong, (1, 0))[:, None] & tree.ancestors).any(-1)  # [B, M]
+    here = (tree.depths + 1).masked_fill(fallen, 0).argmax(1)
+    return here, best.gather(1, here[:, None])[:, 0]
+
+
+def accept_tree(target: Tensor, draft: Tensor, drafts: Tensor, tree: Tree, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Try the children of a node in order: child x stands if u q(x) < p(x); if not, `residual` takes the place of p for the next one.
+
+    target [B, M, V]: p behind each node; draft [B, K, V]: q, from which a child was drawn when its earlier siblings were known (all 0:
+    there was nothing left to draw, and the child never stands); drafts [B, K]; noise [B, M]: independent and uniform in [0, 1).
+    Returns the deepest node that stands [B], 0 if none does, and the token that follows it [B]; the tokens are then distributed as if
+    drawn from the target alone.
+    """
+    here, p = torch.zeros_like(drafts[:, 0]), target[:, 0]
+    for node, parent in enumerate(tree.parents):
+        asked = here == parent
+        if not node or not bool(asked.any()):
+            continue
+        q, token = draft[:, node - 1], drafts[:, node - 1, None]
+        chance = q.gather(1, token)[:, 0]
+        stands = asked & (chance > 0) & (noise[:, node - 1] * chance < p.gather(1, token)[:, 0])
+        left = residual(p, q)
+        left = left / left.sum(-1, keepdim=True)
+        p = torch.where(stands[:, None], target[:, node], torch.where(asked[:, None], left, p))
+        here = torch.where(stands, node, here)
+    return here, draw(p, noise[:, -1])
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:

@@ -48,14 +48,21 @@ class Choice:
         found += [MinPLogitsWarper(self.min_p)] if self.min_p > 0 else []
         return LogitsProcessorList(found)
 
-    def scores(self, logits: Tensor, rows: list[list[int]], following: Tensor) -> Tensor:
-        """Processed logits [B, T, V]. Position t stands behind rows[b] and following[b, :t] ([B, T - 1] or longer)."""
+    def scores(self, logits: Tensor, rows: list[list[int]], following: Tensor, paths: list[list[int]] | None = None) -> Tensor:
+        """Processed logits [B, T, V]. Position t stands behind rows[b] and following[b, :t] ([B, T - 1] or longer).
+
+        `paths`: in a tree, behind rows[b] and the nodes paths[t], of which node n is following[b, n - 1].
+        """
         if not self.processors:
             return logits
         logits, later = logits.to(torch.promote_types(logits.dtype, torch.float32)), following.tolist()
         processors: Any = self.processors
+
+        def behind(b: int, t: int) -> list[int]:
+            return later[b][:t] if paths is None else [later[b][node - 1] for node in paths[t]]
+
         made = [
-            processors(torch.tensor([row + later[b][:t]], device=logits.device), logits[b, t][None])
+            processors(torch.tensor([row + behind(b, t)], device=logits.device), logits[b, t][None])
             for b, row in enumerate(rows)
             for t in range(logits.shape[1])
         ]
@@ -73,3 +80,20 @@ class Choice:
             return scores.argmax(-1), None
         weights = self.probabilities(scores[:, None])[:, 0]
         return draw(weights, noise), weights
+
+    def pick_several(self, scores: Tensor, count: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`count` different tokens for each of T positions [B, T count], the likeliest ones or drawn without replacement.
+
+        scores [B, T, V] processed logits; noise [B, T count]. Also returns what each token was drawn from [B, T count, V], given the
+        earlier ones of its position (None: they were certain; all 0: nothing was left, and the token means nothing).
+        """
+        if self.greedy:
+            return scores.topk(count, -1).indices.flatten(1), None
+        left, uniform = self.probabilities(scores).flatten(0, 1), noise.unflatten(1, (-1, count)).flatten(0, 1)  # [B T, V], [B T, count]
+        tokens, weights = list[Tensor](), list[Tensor]()
+        for place in range(count):
+            weights.append(left / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).smallest_normal))
+            tokens.append(draw(left, uniform[:, place]))
+            left = left.scatter(1, tokens[-1][:, None], 0.0)
+        shape = len(scores), -1
+        return torch.stack(tokens, 1).view(shape), torch.stack(weights, 1).view(*shape, left.shape[-1])

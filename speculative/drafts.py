@@ -13,16 +13,25 @@ from transformers import PreTrainedModel
 from llamba.hybrid import check_draft
 from llamba.speculative.choose import Choice
 from llamba.speculative.rewind import Rewindable
+from llamba.tree import Tree, grow
 
 Rows = list[list[int]]
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens [B, K], how many of them count [B], and what they were drawn from [B, K, V] (None: they were certain)."""
+    """Drafted tokens [B, K], how many of them count [B], and what they were drawn from [B, K, V] (None: they were certain).
+
+    With a `tree` token n - 1 is node n; without one the tokens are a chain.
+    """
 
     tokens: Tensor
     counts: list[int]
     probabilities: Tensor | None
+    tree: Tree | None = None
+
+    def path(self, node: int) -> list[int]:
+        """The drafted tokens up to token node - 1, which is the last of them, as nodes: 1, ... , node in a chain."""
+        return list(range(1, node + 1)) if self.tree is None else self.tree.path(node)
 
 
 class Drafter(Protocol):
@@ -35,7 +44,7 @@ class Drafter(Protocol):
         """Up to `count` tokens behind each row; noise [B, count] is uniform in [0, 1)."""
 
     def settle(self, accepted: list[int]) -> None:
-        """Row b keeps accepted[b] of the tokens proposed last."""
+        """Row b keeps accepted[b] of the tokens proposed last; of a tree, the path to node accepted[b]."""
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""
@@ -90,6 +99,37 @@ class ModelDraft:
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""
         self.reader.select(rows)
+
+
+class TreeDraft(ModelDraft):
+    """Trees of a small model's drafts, in which a node at depth d has branching[d] different children. It reads level by level."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int, choice: Choice, branching: tuple[int, ...]):
+        super().__init__(model, capacity, choice)
+        self.branching = branching
+
+    def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
+        """A tree of depth `count`; noise has a number for each of its nodes but the root."""
+        self.tree = tree = grow(self.branching[:count], self.reader.model.device)
+        logits, first, last = self._catch_up(rows)[:, None], 0, 1  # behind the nodes first .. last - 1, a level
+        tokens, weights = list[Tensor](), list[Tensor | None]()
+        for children in self.branching[:count]:
+            if tokens:
+                logits = self.reader.read(tokens[-1], last - first, tree.first(last))
+            drafted = torch.cat(tokens, 1) if tokens else noise.new_empty(len(rows), 0)
+            scores = self.choice.scores(logits, rows, drafted, [tree.path(node) for node in range(first, last)])
+            end = last + (last - first) * children
+            token, weight = self.choice.pick_several(scores, children, noise[:, last - 1 : end - 1])
+            tokens.append(token)
+            weights.append(weight)
+            first, last = last, end
+        self.ahead = first  # nodes that were read, the root included
+        drawn = None if self.choice.greedy else torch.cat([weight for weight in weights if weight is not None], 1)
+        return Proposal(torch.cat(tokens, 1), [last - 1] * len(rows), drawn, tree)
+
+    def settle(self, accepted: list[int]) -> None:
+        """Keep the paths, as far as they were read."""
+        self.reader.keep(self.ahead, [[0] + [step for step in self.tree.path(node) if step < self.ahead] for node in accepted])
 
 
 @dataclass
@@ -152,11 +192,16 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         )
 
 
-def drafter(target: PreTrainedModel, draft: Any, capacity: int, choice: Choice) -> Drafter | None:
-    """The drafter that a user's `draft` means: a model, "lookup", or a drafter of one's own; None drafts nothing."""
+def drafter(target: PreTrainedModel, draft: Any, capacity: int, choice: Choice, branching: tuple[int, ...] | None) -> Drafter | None:
+    """The drafter that a user's `draft` means: a model, "lookup", or a drafter of one's own; None drafts nothing.
+
+    Raises ValueError for trees (`branching`) of anything but a model.
+    """
     if isinstance(draft, PreTrainedModel):
         check_pair(target, draft)
-        return ModelDraft(draft, capacity, choice)
+        return ModelDraft(draft, capacity, choice) if branching is None else TreeDraft(draft, capacity, choice, branching)
+    if branching is not None:
+        raise ValueError(f"tree needs a draft model, which rates several continuations; got draft={draft!r}; use lookahead instead")
     if isinstance(draft, str):
         if draft != "lookup":
             raise ValueError(f'draft must be a loaded model, "lookup" or None; got {draft!r}')

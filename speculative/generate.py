@@ -1,12 +1,14 @@
 """Lossless speculative decoding in batches; without a draft the same code decodes plainly.
 
 Shapes: B batch, T time, K drafted tokens, V vocabulary. A round reads the last token and K drafted ones at once, keeps those that stand and
-adds one. (Mamba-in-Llama, arXiv 2408.15237, section 4; the rule is that of Leviathan et al. and Chen et al., see `accept`.)
+adds one; of a tree of drafts one path stands. (Mamba-in-Llama, arXiv 2408.15237, section 4; for the rules see `accept`.)
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any, Literal
 
 import torch
@@ -15,12 +17,13 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from llamba.cache import KEPT
 from llamba.hybrid import RECURRENT
-from llamba.speculative.accept import accept, accept_greedy
+from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept_tree_greedy
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
 from llamba.speculative.graphs import Decoded, decode, serves
 from llamba.speculative.lookahead import Auto, Fixed, schedule
 from llamba.speculative.rewind import Rewindable, kinds_of
+from llamba.tree import grow
 
 
 @dataclass
@@ -69,6 +72,7 @@ def generate(
     attention_mask: Tensor | None = None,
     draft: PreTrainedModel | Drafter | Literal["lookup"] | None = None,
     lookahead: int | Literal["auto"] | Auto = 4,
+    tree: Sequence[int] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -85,32 +89,35 @@ def generate(
 
     attention_mask [B, T]: 0 for padding on the left. `draft`: a model with the same vocabulary (a Llama-type model of transformers, or
     one of ours), "lookup" (copies from the text so far), or an object with the methods of `Drafter`. `lookahead`: tokens drafted a
-    round, or "auto"; an `Auto` keeps what it has learnt for the next call. `temperature` 0 is greedy. `eos_token_id`: "model" takes those
-    of the model's generation configuration, None does not stop. `logits_processor`, `stopping_criteria` and `streamer` are transformers';
-    they are called for every token. The random numbers come from `generator` (on the CPU; None: torch's own).
+    round, or "auto"; an `Auto` keeps what it has learnt for the next call. `tree`, instead of `lookahead`: several continuations from a
+    draft model, of which every token at depth d has tree[d]; (3, 2, 1) drafts 3 + 6 + 6 tokens a round, (1, 1, 1) what lookahead=3 does.
+    `temperature` 0 is greedy. `eos_token_id`: "model" takes those of the model's generation configuration, None does not stop.
+    `logits_processor`, `stopping_criteria` and `streamer` are transformers'; they are called for every token. The random numbers come
+    from `generator` (on the CPU; None: torch's own).
     `engine`: "graphs" decodes in rounds that are device work alone, on CUDA in captured graphs (see `graphs`); "eager" goes from call to
-    call; "auto" takes graphs on CUDA where they serve. They do not serve drafts that are no models, processors and criteria.
+    call; "auto" takes graphs on CUDA where they serve. They do not serve trees, drafts that are no models, processors and criteria.
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
     choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
     rows = _rows(ids, attention_mask)
-    count = schedule(lookahead)
+    branching = None if tree is None else _branching(tree, model.config.get_text_config().vocab_size)
+    count = schedule(lookahead) if branching is None else Fixed(len(branching))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer takes one row; got {len(rows)}")
     longest = max(map(len, rows)) + max_new_tokens
-    source = drafter(model, draft, longest + KEPT, choice)
+    source = drafter(model, draft, longest + KEPT, choice, branching)
     for name, one in (("model", model), ("draft", draft)):
         if isinstance(one, PreTrainedModel):
             _check_context(name, one, longest)
     stops = _Stops(_ends(model, eos_token_id), stopping_criteria, max_new_tokens, [len(row) for row in rows])
     with torch.inference_mode():
-        if serves(engine, model, draft, choice, stopping_criteria):
+        if serves(engine, model, draft, choice, stopping_criteria, branching is not None):
             assert draft is None or isinstance(draft, PreTrainedModel)
             made = decode(model, draft, rows, max_new_tokens, choice, stops.ends, count, streamer, generator)
             return _result(ids, made.new, made, stops.ends, model)
-        job = _Job(Rewindable(model, longest + KEPT), source, choice, count, stops, rows, streamer, generator)
+        job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
         done = job.run()
     return _result(ids, [row[start:] for row, start in zip(done, stops.prompts, strict=True)], job, stops.ends, model)
 
@@ -150,6 +157,7 @@ class _Job:
     source: Drafter | None
     choice: Choice
     lookahead: Fixed | Auto
+    branching: tuple[int, ...] | None
     stops: _Stops
     rows: Rows
     streamer: Any
@@ -184,17 +192,18 @@ class _Job:
         count = min(self.lookahead.next(), most) if self.source is not None else 0
         proposal = self._propose(count)
         stand, last, scores = self._verify(proposal)
-        fates, kept, drafts = [], list[int](), proposal.tokens.tolist()
+        fates, kept, drafts, paths = [], list[int](), proposal.tokens.tolist(), list(map(proposal.path, stand))
         for place, (number, row) in enumerate(zip(numbers, self.rows, strict=True)):
-            new, finished = self.stops.cut(number, row, [*drafts[place][: stand[place]], last[place]], scores[place])
+            new = [*(drafts[place][node - 1] for node in paths[place]), last[place]]
+            new, finished = self.stops.cut(number, row, new, scores[place, [0, *paths[place]]])
             row += new
             fates.append(finished)
-            kept.append(min(stand[place], len(new)))
+            kept.append(min(len(paths[place]), len(new)))
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(new))
         self.rounds += 1
         self.drafted, self.accepted = self.drafted + sum(proposal.counts), self.accepted + sum(kept)
-        self._go_back(count, proposal, stand)
+        self._go_back(count, proposal, stand, paths)
         self.lookahead.learn(count, kept, proposal.counts, time.perf_counter() - started)
         return self._keep(numbers, fates)
 
@@ -202,7 +211,8 @@ class _Job:
         device = self.target.model.device
         if self.source is None or count == 0:
             return Proposal(torch.empty(len(self.rows), 0, dtype=torch.long, device=device), [0] * len(self.rows), None)
-        return self.source.propose(self.rows, count, self._noise(count))
+        tokens = count if self.branching is None else len(grow(self.branching[:count], device)) - 1
+        return self.source.propose(self.rows, count, self._noise(tokens))
 
     def _noise(self, count: int) -> Tensor:
         """Uniform random numbers [B, count]; greedy decoding needs none."""
@@ -212,24 +222,34 @@ class _Job:
         return torch.rand(shape, generator=self.generator).to(self.target.model.device)
 
     def _verify(self, proposal: Proposal) -> tuple[list[int], list[int], Tensor]:
-        """How many drafts stand in each row, the token that follows them, and the target's scores [B, K + 1, V]."""
-        drafts, device = proposal.tokens, proposal.tokens.device
+        """How many drafts stand in each row (of a tree: the deepest node that does), what follows them, and the scores [B, K + 1, V]."""
+        drafts, device, tree = proposal.tokens, proposal.tokens.device, proposal.tree
         tokens = torch.cat((torch.tensor([row[-1:] for row in self.rows], device=device), drafts), 1)
-        scores = self.choice.scores(self.target.read(tokens, tokens.shape[1]), self.rows, drafts)
-        counts = torch.tensor(proposal.counts, device=device)
-        if self.choice.greedy:
-            stand, last = accept_greedy(scores.argmax(-1), drafts, counts)
-        else:
-            noise = self._noise(drafts.shape[1] + 1)
-            stand, last = accept(self.choice.probabilities(scores), proposal.probabilities, drafts, counts, noise)
-        both = torch.stack((stand, last)).tolist()
+        paths = None if tree is None else list(map(tree.path, range(len(tree))))
+        scores = self.choice.scores(self.target.read(tokens, tokens.shape[1], tree), self.rows, drafts, paths)
+        both = torch.stack(self._stand(scores, proposal)).tolist()
         return both[0], both[1], scores
 
-    def _go_back(self, count: int, proposal: Proposal, stand: list[int]) -> None:
+    def _stand(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """What the rule says: see `accept`."""
+        drafts, tree, counts = proposal.tokens, proposal.tree, torch.tensor(proposal.counts, device=scores.device)
+        if self.choice.greedy:
+            best = scores.argmax(-1)
+            return accept_greedy(best, drafts, counts) if tree is None else accept_tree_greedy(best, drafts, tree)
+        p, q, noise = self.choice.probabilities(scores), proposal.probabilities, self._noise(drafts.shape[1] + 1)
+        if tree is None:
+            return accept(p, q, drafts, counts, noise)
+        assert q is not None, "children that were drawn have distributions"
+        return accept_tree(p, q, drafts, tree, noise)
+
+    def _go_back(self, count: int, proposal: Proposal, stand: list[int], paths: list[list[int]]) -> None:
         """Leave both models behind the tokens that stand."""
         if self.source is None:
             return
-        self.target.take_back([proposal.tokens.shape[1] - kept for kept in stand])
+        if proposal.tree is None:
+            self.target.take_back([proposal.tokens.shape[1] - kept for kept in stand])
+        else:
+            self.target.keep(len(proposal.tree), [[0, *path] for path in paths])
         self.target.pin()
         if count:
             self.source.settle(stand)
@@ -256,6 +276,16 @@ def _rows(ids: Tensor, mask: Tensor | None) -> Rows:
     if mask.shape != ids.shape or not bool((mask.bool().long().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all()):
         raise ValueError("attention_mask must have the shape of ids, and padding must stand on the left (tokenizer.padding_side = 'left')")
     return [[token for token, real in zip(*pair, strict=True) if real] for pair in zip(ids.tolist(), mask.tolist(), strict=True)]
+
+
+def _branching(given: Sequence[int], vocabulary: int) -> tuple[int, ...]:
+    branching = tuple(given)
+    if not branching or any(not isinstance(children, int) or not 1 <= children <= vocabulary for children in branching):
+        raise ValueError(f"tree must have a number of children for every depth, such as (3, 2, 1), each 1 to {vocabulary}; got {given!r}")
+    tokens = sum(accumulate(branching, mul))
+    if tokens >= KEPT:
+        raise ValueError(f"tree must have at most {KEPT - 1} tokens (the cache holds the last {KEPT}); {branching} has {tokens}")
+    return branching
 
 
 def _check_context(name: str, model: PreTrainedModel, length: int) -> None:

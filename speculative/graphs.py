@@ -235,7 +235,7 @@ def obstacle(model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any) 
     return None
 
 
-def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any) -> bool:
+def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any, tree: bool) -> bool:
     """Whether `decode` is what `engine` means for these arguments of `generate`.
 
     Raises ValueError for an unknown engine, and for "graphs" where they cannot serve.
@@ -244,7 +244,7 @@ def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, crit
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     if engine == "eager" or (engine == "auto" and model.device.type != "cuda"):
         return False
-    reason = obstacle(model, draft, choice, criteria)
+    reason = "its rounds hold chains of drafts, no trees" if tree else obstacle(model, draft, choice, criteria)
     if reason is not None and engine == "graphs":
         raise ValueError(f'engine="graphs" cannot serve: {reason}; use engine="eager"')
     if reason is not None:

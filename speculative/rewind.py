@@ -2,7 +2,8 @@
 
 Shapes: B batch, T time of this call, G key/value heads, P head width, V vocabulary, S slots of an attention layer.
 Row b's token at position p has its key and value in slot p. Going back is integer arithmetic on `lengths`; what stands behind a row's
-length is masked and overwritten. Recurrent layers do the same with the inputs that they hold (`llamba.cache`).
+length is masked and overwritten. Recurrent layers do the same with the inputs that they hold (`llamba.cache`). The nodes of a tree stand
+in slots in their order, until `keep` brings a path of them to the front; their positions count from the root.
 """
 
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llamba.cache import RecurrentLayer
+from llamba.cache import RecurrentLayer, gather
 from llamba.hybrid import RECURRENT, HybridBackbone
 from llamba.mixers import Recurrence
+from llamba.tree import Tree
 
 KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
@@ -25,29 +27,45 @@ class Place:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.firsts: list[int] = []  # [B] position of each row's first new token
-        self.positions = torch.empty(0)  # [1 or B, T]
+        self.firsts: list[int] = []  # [B] slot of each row's first new token
+        self.slots = self.positions = torch.empty(0)  # [1 or B, T]
         self.end = 0  # slots in use by the longest row
+        self.tree: Tree | None = None
+        self.lowest = 0  # position of any new token
 
-    def move(self, firsts: list[int], tokens: int, device: torch.device) -> None:
-        """Put `tokens` tokens of each row at positions firsts[b] and on."""
-        self.firsts, self.end = firsts, max(firsts) + tokens
+    def move(self, firsts: list[int], tokens: int, device: torch.device, tree: Tree | None) -> None:
+        """Put `tokens` tokens of each row, or the last nodes of a tree, into slots firsts[b] and on."""
+        self.firsts, self.end, self.tree = firsts, max(firsts) + tokens, tree
         assert self.end <= self.capacity, "the caller has checked the capacity"
         if min(firsts) == max(firsts):
-            self.positions = torch.arange(firsts[0], self.end, device=device)[None]
+            self.slots = torch.arange(firsts[0], self.end, device=device)[None]
         else:
-            self.positions = torch.tensor(firsts, device=device)[:, None] + torch.arange(tokens, device=device)
+            self.slots = torch.tensor(firsts, device=device)[:, None] + torch.arange(tokens, device=device)
+        self.positions, self.lowest = self.slots, min(firsts)
+        if tree is not None:
+            before = len(tree) - tokens
+            self.roots = self.slots[:, :1] - before  # [1 or B, 1]
+            self.positions, self.lowest = self.roots + tree.depths[before:], min(firsts) - before + min(tree.levels[before:])
 
     def start(self, window: int | None) -> int:
         """The first slot that any token of this call can see."""
-        return 0 if window is None else max(0, min(self.firsts) - window + 1)
+        return 0 if window is None else max(0, self.lowest - window + 1)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Which slots from `start` on each token sees [1 or B, 1, T, S] bool; None where it sees them all."""
-        if self.positions.shape == (1, 1):
+        if self.positions.shape == (1, 1) and self.tree is None:
             return None
         slots, at = torch.arange(self.start(window), self.end, device=self.positions.device), self.positions[:, None, :, None]
-        return slots <= at if window is None else (slots <= at) & (slots > at - window)
+        seen, stand = (slots <= at, slots) if self.tree is None else self._of_tree(slots, self.tree)
+        return seen if window is None else seen & (stand > at - window)
+
+    def _of_tree(self, slots: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Which slots [S] each node sees [1 or B, 1, T, S], and the positions of their tokens [1 or B, 1, 1, S]."""
+        node = slots - self.roots  # [1 or B, S]
+        near = node.clamp(0, len(tree) - 1)
+        among = tree.ancestors[-self.slots.shape[1] :, near].transpose(0, 1) & (node < len(tree))[:, None]  # [1 or B, T, S]
+        stand = torch.where(node < 0, slots, self.roots + tree.depths[near])
+        return ((node < 0)[:, None] | among)[:, None], stand[:, None, None]
 
 
 class PlacedLayer(CacheLayerMixin):
@@ -75,16 +93,21 @@ class PlacedLayer(CacheLayerMixin):
         """Store new keys and values [B, G, T, P] at their positions; returns what can be seen of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions, end = self.place.positions, self.place.end
-        if len(positions) == 1:
+        slots, end = self.place.slots, self.place.end
+        if len(slots) == 1:
             first = end - key_states.shape[2]
             self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
         else:
-            rows = torch.arange(len(positions), device=positions.device)[:, None]
-            self.keys[rows, :, positions] = key_states.transpose(1, 2)
-            self.values[rows, :, positions] = value_states.transpose(1, 2)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
         start = self.place.start(self.window)
         return self.keys[:, :, start:end], self.values[:, :, start:end]
+
+    def keep(self, firsts: list[int], places: list[list[int]]) -> None:
+        """Bring the keys and values of slots firsts[b] + places[b] to slots firsts[b] and on."""
+        for buffer in (self.keys, self.values):
+            gather(buffer.transpose(1, 2), firsts, places)
 
     def get_seq_length(self) -> int:
         """Position of the first new token of the longest row."""
@@ -152,7 +175,7 @@ class Rewindable:
         if max(lengths):
             tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.model.device)
             real = torch.arange(tokens.shape[1], device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
-            self._run(tokens, 1, real if min(lengths) < max(lengths) else None)
+            self._run(tokens, 1, Recurrence(real if min(lengths) < max(lengths) else None))
         self.lengths = lengths
 
     def record(self) -> None:
@@ -160,16 +183,20 @@ class Rewindable:
         for layer in self.recurrent:
             layer.activate_past_recording()
 
-    def read(self, tokens: Tensor, keep: int) -> Tensor:
-        """Read tokens [B, T] behind each row's place; returns the logits [B, keep, V] of the last `keep`."""
-        logits = self._run(tokens, keep, None)
+    def read(self, tokens: Tensor, keep: int, tree: Tree | None = None) -> Tensor:
+        """Read tokens [B, T] behind each row's place; returns the logits [B, keep, V] of the last `keep`.
+
+        `tree`: the tokens are its last T nodes, and the nodes before them are the tokens read last; `keep` the rows' paths before other
+        tokens are read.
+        """
+        logits = self._run(tokens, keep, Recurrence(tree=tree))
         self.lengths = [length + tokens.shape[1] for length in self.lengths]
         return logits
 
-    def _run(self, tokens: Tensor, keep: int, real: Tensor | None) -> Tensor:
-        self.place.move(self.lengths, tokens.shape[1], tokens.device)
+    def _run(self, tokens: Tensor, keep: int, rec: Recurrence) -> Tensor:
+        self.place.move(self.lengths, tokens.shape[1], tokens.device, rec.tree)
         masks: dict[str, Any] = {kind: self._mask(self.windows[kind]) for kind in set(self.kinds) - {RECURRENT}}
-        masks[RECURRENT] = Recurrence(real)
+        masks[RECURRENT] = rec
         backbone, positions = self.backbone, self.place.positions
         hidden = backbone.embed_tokens(tokens)  # [B, T, D]
         rotary = self._rotary(hidden, positions)
@@ -188,7 +215,7 @@ class Rewindable:
                 return rotary(hidden, position_ids=positions)
             self.table = rotary(hidden, position_ids=torch.arange(self.place.capacity, device=hidden.device)[None])
         cos, sin = self.table
-        if len(positions) == 1:
+        if len(positions) == 1 and self.place.tree is None:
             part = slice(self.place.end - positions.shape[1], self.place.end)
             return cos[:, part], sin[:, part]
         return cos[0, positions], sin[0, positions]
@@ -206,6 +233,16 @@ class Rewindable:
         if any(tokens):
             for layer in self.recurrent:
                 layer.take_back(tokens)
+
+    def keep(self, tokens: int, paths: list[list[int]]) -> None:
+        """Of each row's last `tokens` tokens, a tree, keep the nodes paths[b] (from the root on), and take back the others."""
+        firsts = [length - tokens for length in self.lengths]
+        for layer in self.cache.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.keep(tokens, paths)
+            elif isinstance(layer, PlacedLayer):
+                layer.keep(firsts, paths)
+        self.lengths = [first + len(path) for first, path in zip(firsts, paths, strict=True)]
 
     def pin(self) -> None:
         """Declare that nothing read so far will be taken back."""

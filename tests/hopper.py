@@ -21,14 +21,16 @@ from triton.compiler import ASTSource
 
 import llamba.kernels.block.triton_op as block
 import llamba.kernels.conv1d.triton_op as conv1d
+import llamba.kernels.decode.triton_dual as dual
 import llamba.kernels.decode.triton_op as decode
 import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.slots.triton_op as slots
 import llamba.kernels.ssd.triton_op as ssd
 import llamba.kernels.ssd.triton_step as step
-from llamba.kernels.decode import Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
+from llamba.kernels.decode import Branches, Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
+from llamba.tree import grow
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.int8: "i8"}
 OPTIONS = ("num_warps", "num_stages")
 ALIGNED = [["tt.divisibility", 16]]
 T, H, G, P, W = 4096, 32, 8, 128, 4
@@ -43,6 +45,16 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *args, **named: self.launches.append((self.kernel, args, named))
+
+
+def _dual_launches(wide: torch.Tensor, weights: Weights, noted: list) -> None:
+    """The dual form of a chain and of a tree."""
+    kernel, dual.mamba2_dual = dual.mamba2_dual, Recorder(dual.mamba2_dual, noted)  # not the functions that it calls
+    tree = grow((2, 2, 1, 1), torch.device("cpu"))
+    for tokens, branches in ((5, None), (len(tree), Branches(tree.ancestors, tree.windows(W)))):
+        held = buffers(1, H, G, P, P, W, tokens, wide.dtype, "cpu")
+        dual.fused_dual(wide[:, :tokens], weights, held, cursors(1, "cpu"), branches)
+    dual.mamba2_dual = kernel
 
 
 def launches(dtype: torch.dtype) -> list:
@@ -67,6 +79,8 @@ def launches(dtype: torch.dtype) -> list:
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, dtype, "cpu"), cursors(1, "cpu"))
+    if dtype == torch.bfloat16:
+        _dual_launches(wide, weights, noted)
     parameters = torch.empty(G * P, W), torch.empty(G * P), torch.empty(H * P), torch.empty(H * P, 16), torch.empty(H * P)
     held = mamba1_buffers(1, H * P, G * P, G * P, 16, W, 5, dtype, "cpu")
     decode.fused_mamba1(wide[:, :5], wide[:, :5, : H * P], Mamba1Weights(*parameters, P), held, cursors(1, "cpu"))

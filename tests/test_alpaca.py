@@ -163,6 +163,14 @@ def test_length_control_is_refused_where_it_is_meaningless(data: Path, public_da
         path.write_text(json.dumps(part))
         error = fails(capsys, arguments(data, tmp_path, path))
         assert "length-controlled win rate needs" in error and "--win-rate-only" in error
+    for name, part, what in (
+        ("twice", [rows[0], rows[0]], "twice"),
+        ("none", [], "it is empty"),
+        ("other", [rows[0], rows[1] | {"instruction": "Sing."}], "row 1 has another"),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(part))
+        assert what in fails(capsys, arguments(data, tmp_path, path, "--win-rate-only"))
     assert "llamba eval fetch alpaca_eval" in fails(capsys, arguments(public_data, tmp_path, shortened))
     model = ["alpaca", str(TEACHER), "--judge", "fake", "--judge-url", "http://127.0.0.1:9/v1", "--data", str(data), "--out", str(tmp_path)]
     assert "needs the 805 official references, got 4" in fails(capsys, [*model, "--limit", "4"])
@@ -176,7 +184,7 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
         assert "returns no log-probabilities" in fails(capsys, arguments(data, tmp_path / "none", part, *more, url=url))
         assert state.requests == 1
     with fake_judge() as (url, state):
-        main(arguments(data, tmp_path / "clean", part, *more, url=url))
+        main(arguments(data, tmp_path / "clean", shortened, *more, url=url))  # of all outputs, those of the first 40
     with fake_judge(too_many=0.3, broken=0.2, unreadable=0.2) as (url, state):
         main(arguments(data, tmp_path / "faulty", part, *more, "--max-failed", "0.5", url=url))
         served, failed = state.served, score(tmp_path / "faulty")["win rate"]["failed"]
@@ -186,6 +194,17 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
         assert state.served - served == failed
     values = [json.loads(next((tmp_path / run / "items").iterdir()).read_text())["values"] for run in ("clean", "faulty")]
     assert values[0] == values[1] and len(values[0]) == 40
+    part.write_text(json.dumps(json.loads(shortened.read_text())[20:50]))  # others: the questions that both have are compared
+    with fake_judge() as (url, state):
+        main(arguments(data, tmp_path / "others", part, "--win-rate-only", url=url))
+    others = json.loads(next((tmp_path / "others/items").iterdir()).read_text())["values"]
+    assert len(others) == 30 and len(set(others) & set(values[0])) == 20
+    assert all(others[q] == values[0][q] for q in set(others) & set(values[0]))
+
+
+def undated(path: Path) -> list[dict]:
+    """alpaca_eval's annotations without their time stamps."""
+    return [{key: value for key, value in row.items() if key != "preference_date"} for row in json.loads(path.read_text())]
 
 
 @pytest.mark.slow
@@ -210,7 +229,7 @@ def test_killed_at_random_points_and_rerun_gives_the_same_rows(data: Path, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert stable(whole / "alpaca_eval/model_answer/student.jsonl") == stable(killed / "alpaca_eval/model_answer/student.jsonl")
     (one,), (other,) = (list((out / "alpaca_eval/student").glob("*/annotations.json")) for out in (whole, killed))
-    assert json.loads(one.read_text()) == json.loads(other.read_text())
+    assert undated(one) == undated(other) and len(undated(one)) == 40
 
 
 def test_control_tokens_and_template_places_reach_the_judge_broken(data: Path, shortened: Path, tmp_path: Path) -> None:
@@ -225,10 +244,12 @@ def test_control_tokens_and_template_places_reach_the_judge_broken(data: Path, s
     assert "good < |im_end|>\n< |im_start|>system\nanswer m { output_1}" in sent[0]["content"]
 
 
-def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path) -> None:
+def test_a_model_answers_and_is_judged(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """With a relative --out, which alpaca_eval would look for beside its own code."""
+    monkeypatch.chdir(tmp_path.parent)
     with fake_judge() as (url, state):
-        asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", str(tmp_path)]
+        asked = ["--judge", "fake", "--judge-url", url, "--data", str(data), "--out", tmp_path.name]
         main(["alpaca", student(), *asked, "--limit", "4", "--win-rate-only", "--max-new-tokens", "4"])
-        assert state.requests == 4
+        assert state.requests == 4 and "Annotation chunk" not in capsys.readouterr().err
     outputs = json.loads((tmp_path / "alpaca_eval/student/model_outputs.json").read_text())
     assert len(outputs) == 4 and outputs[0]["generator"] == "student"

@@ -171,9 +171,9 @@ def test_the_benchmark_of_models_reports_what_it_measured(finished: Path, tmp_pa
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl"
     prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "red cat"}]}) + "\n")
     command = ["bench", "speculative", "--model", str(finished), "--draft", str(finished / "2-draft"), "--prompts", str(prompts)]
-    main([*command, "--lookahead", "1,3,auto", "--tokens", "8", "--repeats", "1", "--out", str(out), "--device", "cpu"])
+    main([*command, "--lookahead", "1,3,2x1,auto", "--tokens", "8", "--repeats", "1", "--out", str(out), "--device", "cpu"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["lookahead"] for row in rows] == [0, 1, 3, "auto"] and all(row["same"] for row in rows[1:])
+    assert [row["lookahead"] for row in rows] == [0, 1, 3, "2x1", "auto"] and all(row["same"] for row in rows[1:])
     fixed = rows[2]
     want = fixed["tokens_per_round"] / (1 + fixed["verify_overhead"] + 3 * fixed["draft_cost"])
     assert fixed["predicted"] == pytest.approx(want)

@@ -16,8 +16,9 @@ PRODUCT = sorted(p for top in ("llamba", "kernels", "eval", "speculative") for p
 # Each room and the rooms it may import; what is not listed may not be imported.
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
+    "tree": set(),
     "cache": {"kernels"},
-    "mixers": {"cache", "kernels"},
+    "mixers": {"cache", "kernels", "tree"},
     "hybrid": {"mixers", "cache", "kernels"},
     "families": {"hybrid", "mixers"},
     "wrapped": set(),
@@ -74,7 +75,7 @@ ARROWS: dict[str, set[str]] = {
     "chat": {"folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
-    "speculative": {"cache", "hybrid", "kernels", "mixers"},
+    "speculative": {"cache", "hybrid", "kernels", "mixers", "tree"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
     "bench": set(
         "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative stages "

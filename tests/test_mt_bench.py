@@ -18,7 +18,7 @@ from fake_judge import fake_judge
 from transformers import AutoTokenizer
 
 import llamba
-from llamba.eval import scores
+from llamba.eval import commands, scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
 from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
@@ -206,6 +206,36 @@ def test_a_judge_that_goes_away_loses_nothing(tmp_path: Path) -> None:
         state.fatal = None
         again = Asker(judge, journal, lambda: Endpoint(judge), 1)
         assert again.ask(requests(30), lambda reply: True) == {} and again.asked == 20
+
+
+def test_the_preflight_waits_for_a_reply(tmp_path: Path) -> None:
+    """A first request that fails does not let all others through to a judge that is of no use."""
+
+    class Failing:
+        batch, workers = 1, 1
+
+        def __call__(self, asked: list[Request]) -> list:
+            number = int(asked[0].messages[0]["content"].split()[1])
+            return [Failure("busy") if number < 2 else {"text": "?", "input_tokens": 1, "output_tokens": 1}]
+
+        def close(self) -> None:
+            pass
+
+    judge = Judge("fake", "http://127.0.0.1:9/v1")
+    with Journal(tmp_path / "judge.jsonl") as journal:
+        asker = Asker(judge, journal, Failing, 1)
+        with pytest.raises(ValueError, match="of no use"):
+            asker.ask(requests(30), lambda reply: True, lambda reply: "of no use")
+        assert asker.asked == 3
+
+
+def test_a_stop_by_hand_is_a_sentence(monkeypatch) -> None:
+    def stop(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "mt_bench", stop)
+    with pytest.raises(SystemExit, match="the same command goes on from here"):
+        main(["mt_bench"])
 
 
 def test_a_full_disk_keeps_what_was_paid_for(tmp_path: Path, monkeypatch) -> None:

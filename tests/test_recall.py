@@ -87,6 +87,7 @@ def test_the_command_measures_every_cell_and_draws_the_heat_map(tmp_path: Path, 
     assert {tuple(row["cell"]) for row in rows[2:]} == {(length, depth) for length in (128, 200) for depth in (0.0, 1.0)}
     assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG" and "picture" in capsys.readouterr().out
     assert "must be among mqar" in fails(capsys, [*argv, "--tasks", "nothing"])
+    assert "--names must be from 1 to 400" in fails(capsys, [*argv, "--names", "500"])
 
 
 def test_perplexity_and_kl_are_those_of_fp64(teacher_folder: Path, tmp_path: Path, capsys) -> None:

@@ -83,17 +83,23 @@ def causal_conv1d_step(
     return (y if activation is None else torch.nn.functional.silu(y)).to(x.dtype), window[:, 1:]
 
 
-def causal_conv1d_span(span: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+def causal_conv1d_span(
+    span: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, windows: Tensor | None = None
+) -> Tensor:
     """`causal_conv1d` of the few tokens behind a window: span [B, W - 1 + T, C] raw inputs, oldest first -> [B, T, C].
 
-    weight [C, W]; bias [C]. The work is done at once in memory W times that of the span. Raises `ValueError` where the channels
-    differ or the span holds no token.
+    weight [C, W]; bias [C]. `windows` [T, W]: the columns of the span that each of T tokens sees, oldest first, where its tokens are a
+    tree and not a chain; the span may then have any number of columns. The work is done at once in memory W times that of the span.
+    Raises `ValueError` where the channels differ, the span holds no token, or the windows are not W wide.
     """
     (_, L, C), W = span.shape, weight.shape[1]
     check_shape("weight", weight, C, W)
     check_positive("T", L - W + 1)
     _check_activation(activation)
-    y = (span.unfold(1, W, 1) * weight.to(accumulator(span.dtype))).sum(-1)  # [B, T, C]
+    if windows is not None:
+        check_shape("windows", windows, windows.shape[0], W)
+    seen = span.unfold(1, W, 1) if windows is None else span[:, windows].transpose(2, 3)  # [B, T, C, W]
+    y = (seen * weight.to(accumulator(span.dtype))).sum(-1)  # [B, T, C]
     if bias is not None:
         y = y + bias
     return (y if activation is None else torch.nn.functional.silu(y)).to(span.dtype)

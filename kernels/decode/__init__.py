@@ -2,7 +2,8 @@
 
 A round advances the state over the tokens that were kept since it was written, evaluates T new ones, and writes no state between
 them (Mamba-in-Llama, arXiv 2408.15237, Algorithm 2). The numbers of tokens are integers on the device: one kernel, and one CUDA graph,
-serve every round, and T = 1 does bit for bit what T > 1 does. Taking tokens back is arithmetic on the cursors.
+serve every round, and T = 1 does bit for bit what T > 1 does. Taking tokens back is arithmetic on the cursors. The dual form evaluates the
+T tokens in matrix products instead of one after another, and takes trees (arXiv 2405.21060; STree, arXiv 2505.14969).
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, W conv width, C = G P + G N + H N channels,
 L slots of kept inputs, R slots of raw convolution inputs. The token at position p stands in slot p mod L, or p mod R.
 """
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from ..choice import Obstacle, choose
 from ..common import check_positive, check_rank, check_shape
+from .dual import Branches, dual_in_torch, keep_paths
 from .mamba1 import Mamba1Weights, mamba1_buffers, mamba1_steps
 from .reference import steps_in_torch
 from .rounds import Buffers, Cursors, check_room, commit, cursors, plan, power_of_2
 
 __all__ = [
-    "Buffers", "Cursors", "Mamba1Weights", "Weights", "buffers", "commit", "cursors", "mamba1_buffers", "mamba1_steps", "mamba2_steps",
-    "plan",
+    "Branches", "Buffers", "Cursors", "Mamba1Weights", "Weights", "buffers", "commit", "cursors", "keep_paths", "mamba1_buffers",
+    "mamba1_steps", "mamba2_steps", "plan",
 ]  # fmt: skip
 
 TRITON_WIDEST = 128  # entries of P and of N that a program holds
@@ -50,16 +52,36 @@ def buffers(B: int, H: int, G: int, P: int, N: int, W: int, rounds: int, dtype: 
     return Buffers(state, raw, zeros(slots, G, P), zeros(slots, G, N), zeros(slots, H))
 
 
-def mamba2_steps(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors, impl: str = "auto") -> Tensor:
+def mamba2_steps(
+    zxbcdt: Tensor,
+    weights: Weights,
+    held: Buffers,
+    at: Cursors,
+    impl: str = "auto",
+    form: str = "recurrent",
+    branches: Branches | None = None,
+) -> Tensor:
     """Evaluate at.new[b] of the T tokens zxbcdt [B, T, H P + C + H], rows z | x | B | C | dt as in_proj leaves them.
 
+    form: "recurrent" reads the tokens one after another, which suits few rows; "dual" takes them together in matrix products of at least
+    16 rows, for large batches; which is faster where has not been measured on a GPU, and compiled for more than 16 tokens "dual" spills
+    registers. `branches`, with "dual" alone: the tokens are a tree, and the state is written nowhere behind the kept ones (`plan` without
+    `keep`).
     Changes the slots of the new tokens, and the state of rows whose `fold_to` is behind `folded`; the cursors stay (`commit`).
     Returns what out_proj takes, [B, T, H P] in the dtype of zxbcdt, 0 from new[b] on.
-    Raises `ValueError` for shapes that do not fit, for too few slots, and for an `impl` that is unknown or cannot run here.
+    Raises `ValueError` for shapes that do not fit, for too few slots, for a tree in the recurrent form, and for a `form` or an `impl` that
+    is unknown or cannot run here.
     """
     _check(zxbcdt, weights, held, at)
-    form = choose("decode", impl, ("torch", "triton"), zxbcdt, _obstacle(held))
-    if form == "triton":
+    _check_form(zxbcdt.shape[1], weights.conv.shape[1], form, branches)
+    chosen = choose("decode", impl, ("torch", "triton"), zxbcdt, _obstacle(held))
+    if form == "dual":
+        if chosen == "torch":
+            return dual_in_torch(zxbcdt, weights, held, at, branches)
+        from .triton_dual import fused_dual
+
+        return fused_dual(zxbcdt, weights, held, at, branches)
+    if chosen == "triton":
         from .triton_op import fused
 
         return fused(zxbcdt, weights, held, at)
@@ -69,6 +91,17 @@ def mamba2_steps(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors, i
 def _obstacle(held: Buffers) -> Obstacle:
     widest = max(held.state.shape[2:])
     return f"its kernel holds P and N up to {TRITON_WIDEST}, got {widest}" if widest > TRITON_WIDEST else None
+
+
+def _check_form(T: int, W: int, form: str, branches: Branches | None) -> None:
+    if form not in ("recurrent", "dual"):
+        raise ValueError(f'form must be "recurrent" or "dual", got {form!r}')
+    if branches is None:
+        return
+    if form == "recurrent":
+        raise ValueError('a tree needs form="dual": the recurrent form reads a chain')
+    check_shape("branches.ancestors", branches.ancestors, T, T)
+    check_shape("branches.windows", branches.windows, T, W)
 
 
 def _check(zxbcdt: Tensor, weights: Weights, held: Buffers, at: Cursors) -> None:

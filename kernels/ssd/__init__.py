@@ -142,11 +142,15 @@ def ssd_resume(
     dt: Tensor | None = None,
     D: Tensor | None = None,
     state: Tensor | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """The outputs of `ssd` for T tokens of a short sequence of S: those at firsts .. firsts + T - 1, a row its own if firsts is [B].
 
     x [B, S, G, P]; a [B, S, H]; b [B, S, G, N]; c [B, T, H, N] of the tokens; dt [B, S, H]; D [H]; state [B, H, P, N] before the
-    sequence. What stands behind a row's tokens does not matter. Memory and work grow with T S. Returns y [B, T, H, P].
+    sequence. What stands behind a row's tokens does not matter. Memory and work grow with T S.
+    ancestors [M, M] bool, M >= T: the last M of the tokens up to the last one asked for are a tree, node i follows the path of the nodes j
+    with ancestors[i, j] (itself included, j <= i), and the root follows the tokens before.
+    Returns y [B, T, H, P].
     Raises `ValueError` for shapes that do not fit together.
     """
     check_rank("x", x, "BSGP")
@@ -155,8 +159,13 @@ def ssd_resume(
     _check_groups(H, G)
     for name, tensor, shape in (("a", a, (B, S, H)), ("b", b, (B, S, G, N)), ("dt", dt, (B, S, H)), ("state", state, (B, H, P, N))):
         check_shape(name, tensor, *shape)
+    if ancestors is not None:
+        M = ancestors.shape[0]
+        check_shape("ancestors", ancestors, M, M)
+        if M < c.shape[1]:
+            raise ValueError(f"ancestors must have a row for each of the {c.shape[1]} tokens, got {M}")
     with no_autocast(x):
-        return resume(x, a, b, c, firsts, dt, D, state)
+        return resume(x, a, b, c, firsts, dt, D, state, ancestors)
 
 
 def ssd_fold(

@@ -10,18 +10,27 @@ from ..common import accumulator
 
 
 def resume(
-    x: Tensor, a: Tensor, b: Tensor, c: Tensor, firsts: Tensor | int, dt: Tensor | None, D: Tensor | None, state: Tensor | None
-) -> Tensor:
-    """y_t = e^{cum_t} S c_t + sum_{s <= t} e^{cum_t - cum_s} dt_s (b_s . c_t) x_s + D x_t; arguments as in `ssd_resume`."""
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor, firsts: Tensor | int, dt: Tensor | None, D: Tensor | None, state: Tensor | None,
+    ancestors: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y_t = e^{cum_t} S c_t + sum_s e^{cum_t - cum_s} dt_s (b_s . c_t) x_s + D x_t over what t sees; arguments as in `ssd_resume`.
+
+    In a chain t sees all s <= t; in a tree its ancestors, and cum is the sum of the log decays on the path.
+    """
     (B, S, G, P), (T, H, N), acc = x.shape, c.shape[1:], accumulator(x.dtype)
-    cum = a.to(acc).transpose(1, 2).cumsum(-1)  # [B, H, S]
     slots = torch.arange(S, device=x.device)
     at = torch.as_tensor(firsts, device=x.device).view(-1, 1) + slots[:T]  # [1 or B, T]
+    a = a.to(acc).transpose(1, 2)  # [B, H, S]
+    if ancestors is None:
+        cum, seen = a.cumsum(-1), slots <= at[..., None]  # [B, H, S], [1 or B, T, S]
+    else:
+        every = visible(slots, at[:, -1:] + 1 - len(ancestors), ancestors)
+        cum, seen = torch.matmul(a, every.mT.to(acc)), every.gather(1, at[..., None].expand(-1, -1, S))
     if isinstance(firsts, int):
         here, own = cum[..., firsts : firsts + T], x[:, firsts : firsts + T]
     else:
         here, own = cum.gather(-1, at[:, None].expand(B, H, T)), x[torch.arange(B, device=x.device)[:, None], at]
-    decay = (here[..., None] - cum[:, :, None]).masked_fill_(slots > at[:, None, :, None], -torch.inf).exp_()  # [B, H, T, S]
+    decay = (here[..., None] - cum[:, :, None]).masked_fill_(~seen[:, None], -torch.inf).exp_()  # [B, H, T, S]
     if dt is not None:
         decay = decay.mul_(dt.to(acc).transpose(1, 2)[:, :, None])
     read = c.to(acc).transpose(1, 2)  # [B, H, T, N]
@@ -34,6 +43,14 @@ def resume(
     if D is not None:
         y = torch.addcmul(y.reshape(B, T, G, -1, P), own.to(acc)[:, :, :, None], D.to(acc).view(G, -1, 1)).view(B, T, H, P)
     return y.to(x.dtype)
+
+
+def visible(slots: Tensor, roots: Tensor, ancestors: Tensor) -> Tensor:
+    """What each slot sees [1 or B, S, S] where the tokens from roots [1 or B, 1] on are the tree of `ancestors` [M, M], a chain before."""
+    node = slots - roots  # [1 or B, S]
+    inside, near = (node >= 0) & (node < len(ancestors)), node.clamp(0, len(ancestors) - 1)
+    among = ancestors[near[:, :, None], near[:, None]]
+    return torch.where(inside[:, :, None] & inside[:, None], among, slots <= slots[:, None])
 
 
 def fold(x: Tensor, a: Tensor, b: Tensor, dt: Tensor | None, state: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ where the draft's layers fit into the target, else by a draft that is told what 
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -97,6 +98,8 @@ def _total(runs: list[Generation]) -> Generation:
 
 def _decode(model: Any, prompts: list[list[int]], tokens: int, draft: Callable[[int], Any], **more: Any) -> Generation:
     """All prompts one by one, as one generation. `draft` gives the draft for a prompt's number."""
+    if _is_tree(more.get("lookahead")):
+        more["tree"] = [int(children) for children in more.pop("lookahead").split("x")]
     runs = []
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt], device=model.device)
@@ -187,9 +190,13 @@ def _questions(path: str, tokenizer: Any) -> list[list[int]]:
 
 def _lookaheads(text: str) -> list[Any]:
     parts = text.split(",")
-    if not all(part.isdigit() or part == "auto" for part in parts):
-        raise ValueError(f'--lookahead must be numbers or "auto", with commas; got {text}')
-    return [part if part == "auto" else int(part) for part in parts]
+    if not all(part.isdigit() or part == "auto" or _is_tree(part) for part in parts):
+        raise ValueError(f'--lookahead must be numbers, trees such as 3x2x1, or "auto", with commas; got {text}')
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+def _is_tree(lookahead: Any) -> bool:
+    return isinstance(lookahead, str) and re.fullmatch(r"\d+(x\d+)+", lookahead) is not None
 
 
 def _of_models(args: argparse.Namespace) -> list[Row]:

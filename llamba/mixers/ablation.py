@@ -13,6 +13,7 @@ from llamba.cache import RecurrentLayer
 from llamba.kernels.common import documents
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 from llamba.mixers.mamba2 import Mamba2
+from llamba.tree import Tree
 
 ROWS_AT_ONCE = 256  # of a Toeplitz matrix
 
@@ -41,7 +42,7 @@ class NoMixer(Mixer):
         nothing = parts["conv"]
         return nothing, nothing.new_zeros(nothing.shape[0], 0), nothing.new_zeros(nothing.shape[0], self.config.conv_width - 1, 0)
 
-    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
+    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer, tree: Tree | None) -> Tensor:
         layer.note(parts["conv"], self._advance, self.fold_after)
         layer.hold((parts["conv"],))
         return parts["conv"]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from llamba.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
 from llamba.kernels.gated_norm import gated_head_norm
+from llamba.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
@@ -87,10 +88,14 @@ class AttentionWeights:
 
 
 class Recurrence(NamedTuple):
-    """What a mixer receives as its `attention_mask`: real tokens [B, T] bool and document numbers [B, T]; None = all real, one document."""
+    """What a mixer receives as its `attention_mask`: real tokens [B, T] bool and document numbers [B, T]; None = all real, one document.
+
+    `tree`, with a cache that records: the tokens are its last T nodes, and the nodes before those were read last.
+    """
 
     mask: Tensor | None = None
     seq_idx: Tensor | None = None
+    tree: Tree | None = None
 
 
 class Mixing(NamedTuple):
@@ -218,7 +223,7 @@ class Mixer(nn.Module):
         if layer is None:
             y, _, _ = self._run(parts, rec, None, None)
         elif hidden_states.shape[1] == 1 and rec.mask is None:
-            y = self._cached_step(parts, layer)
+            y = self._cached_step(parts, rec, layer)
         else:
             y = self._cached_run(parts, rec, layer)
         y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
@@ -268,14 +273,14 @@ class Mixer(nn.Module):
         if recent:
             late = {name: part[:, tokens - recent :] for name, part in parts.items()}
             mask = None if rec.mask is None else rec.mask[:, tokens - recent :]
-            done.append(self._held_run(late, layer) if mask is None else self._held_run_with_holes(late, mask, layer))
+            done.append(self._held_run(late, layer, rec.tree) if mask is None else self._held_run_with_holes(late, mask, layer))
         return done[0] if len(done) == 1 else torch.cat(done, 1)
 
     def _held_run_with_holes(self, parts: dict[str, Tensor], mask: Tensor, layer: RecurrentLayer) -> Tensor:
         """As `_held_run` for tokens of which some are absent: they stand behind the others, and are forgotten."""
         order = (~mask).long().argsort(dim=1, stable=True)  # [B, T]
         packed = {name: part.gather(1, order[..., None].expand_as(part)) for name, part in parts.items()}
-        y = self._held_run(packed, layer)
+        y = self._held_run(packed, layer, None)
         layer.skip(mask)
         there = order.argsort(1)[..., None, None].expand_as(y)
         return y.gather(1, there).masked_fill(~mask[..., None, None], 0)
@@ -285,27 +290,47 @@ class Mixer(nn.Module):
         layer.settle(window, state, y.shape[1])
         return y
 
-    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
-        span = layer.note(self._conv_in(parts), self._advance, self.fold_after)
-        conv_out = causal_conv1d_span(span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation)
+    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+        tokens = parts["conv"].shape[1]
+        behind = 0 if tree is None else len(tree) - tokens
+        span = layer.note(self._conv_in(parts), self._advance, self.fold_after, behind)
+        conv_out = causal_conv1d_span(
+            span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
+            windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
+        )  # fmt: skip
         x, b, c = self.heads_of(conv_out, parts)
         inputs, firsts = layer.hold((x, b, parts["dt"]))
-        return self.resume(inputs, c, layer.state, firsts)
+        return self.resume(inputs, c, layer.state, firsts, tree)
 
-    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int]) -> Tensor:
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:
         """Output [B, T, H, P] of the tokens that stand in slots firsts[b] .. firsts[b] + T - 1.
 
         `inputs`: x, B and dt of the slots [B, S, ...] in order; c [B, T, ...] of the tokens; `state` before slot 0. What stands behind a
-        row's tokens is garbage and changes nothing.
+        row's tokens is garbage and changes nothing. `tree`: the tokens are its last T nodes; one state for each node is made on the way.
         """
         x, b, dt = inputs
+        if tree is not None:
+            return self._resume_tree(inputs, c, state, [first - len(tree) + c.shape[1] for first in firsts], tree)
         read = c.new_zeros(x.shape[0], x.shape[1], *c.shape[2:])
         write(read, firsts, c)
         return columns(self.scan(x, b, read, dt, state, Recurrence())[0], firsts, c.shape[1])
 
-    def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> Tensor:
+    def _resume_tree(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, roots: list[int], tree: Tree) -> Tensor:
+        """`resume` by one step for each node, from the state of its parent; row b's root stands in slot roots[b]."""
+        slots = torch.arange(inputs[0].shape[1], device=c.device)
+        states = [self._advance(inputs, slots < torch.tensor(roots, device=c.device)[:, None], state)]  # that before the root, then theirs
+        x, b, dt = (columns(held, roots, len(tree)) for held in inputs)
+        read = torch.cat((c.new_zeros(len(c), len(tree) - c.shape[1], *c.shape[2:]), c), 1)
+        outputs = []
+        for node, parent in enumerate(tree.parents):
+            y, after = self.step(x[:, node], b[:, node], read[:, node], dt[:, node], states[parent + 1])
+            states.append(after)
+            outputs.append(y)
+        return torch.stack(outputs[-c.shape[1] :], 1)
+
+    def _cached_step(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
         if layer.state is None or layer.is_recording:
-            return self._cached_run(parts, Recurrence(), layer)
+            return self._cached_run(parts, rec, layer)
         window = layer.window()
         assert window is not None, "a layer with a state has a window"
         conv_out, window = causal_conv1d_step(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from llamba.kernels.ssd import ssd, ssd_fold, ssd_matrix, ssd_resume, ssd_step
 from llamba.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
+from llamba.tree import Tree
 
 
 class Mamba2(Mixer):
@@ -82,12 +83,12 @@ class Mamba2(Mixer):
             c = b.new_zeros(*b.shape[:-2], self.config.heads, b.shape[-1])
         return ssd(x, a, b, c, dt=step, D=self.D, state=state, seq_idx=rec.seq_idx, mask=rec.mask)
 
-    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int]) -> Tensor:
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:
         """The dual form over the held tokens; see `llamba.kernels.ssd.ssd_resume`."""
         x, b, dt = inputs
         a, step = self.decay(dt)
         first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
-        return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state)
+        return ssd_resume(x, a, b, c, firsts=first, dt=step, D=self.D, state=state, ancestors=None if tree is None else tree.ancestors)
 
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
         x, b, dt = inputs

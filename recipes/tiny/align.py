@@ -1,16 +1,19 @@
 """What SFT, DPO and both add to the distilled student of the embedded teacher, against table 6 of Mamba-in-Llama (arXiv 2408.15237).
 
-    python recipes/tiny/align.py [--seeds 3] [--distill-steps 160] [--sft-steps 80] [--dpo-steps 60] [--out runs/align]
+    python recipes/tiny/align.py [--seeds 3] [--distill-steps 160] [--sft-steps 80] [--dpo-steps 60] [--processes 2] [--out runs/align]
 
 For each seed: the student is converted and distilled anew; then SFT, DPO, and SFT followed by DPO, each from that student. Two scores on
-held-out questions: exact answers (greedy, mean over skills), and the share of pairs whose right answer is the more likely one. The
+held-out questions: exact answers (greedy, mean over skills), and the share of pairs whose right answer is the more likely one. Learning
+rates are those with the most exact answers at TUNING_SEED: SFT's after SFT, DPO's after DPO alone and, for the last row, after both. The
 table is printed and written to table.json with every number behind it. A run that was stopped goes on with the same command.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +28,10 @@ from llamba.recipe import Data, Distill, Recipe, Student
 from llamba.run import run
 from llamba.settings import Dpo, Sft, Stage
 
-LENGTH = 512
+LENGTH, PAIR_LENGTH = 256, 512
+TRAIN_PAIRS = 96  # per skill: those of 60 steps
+TUNING_SEED = 100
+DISTILL_RATE, SFT_RATES, DPO_RATES = 1e-2, (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)  # the first: best in ablations.py
 PAPER = {"distilled": 5.55, "+ SFT": 5.61, "+ DPO": 5.42, "+ SFT + DPO": 6.69}  # MT-Bench, Zephyr, 50% attention
 COMMON = dict(precision="fp32", log_every=20)
 
@@ -70,26 +76,83 @@ def preferred(model, pairs: Pairs) -> float:
     return right / len(pairs)
 
 
-def scores(folder: Path, pairs: Pairs, per_skill: int) -> dict[str, float]:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    return {"exact": mean(score(model, tokenizer, per_skill)), "preferred": preferred(model, pairs)}
+def scores(folder: Path, out: Path, per_skill: int) -> dict[str, float]:
+    """Both scores of a model, kept beside it."""
+    kept = folder / f"scores-{per_skill}.json"
+    if not kept.exists():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        pairs = Pairs(out / "data" / f"held_out-{per_skill}" / "train")
+        kept.write_text(json.dumps({"exact": mean(score(model, tokenizer, per_skill)), "preferred": preferred(model, pairs)}) + "\n")
+    return json.loads(kept.read_text())
 
 
-def one_seed(seed: int, args: argparse.Namespace, chats: Data, pairs: Data, exam_pairs: Pairs) -> dict[str, dict[str, float]]:
+class Seed:
+    """The models of one seed, each made once: distilled, and what SFT and DPO make of it."""
+
+    def __init__(self, seed: int, args: argparse.Namespace):
+        self.seed, self.args, self.out = seed, args, args.out / f"seed{seed}"
+        self.chats = Data(train=str(args.out / "data" / "chats.jsonl"), length=LENGTH)
+        self.pairs = Data(train=str(args.out / "data" / "pairs.jsonl"), length=PAIR_LENGTH)
+
+    def distilled(self) -> Path:
+        steps = self.args.distill_steps
+        stage = Distill(
+            kl=1.0,
+            ce=0.1,
+            lr=DISTILL_RATE,
+            betas=(0.9, 0.98),
+            clip=1.0,
+            warmup=10,
+            batch=8,
+            micro_batch=8,
+            steps=steps,
+            save_every=80,
+            **COMMON,
+        )
+        return run(Recipe(str(HERE / "teacher"), Student(), self.chats, [stage], str(self.out / "distilled"), self.seed))
+
+    def sft(self, lr: float) -> Path:
+        stage = Sft(lr=lr, batch=16, micro_batch=8, steps=self.args.sft_steps, data=self.chats, **COMMON)
+        return self._further(self.distilled(), stage, f"sft-{lr:g}")
+
+    def dpo(self, lr: float, sft: float | None) -> Path:
+        """DPO behind SFT at its rate, or (None) behind distillation."""
+        stage = Dpo(lr=lr, beta=0.1, batch=16, micro_batch=8, steps=self.args.dpo_steps, data=self.pairs, **COMMON)
+        first, name = (self.distilled(), "dpo") if sft is None else (self.sft(sft), f"sft-{sft:g}-dpo")
+        return self._further(first, stage, f"{name}-{lr:g}")
+
+    def _further(self, model: Path, stage: Stage, name: str) -> Path:
+        return run(Recipe(str(model), Student(attention=1.0), self.chats, [stage], str(self.out / name), self.seed))
+
+
+def tuned(args: argparse.Namespace) -> dict[str, float]:
+    """The learning rates of SFT, of DPO alone and of DPO behind SFT."""
+    one = Seed(TUNING_SEED, args)
+
+    def exact(folder: Path) -> float:
+        return scores(folder, args.out, args.per_skill)["exact"]
+
+    sft = max(SFT_RATES, key=lambda lr: exact(one.sft(lr)))
+    alone = max(DPO_RATES, key=lambda lr: exact(one.dpo(lr, None)))
+    return {"sft": sft, "dpo": alone, "sft_dpo": max(DPO_RATES, key=lambda lr: exact(one.dpo(lr, sft)))}
+
+
+def one_seed(seed: int, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, dict[str, float]]:
     """Both scores of the four models of a seed."""
-    out = args.out / f"seed{seed}"
-    distill = Distill(
-        kl=1.0, ce=0.1, lr=3e-3, clip=1.0, warmup=30, batch=8, micro_batch=8, steps=args.distill_steps, save_every=80, **COMMON
-    )
-    sft = Sft(lr=3e-4, batch=16, micro_batch=4, steps=args.sft_steps, data=chats, **COMMON)
-    dpo = Dpo(lr=1e-4, beta=0.1, batch=16, micro_batch=8, steps=args.dpo_steps, data=pairs, **COMMON)
-    first = Recipe(str(HERE / "teacher"), Student(), chats, [distill], str(out / "distilled"), seed)
-    folders = {"distilled": run(first)}
-    stages: dict[str, list[Stage]] = {"+ SFT": [sft], "+ DPO": [dpo], "+ SFT + DPO": [sft, dpo]}
-    for name, own in stages.items():
-        place = out / name.replace("+ ", "").replace(" ", "-").lower()
-        folders[name] = run(Recipe(str(folders["distilled"]), Student(attention=1.0), chats, own, str(place), seed))
-    return {name: scores(folder, exam_pairs, args.per_skill) for name, folder in folders.items()}
+    quiet()
+    one = Seed(seed, args)
+    folders = {
+        "distilled": one.distilled(),
+        "+ SFT": one.sft(rates["sft"]),
+        "+ DPO": one.dpo(rates["dpo"], None),
+        "+ SFT + DPO": one.dpo(rates["sft_dpo"], rates["sft"]),
+    }
+    return {name: scores(folder, args.out, args.per_skill) for name, folder in folders.items()}
+
+
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def error(values: list[float]) -> float:
@@ -130,21 +193,23 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=80)
     parser.add_argument("--dpo-steps", type=int, default=60)
     parser.add_argument("--per-skill", type=int, default=40, help="questions and pairs per skill")
+    parser.add_argument("--processes", type=int, default=2, help="seeds at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/align"))
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     data = args.out / "data"
     write_conversations(data / "chats.jsonl", 2560, LENGTH)
-    chats = Data(train=str(data / "chats.jsonl"), length=LENGTH)
-    train, held_out = (write_pairs(data / f"{name}.jsonl", args.per_skill, name == "held_out") for name in ("pairs", "held_out"))
-    pairs = Data(train=str(train), length=LENGTH)
+    write_pairs(data / "pairs.jsonl", TRAIN_PAIRS, held_out=False)
+    held_out = write_pairs(data / "held_out.jsonl", args.per_skill, held_out=True)
     tokenised = data / f"held_out-{args.per_skill}"
     if not tokenised.exists():
         prepare(Data(train=str(held_out), length=1024), AutoTokenizer.from_pretrained(HERE / "teacher"), "pairs", tokenised)
-    seeds = [one_seed(seed, args, chats, pairs, Pairs(tokenised / "train")) for seed in range(args.seeds)]
-    (args.out / "table.json").write_text(json.dumps({"settings": vars(args) | {"out": str(args.out)}, "seeds": seeds}, indent=2) + "\n")
-    print(table(seeds))
+    rates = tuned(args)
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        seeds = list(pool.map(one_seed, range(args.seeds), [args] * args.seeds, [rates] * args.seeds))
+    settings = vars(args) | {"out": str(args.out), "rates": rates}
+    (args.out / "table.json").write_text(json.dumps({"settings": settings, "seeds": seeds}, indent=2) + "\n")
+    print(f"rates: {rates}\n{table(seeds)}")
 
 
 if __name__ == "__main__":

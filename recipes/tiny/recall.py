@@ -115,6 +115,8 @@ def main() -> None:
         curves[name], needles[name] = measure(folder)
         means = {n: bootstrap({i: [v] for i, v in enumerate(values)}) for n, values in curves[name].items()}
         rows += [scores.score("recall/embedded language", f"{n} facts", name, value) for n, value in means.items()]
+        one_by_one = {f"{n} facts/{i}": [value] for n, values in curves[name].items() for i, value in enumerate(values)}
+        scores.save_items(OUT, "recall/embedded language", name, None, one_by_one)
         print(f"{name:<22}" + "".join(f"{value.mean:>10.0f}" for value in means.values()), flush=True)
     draw(curves, OUT / "recall.png")
     draw_needle(needles, OUT / "needle.png", "facts")
