@@ -55,7 +55,7 @@ def _reads(model: Any, tokens: int, record: bool, prompt: list[int], calls: int,
 
     `engine`: as of `generate`; in graphs, what stands is kept and the rest is taken back.
     """
-    if serves(engine, model, None, Choice(), None):
+    if serves(engine, model, None, Choice(), None, False):
         return round_call(model, prompt, tokens - 1, calls)
     reader = Rewindable(model, len(prompt) + calls * tokens + CAPACITY)
     reader.start([prompt])
