@@ -16,7 +16,7 @@ test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: .venv/ready-dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow and not gpu"
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
