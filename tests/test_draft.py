@@ -212,6 +212,7 @@ def test_a_grafted_target_agrees_with_its_draft_as_often_as_is_wanted() -> None:
     assert row["same"] and row["tokens_per_round"] == pytest.approx(1 + 0.6 + 0.36 + 0.216, abs=0.6)
 
 
+@pytest.mark.slow
 def test_presets_print_what_was_published_beside_what_is_measured(tmp_path: Path, capsys) -> None:
     out = tmp_path / "rows.jsonl"
     for preset in ("table1-7b", "table5-llama3-50-4"):
