@@ -95,23 +95,13 @@ class Seed:
         self.pairs = Data(train=str(args.out / "data" / "pairs.jsonl"), length=PAIR_LENGTH)
 
     def distilled(self) -> Path:
-        steps = self.args.distill_steps
-        stage = Distill(
-            kl=1.0,
-            ce=0.1,
-            lr=DISTILL_RATE,
-            betas=(0.9, 0.98),
-            clip=1.0,
-            warmup=10,
-            batch=8,
-            micro_batch=8,
-            steps=steps,
-            save_every=80,
-            **COMMON,
-        )
+        """The student of this seed, before SFT and DPO."""
+        common = dict(betas=(0.9, 0.98), clip=1.0, warmup=10, batch=8, micro_batch=8, save_every=80)
+        stage = Distill(kl=1.0, ce=0.1, lr=DISTILL_RATE, steps=self.args.distill_steps, **common, **COMMON)
         return run(Recipe(str(HERE / "teacher"), Student(), self.chats, [stage], str(self.out / "distilled"), self.seed))
 
     def sft(self, lr: float) -> Path:
+        """SFT behind distillation."""
         stage = Sft(lr=lr, batch=16, micro_batch=8, steps=self.args.sft_steps, data=self.chats, **COMMON)
         return self._further(self.distilled(), stage, f"sft-{lr:g}")
 
@@ -151,6 +141,7 @@ def one_seed(seed: int, args: argparse.Namespace, rates: dict[str, float]) -> di
 
 
 def quiet() -> None:
+    """No progress bars and warnings of transformers, in this process."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
