@@ -55,7 +55,7 @@ def test_ragged_batches_equal_plain_decoding_of_each_row(mixer: str, attention: 
         got = generate(model, batch, attention_mask=mask, draft=draft, tree=shape, max_new_tokens=NEW, eos_token_id=None)
         assert got.new == want, (kind, shape)
         if kind in ("noisy", "self"):
-            assert got.rounds < NEW and 0 < got.accepted < got.drafted  # a round less for a path that stood
+            assert got.rounds < NEW - 3 and 0 < got.accepted < got.drafted
             cut = generate(model, batch, attention_mask=mask, draft=draft, tree=shape, max_new_tokens=NEW, eos_token_id=end)
             assert cut.new == [row[: row.index(end) + 1] if end in row else row for row in want], (kind, shape)
 
