@@ -88,7 +88,8 @@ class Choice:
         earlier ones of its position (None: they were certain; all 0: nothing was left, and the token means nothing).
         """
         if self.greedy:
-            return scores.topk(count, -1).indices.flatten(1), None
+            best = scores.argmax(-1, keepdim=True)  # of equals the one that `pick` takes comes first: topk may return another
+            return scores.scatter(-1, best, torch.inf).topk(count, -1).indices.flatten(1), None
         left, uniform = self.probabilities(scores).flatten(0, 1), noise.unflatten(1, (-1, count)).flatten(0, 1)  # [B T, V], [B T, count]
         tokens, weights = list[Tensor](), list[Tensor]()
         for place in range(count):

@@ -85,6 +85,26 @@ def test_a_chain_is_the_tree_with_one_child_each(mixer: str) -> None:
         assert getattr(made[0], count) == getattr(made[1], count)
 
 
+def test_of_equal_scores_the_first_child_is_the_one_that_plain_decoding_takes() -> None:
+    flat = torch.zeros(2, 3, V)
+    flat[0, 1, 5] = flat[0, 1, 6] = flat[1, 2, 2] = flat[1, 2, 7] = 1.0
+    for count in (1, 3, V):
+        tokens = Choice().pick_several(flat, count, torch.empty(2, 3 * count))[0].view(2, 3, count)
+        assert torch.equal(tokens[..., 0], flat.argmax(-1))
+        assert all(len(set(children)) == count for children in tokens.flatten(0, 1).tolist())
+
+
+def test_a_model_as_its_own_draft_needs_the_rounds_of_a_chain_where_all_scores_are_equal() -> None:
+    """Token 0 is embedded as zeros; without attention layers all logits behind it are 0."""
+    model, (prompt, *_), _, _ = student("mamba2", attention=0.0), *ragged((9,))
+    chain, tree = (
+        generate(model, prompt[None], draft=model, max_new_tokens=NEW, eos_token_id=None, **how)
+        for how in ({"lookahead": 3}, {"tree": (2, 1, 2)})
+    )
+    assert chain.new[0][-4:] == [0] * 4, "the prompt leads to the case"
+    assert chain.new == tree.new and chain.rounds == tree.rounds == NEW // 4
+
+
 def test_siblings_save_rounds() -> None:
     model, prompt = student("mamba2"), ids(1, 9)
     draft = noisy(model, 0.6)
