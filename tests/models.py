@@ -52,6 +52,8 @@ def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.flo
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             else:
                 parameter.mul_(4)
+        embedding: Any = made.get_input_embeddings()
+        embedding.weight[SHAPE["pad_token_id"]].normal_(std=0.08)  # zeros would end every greedy text of a model without attention
     return made
 
 
