@@ -5,10 +5,6 @@ import dataclasses
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_judge import Faults, fake_judge, reply
-from test_mt_bench import ROOT, TEACHER, fails, stable, student
+from test_mt_bench import TEACHER, fails, kill_and_rerun, stable, student
 
 from llamba.eval import alpaca
 from llamba.eval.commands import main
@@ -209,7 +205,6 @@ def undated(path: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_rerun_gives_the_same_rows(data: Path, tmp_path: Path) -> None:
-    rng = random.Random(1)
     with fake_judge(delay=0.2) as (url, state):
 
         def argv(out: str) -> list[str]:
@@ -218,13 +213,7 @@ def test_killed_at_random_points_and_rerun_gives_the_same_rows(data: Path, tmp_p
 
         main(argv("whole"))
         asked = state.served
-        command = [sys.executable, "-m", "llamba.eval.commands", *argv("killed")]
-        for _ in range(4):
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(rng.uniform(4, 14))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        subprocess.run(command, cwd=ROOT, check=True)
+        kill_and_rerun(argv("killed"), times=4, seed=1)
         assert state.served - asked <= 40 + 4 * 2  # a kill loses at most what was on its way
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert stable(whole / "alpaca_eval/model_answer/student.jsonl") == stable(killed / "alpaca_eval/model_answer/student.jsonl")

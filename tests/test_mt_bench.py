@@ -408,19 +408,24 @@ def test_a_missing_package_is_a_sentence(public_data: Path, tmp_path: Path, caps
     assert "needs fschat, openai, not installed; pip install" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
 
 
+def kill_and_rerun(arguments: list[str], times: int, seed: int) -> None:
+    """Run the command and kill it `times` times at random points, then run it to its end."""
+    command, rng, ends = [sys.executable, "-m", "llamba.eval.commands", *arguments], random.Random(seed), []
+    for _ in range(times):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 14))
+        process.send_signal(signal.SIGKILL)
+        ends.append(process.wait())
+    assert -signal.SIGKILL in ends, ends
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path, tmp_path: Path) -> None:
-    rng = random.Random(0)
     with fake_judge(delay=0.05) as (url, state):
         main([*arguments(public_data, tmp_path / "whole", url), "--concurrency", "2"])
         asked = state.served
-        argv = [sys.executable, "-m", "llamba.eval.commands", *arguments(public_data, tmp_path / "killed", url), "--concurrency", "2"]
-        for _ in range(5):
-            process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(rng.uniform(4, 14))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        subprocess.run(argv, cwd=ROOT, check=True)
+        kill_and_rerun([*arguments(public_data, tmp_path / "killed", url), "--concurrency", "2"], times=5, seed=0)
         assert state.served - asked <= 32 + 5 * 2  # a kill loses at most what was on its way
     for path in ("data/mt_bench/model_answer/student.jsonl", str(judgments(tmp_path / "whole").relative_to(tmp_path / "whole"))):
         assert stable(tmp_path / "killed" / path) == stable(tmp_path / "whole" / path), path

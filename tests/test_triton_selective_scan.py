@@ -10,12 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, scans_by_row, with_gradients, within_budget
+from triton_tools import (
+    CHUNK,
+    check,
+    check_last_state,
+    check_order,
+    corrupted,
+    documents,
+    holes,
+    needs_interpreter,
+    scans_by_row,
+    with_gradients,
+)
 
 from llamba.kernels.selective_scan import selective_scan
 
 pytestmark = needs_interpreter
-CHUNK = 16
 Named = dict[str, Tensor]
 
 
@@ -38,42 +48,24 @@ def _inputs(B: int, T: int, C: int = 6, S: int = 2, N: int = 3) -> Named:
     }  # fmt: skip
 
 
-def _documents(T: int) -> Tensor:
-    """[2, T]: a row of several documents, and one whose first is not number 0."""
-    return torch.stack([torch.arange(T) * 3 // T, 1 + torch.arange(T) * 5 // (2 * T)])
-
-
-def _holes(T: int) -> Tensor:
-    return torch.stack([torch.arange(T) % 3 != 1, torch.arange(T) % 5 < 2])
-
-
-def _check(inputs: Named, relative: float = 2e-6, dtype: torch.dtype = torch.float32, chunk: int = CHUNK, **options: Any) -> None:
-    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-    truth = with_gradients(selective_scan, {name: tensor.double() for name, tensor in inputs.items()}, impl="sequential", **options)
-    same = with_gradients(selective_scan, inputs, impl="torch", chunk=chunk, **options)
-    with poisoned():
-        got = with_gradients(selective_scan, inputs, impl="triton", chunk=chunk, **options)
-    within_budget(got, same, truth, relative)
-
-
 @pytest.mark.parametrize("T", [1, 3, 63, pytest.param(100, marks=pytest.mark.slow)])
 def test_forward_and_backward(T: int) -> None:
-    _check(_inputs(1, T))
+    check(selective_scan, _inputs(1, T))
 
 
 def test_in_fp64() -> None:
-    _check(_inputs(2, 20), relative=1e-12, dtype=torch.float64, seq_idx=_documents(20))
+    check(selective_scan, _inputs(2, 20), relative=1e-12, dtype=torch.float64, seq_idx=documents(20))
 
 
 @pytest.mark.parametrize("case", ["documents+mask", *(pytest.param(case, marks=pytest.mark.slow) for case in ("documents", "mask"))])
 def test_documents_and_padding(case: str) -> None:
-    options = {"seq_idx": _documents(40)} if "documents" in case else {}
-    _check(_inputs(2, 40), **options, **({"mask": _holes(40)} if "mask" in case else {}))
+    options = {"seq_idx": documents(40)} if "documents" in case else {}
+    check(selective_scan, _inputs(2, 40), **options, **({"mask": holes(40)} if "mask" in case else {}))
 
 
 @pytest.mark.parametrize("groups", [1, 6], ids=["S=1", "S=C"])
 def test_ways_to_group_channels(groups: int) -> None:
-    _check(_inputs(1, 20, S=groups))
+    check(selective_scan, _inputs(1, 20, S=groups))
 
 
 @pytest.mark.parametrize(("C", "S", "N"), [(80, 1, 5), pytest.param(44, 2, 80, marks=pytest.mark.slow)])
@@ -82,16 +74,16 @@ def test_groups_of_several_blocks_of_channels(C: int, S: int, N: int) -> None:
 
     inputs = _inputs(1, 20, C, S, N)
     assert triton_op._Tiles(inputs["x"], inputs["b"], CHUNK).parts > 1
-    _check(inputs)
+    check(selective_scan, inputs)
 
 
 def test_chunks_are_as_long_as_a_program_holds() -> None:
-    _check(_inputs(1, 70), chunk=64)
+    check(selective_scan, _inputs(1, 70), chunk=64)
 
 
 def test_without_optional_inputs() -> None:
     inputs = _inputs(1, 20)
-    _check({name: inputs[name] for name in ("x", "dt", "A", "b", "c")})
+    check(selective_scan, {name: inputs[name] for name in ("x", "dt", "A", "b", "c")})
 
 
 def test_views_of_one_projection() -> None:
@@ -109,25 +101,18 @@ def test_decays_of_any_strength() -> None:
     inputs = _inputs(1, 40)
     inputs["dt"] = torch.where(inputs["dt"] > 1, 300.0, 0.003).double()
     inputs["A"][0] = 0
-    _check(inputs)
+    check(selective_scan, inputs)
 
 
 def test_long_memories_keep_fp32_accuracy() -> None:
     """Chunk after chunk of weak decay: the carried state is a sum over all tokens."""
-    inputs = {name: tensor.float() for name, tensor in _inputs(1, 200, 2, 1).items()}
+    inputs = _inputs(1, 200, 2, 1)
     inputs["A"] = torch.full_like(inputs["A"], -1e-4)
-    got = selective_scan(**inputs, impl="triton", chunk=CHUNK)[1]
-    want = selective_scan(**{name: tensor.double() for name, tensor in inputs.items()}, impl="sequential")[1]
-    assert rms(got.double() - want) <= 1e-6 * rms(want)
+    check_last_state(selective_scan, inputs)
 
 
 def test_programs_in_any_order() -> None:
-    inputs = {name: tensor.float() for name, tensor in _inputs(1, 20).items()}
-    options: dict[str, Any] = {"impl": "triton", "chunk": CHUNK, "seq_idx": _documents(20)[:1]}
-    forwards = with_gradients(selective_scan, inputs, **options)
-    with grid_backwards():
-        backwards = with_gradients(selective_scan, inputs, **options)
-    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+    check_order(selective_scan, _inputs(1, 20))
 
 
 CORRUPTIONS = {
@@ -145,7 +130,7 @@ def test_a_planted_corruption_is_caught(kernel: str, tmp_path, monkeypatch) -> N
     copy = corrupted(import_module("llamba.kernels.selective_scan.triton_kernels"), *CORRUPTIONS[kernel], tmp_path)
     monkeypatch.setattr(triton_op, kernel, getattr(copy, kernel))
     with pytest.raises(AssertionError, match="error"):
-        _check(_inputs(1, 20), seq_idx=_documents(20)[:1])
+        check(selective_scan, _inputs(1, 20), seq_idx=documents(20)[:1])
 
 
 def test_the_interpreter_s_own_scan_gives_the_same_bits(slow_scan: Callable[..., Any], monkeypatch) -> None:

@@ -8,17 +8,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, with_gradients, within_budget
+from triton_tools import (
+    CHUNK,
+    check,
+    check_last_state,
+    check_order,
+    corrupted,
+    documents,
+    grid_backwards,
+    holes,
+    needs_interpreter,
+    poisoned,
+    within_budget,
+)
 
 from llamba.kernels.ssd import ssd, ssd_step
 
 pytestmark = needs_interpreter
-CHUNK = 16
 Named = dict[str, Tensor]
 
 
@@ -34,52 +44,34 @@ def _inputs(B: int, T: int, H: int = 4, G: int = 2, P: int = 5, N: int = 3) -> N
     }  # fmt: skip
 
 
-def _documents(T: int) -> Tensor:
-    """[2, T]: a row of several documents, and one whose first is not number 0."""
-    return torch.stack([torch.arange(T) * 3 // T, 1 + torch.arange(T) * 5 // (2 * T)])
-
-
-def _holes(T: int) -> Tensor:
-    return torch.stack([torch.arange(T) % 3 != 1, torch.arange(T) % 5 < 2])
-
-
-def _check(inputs: Named, relative: float = 2e-6, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-    truth = with_gradients(ssd, {name: tensor.double() for name, tensor in inputs.items()}, impl="sequential", **options)
-    same = with_gradients(ssd, inputs, impl="torch", chunk=CHUNK, **options)
-    with poisoned():
-        got = with_gradients(ssd, inputs, impl="triton", chunk=CHUNK, **options)
-    within_budget(got, same, truth, relative)
-
-
 @pytest.mark.parametrize("T", [1, 63, pytest.param(100, marks=pytest.mark.slow)])
 def test_forward_and_backward(T: int) -> None:
-    _check(_inputs(1, T))
+    check(ssd, _inputs(1, T))
 
 
 def test_in_fp64() -> None:
-    _check(_inputs(2, 20), relative=1e-12, dtype=torch.float64, seq_idx=_documents(20))
+    check(ssd, _inputs(2, 20), relative=1e-12, dtype=torch.float64, seq_idx=documents(20))
 
 
 @pytest.mark.parametrize("case", ["documents+mask", *(pytest.param(case, marks=pytest.mark.slow) for case in ("documents", "mask"))])
 def test_documents_and_padding(case: str) -> None:
-    options = {"seq_idx": _documents(20)} if "documents" in case else {}
-    _check(_inputs(2, 20), **options, **({"mask": _holes(20)} if "mask" in case else {}))
+    options = {"seq_idx": documents(20)} if "documents" in case else {}
+    check(ssd, _inputs(2, 20), **options, **({"mask": holes(20)} if "mask" in case else {}))
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 1)], ids=["H=G", "G=1"])
 def test_ways_to_group_heads(heads: tuple[int, int]) -> None:
-    _check(_inputs(1, 20, *heads))
+    check(ssd, _inputs(1, 20, *heads))
 
 
 @pytest.mark.slow
 def test_states_wider_than_one_tile() -> None:
-    _check(_inputs(1, 20, 2, 1, 80, 96))
+    check(ssd, _inputs(1, 20, 2, 1, 80, 96))
 
 
 def test_without_optional_inputs() -> None:
     inputs = _inputs(1, 20)
-    _check({name: inputs[name] for name in ("x", "a", "b", "c")})
+    check(ssd, {name: inputs[name] for name in ("x", "a", "b", "c")})
 
 
 def test_views_of_one_projection() -> None:
@@ -93,16 +85,11 @@ def test_views_of_one_projection() -> None:
 def test_decays_of_any_strength() -> None:
     inputs = _inputs(1, 40)
     inputs["a"] = torch.where(inputs["a"] < -0.5, -100.0, -0.01).double()
-    _check(inputs)
+    check(ssd, inputs)
 
 
 def test_programs_in_any_order() -> None:
-    inputs = {name: tensor.float() for name, tensor in _inputs(1, 20).items()}
-    options: dict[str, Any] = {"impl": "triton", "chunk": CHUNK, "seq_idx": _documents(20)[:1]}
-    forwards = with_gradients(ssd, inputs, **options)
-    with grid_backwards():
-        backwards = with_gradients(ssd, inputs, **options)
-    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+    check_order(ssd, _inputs(1, 20))
 
 
 CORRUPTIONS = {
@@ -130,7 +117,7 @@ def test_a_planted_corruption_is_caught(kernel: str, tmp_path, monkeypatch) -> N
     name = kernel.split()[0]
     monkeypatch.setattr(triton_op, name, getattr(copy, name))
     with pytest.raises(AssertionError, match="error"):
-        _check(_inputs(1, 20), seq_idx=_documents(20)[:1])
+        check(ssd, _inputs(1, 20), seq_idx=documents(20)[:1])
 
 
 STEPS = {"mamba2": (4, 2, 5, 3, ""), "discrete": (4, 2, 5, 3, "dt"), "H = G, wide, without D": (2, 2, 40, 20, "D")}
@@ -178,11 +165,9 @@ def test_one_token_with_a_gradient_is_not_for_triton(monkeypatch) -> None:
 
 def test_long_memories_keep_fp32_accuracy() -> None:
     """Chunk after chunk of weak decay: the carried state is a sum over all tokens."""
-    inputs = {name: tensor.float() for name, tensor in _inputs(1, 90, 1, 1).items()}
+    inputs = _inputs(1, 90, 1, 1)
     inputs["a"] = torch.full_like(inputs["a"], -1e-4)
-    got = ssd(**inputs, impl="triton", chunk=CHUNK)[1]
-    want = ssd(**{name: tensor.double() for name, tensor in inputs.items()}, impl="sequential")[1]
-    assert rms(got.double() - want) <= 1e-6 * rms(want)
+    check_last_state(ssd, inputs)
 
 
 def test_forms_are_named_and_missing_ones_are_a_sentence(monkeypatch) -> None:

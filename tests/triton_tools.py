@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+CHUNK = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # conftest.py sets it where there is no GPU
 MARGIN = 64  # numbers on either side of a poisoned tensor; keeps the alignment that kernels are compiled for
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
@@ -118,3 +119,44 @@ def with_gradients(call: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str,
     loss = sum((t * torch.randn(t.shape, generator=made, dtype=torch.float64).to(t)).sum() for t in (y, last))
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"y": y.detach(), "last": last.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def documents(T: int) -> Tensor:
+    """[2, T]: a row of several documents, and one whose first is not number 0."""
+    return torch.stack([torch.arange(T) * 3 // T, 1 + torch.arange(T) * 5 // (2 * T)])
+
+
+def holes(T: int) -> Tensor:
+    """A mask [2, T] with absent tokens in the midst and one with runs of them."""
+    return torch.stack([torch.arange(T) % 3 != 1, torch.arange(T) % 5 < 2])
+
+
+def check(
+    operator: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], relative: float = 2e-6, dtype: torch.dtype = torch.float32,
+    chunk: int = CHUNK, **options: Any,
+) -> None:  # fmt: skip
+    """Outputs and gradients of the operator in Triton against its sequential form in fp64."""
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    truth = with_gradients(operator, {name: tensor.double() for name, tensor in inputs.items()}, impl="sequential", **options)
+    same = with_gradients(operator, inputs, impl="torch", chunk=chunk, **options)
+    with poisoned():
+        got = with_gradients(operator, inputs, impl="triton", chunk=chunk, **options)
+    within_budget(got, same, truth, relative)
+
+
+def check_order(operator: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor]) -> None:
+    """The same bits, in whatever order the programs run."""
+    inputs = {name: tensor.float() for name, tensor in inputs.items()}
+    options: dict[str, Any] = {"impl": "triton", "chunk": CHUNK, "seq_idx": documents(inputs["x"].shape[1])[:1]}
+    forwards = with_gradients(operator, inputs, **options)
+    with grid_backwards():
+        backwards = with_gradients(operator, inputs, **options)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+def check_last_state(operator: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor]) -> None:
+    """The state after the last token keeps fp32's accuracy."""
+    inputs = {name: tensor.float() for name, tensor in inputs.items()}
+    got = operator(**inputs, impl="triton", chunk=CHUNK)[1]
+    want = operator(**{name: tensor.double() for name, tensor in inputs.items()}, impl="sequential")[1]
+    assert rms(got.double() - want) <= 1e-6 * rms(want)
