@@ -191,6 +191,7 @@ class HybridBackbone(PreTrainedModel):
             made[kind] = MASKS[kind](
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache,
                 position_ids=position_ids, and_mask_function=together, allow_is_causal_skip=not static,
+                layer_idx=self.config.layer_types.index(kind),  # whose slots the mask is for; transformers 5.17 takes a recurrent layer's
             )  # fmt: skip
         return made
 

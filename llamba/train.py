@@ -27,7 +27,7 @@ Objective = Callable[[PreTrainedModel, Any, Batch], Sums | Distances]  # student
 
 CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 # transformers 5.23 renamed the argument; 5.17 knows only the old name
-_CHECKPOINTING = (
+CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 )
 _NO_DECAY = ("A_log", "D", "dt_bias", "bias")
@@ -77,7 +77,7 @@ def training_arguments(
     `kind` is the arguments' class, `more` what it takes beyond the Trainer's. Raises ValueError where `batch` does not
     divide.
     """
-    renamed: dict[str, Any] = {_CHECKPOINTING: stage.gradient_checkpointing}
+    renamed: dict[str, Any] = {CHECKPOINTING: stage.gradient_checkpointing}
     args = kind(
         output_dir=str(folder),
         seed=seed,

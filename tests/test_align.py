@@ -24,6 +24,7 @@ from llamba.losses import IGNORE
 from llamba.pairs import Pairs
 from llamba.settings import DPO_LOSSES, Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
+from llamba.train import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, log_every=1, save_every=4)
@@ -129,7 +130,7 @@ def packed_by_trl(tmp_path, rows, student, tokenizer) -> SFTTrainer:
     columns = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in rows]
     args = SFTConfig(str(tmp_path / "trl"), packing=True, max_length=48, per_device_train_batch_size=64, max_steps=1, bf16=False,
                      use_cpu=True, report_to="none", logging_steps=1, max_grad_norm=0.0, disable_tqdm=True, save_strategy="no",
-                     activation_checkpointing=False, dataloader_pin_memory=False)  # fmt: skip
+                     dataloader_pin_memory=False, **{CHECKPOINTING: False})  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     return SFTTrainer(model, args, train_dataset=Dataset.from_list(columns), processing_class=copy.deepcopy(tokenizer))
 

@@ -326,7 +326,8 @@ def test_run_folder(tmp_path, monkeypatch, teacher_folder, chat_file, tokenizer)
                      "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
     assert AutoTokenizer.from_pretrained(last).chat_template == tokenizer.chat_template
     report = json.loads((last / "stage.json").read_text())
-    assert report["config"]["lr"] == SHORT["lr"] and report["results"]["step"] == 2 and report["versions"]["torch"] == torch.__version__
+    assert report["config"]["lr"] == SHORT["lr"] and report["results"]["step"] == 2
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a build may tell its metadata no "+cu130"
     (manifest,) = (tmp_path / "run" / "data").glob("assistant-*/data.json")
     assert json.loads(manifest.read_text())["train"][0]["rows"] == 64
     assert "converted" in json.loads((tmp_path / "run" / "0-convert" / "conversion.json").read_text())

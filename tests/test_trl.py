@@ -20,13 +20,14 @@ from llamba.convert import convert
 from llamba.log import METRICS, read_metrics
 from llamba.recipe import Recipe, Student
 from llamba.settings import Data, Dpo, Sft
+from llamba.train import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("LLAMBA_TEST_DATA", "/nonexistent"))
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=1e-3, warmup=0, log_every=1)
 FEW = dict(max_steps=2, per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no",
-           disable_tqdm=True, activation_checkpointing=False, dataloader_pin_memory=False, learning_rate=1e-3)  # fmt: skip
+           disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e-3, **{CHECKPOINTING: False})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
