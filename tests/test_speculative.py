@@ -28,6 +28,7 @@ from llamba.speculative import Auto, Lookup, generate
 from llamba.speculative import accept as rule
 from llamba.speculative.choose import Choice
 from llamba.speculative.drafts import Proposal
+from llamba.speculative.lookahead import MEMORY
 
 NEW = 16
 DRAFTS = ("llama", "hybrid", "self", "noisy", "adversarial", "lookup")
@@ -379,13 +380,29 @@ def test_auto_lookahead_learns_what_comes_in_short_answers() -> None:
     assert auto.next() == 5
 
 
+class Noted(Auto):
+    """Notes how many tokens each round drafted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.counts: list[int] = []
+
+    def learn(self, count: int, accepted: list[int], drafted: list[int], seconds: float) -> None:
+        self.counts.append(count)
+        super().learn(count, accepted, drafted, seconds)
+
+
 def test_auto_lookahead_goes_on_learning_over_calls() -> None:
-    model, auto = student("mamba2"), Auto()
+    model, auto, rounds = student("mamba2"), Noted(), 0
     for seed in range(3):
         more = {"max_new_tokens": 9, "eos_token_id": None}
         got = generate(model, ids(1, 5, seed=seed), draft=noisy(model), lookahead=auto, **more)
         assert got.new == generate(model, ids(1, 5, seed=seed), **more).new
-    assert not auto.trials and sum(auto.offered) > 6
+        rounds += got.rounds
+        assert len(auto.counts) == rounds and len(auto.trials) == max(3 - rounds, 0)
+    drafted = [count > 0 for count in auto.counts]
+    assert auto.counts[0] == 4 and rounds > 3
+    assert auto.offered[0] == pytest.approx(sum(MEMORY**age for age, some in enumerate(reversed(drafted)) if some))
 
 
 def test_lookup_copies_what_followed_the_newest_longest_match() -> None:
