@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
+from llamba.devices import meant
 from llamba.folders import resolve_draft, resolve_model
 from llamba.speculative import Auto, generate
 from llamba.speculative.lookahead import schedule
@@ -91,9 +92,7 @@ def load_draft(name: str, model: Any) -> Any:
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one."""
     path = resolve_model(name)
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = "cpu" if found is None else found.type
+    device = meant(device)
     with _named(name):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -4,7 +4,6 @@ Letters: B prompts of a batch, T tokens of the longest.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llamba.chat import Sampling
+from llamba.devices import own_device, processes
 
 
 class Answer(NamedTuple):
@@ -25,19 +25,11 @@ class Answer(NamedTuple):
 Engine = Callable[[Sequence[list[int]], int], list[Answer]]
 
 
-def own_device() -> torch.device:
-    """This process's accelerator, or the CPU where there is none or the launcher says so."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _model(name: str) -> Any:
     """The model on this process's device; a lone process spreads it over all its devices. fp32 on a CPU, else as it was saved."""
     device = own_device()
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = processes() == 1
     if alone and device.type != "cpu" and torch.accelerator.device_count() > 1:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto").eval()
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -77,7 +69,7 @@ def require_vllm() -> None:
     """Raises ValueError where vLLM is not installed, and under a launcher of several processes."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("engine='vllm' needs the package vllm (pip install vllm), which is not installed; use engine='transformers'")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ValueError("engine='vllm' uses all devices from one process; start the recipe with python, not with accelerate launch")
 
 
@@ -109,6 +101,6 @@ def pick(engine: str) -> str:
     """The name of the engine that `auto` means here: vLLM where it is installed, there is an accelerator, and one process runs."""
     if engine != "auto":
         return engine
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = processes() == 1
     fast = importlib.util.find_spec("vllm") is not None and own_device().type != "cpu"
     return "vllm" if fast and alone else "transformers"

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from llamba.devices import on_cpu
 from llamba.settings import Lora
-from llamba.train import mixer_names, on_cpu
+from llamba.train import mixer_names
 
 _NEEDS = {"peft": "peft: pip install 'llamba[lora]'", "bitsandbytes": "bitsandbytes: pip install 'llamba[qlora]'"}
 

@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from llamba.batches import KEPT, Item, Rows, collate
+from llamba.devices import processes
 from llamba.losses import IGNORE, TopK
 from llamba.settings import Distill
 from llamba.sources import sha256
-from llamba.train import model_inputs, processes
+from llamba.train import model_inputs
 
 _SHARD_BYTES = 2**28
 _LOGITS_AT_ONCE = 2**26  # elements of one [c, V] block

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from llamba import checkpoints
 from llamba.alignment import Distances
 from llamba.batches import Batch, Ordered, Rows, collate
+from llamba.devices import on_cpu, processes
 from llamba.hybrid import mixer_layers
 from llamba.log import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.losses import IGNORE, Sums
@@ -31,22 +31,6 @@ CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 )
 _NO_DECAY = ("A_log", "D", "dt_bias", "bias")
-
-
-def processes() -> int:
-    """How many processes train together, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def on_cpu() -> bool:
-    """Whether to train on the CPU: no accelerator, or the launcher's configuration says so."""
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-
-
-def own_device() -> torch.device:
-    """The device that this process trains on, before any process group exists."""
-    found = None if on_cpu() else torch.accelerator.current_accelerator()
-    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def accumulation(stage: Training) -> int:

@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "draft": {"families"},
     "typed": set(),
     "errors": set(),
+    "devices": set(),
     "folders": set(),
     "provenance": set(),
     "settings": {"typed"},
@@ -42,16 +43,16 @@ ARROWS: dict[str, set[str]] = {
     "data": {"batches", "settings", "sources"},
     "checkpoints": set(),
     "reporters": set(),
-    "train": {"alignment", "batches", "checkpoints", "hybrid", "log", "losses", "reporters", "settings", "wrapped"},
+    "train": {"alignment", "batches", "checkpoints", "devices", "hybrid", "log", "losses", "reporters", "settings", "wrapped"},
     "pairs": {"data", "settings", "sources"},
-    "lora": {"settings", "train"},
+    "lora": {"devices", "settings", "train"},
     "align": {"batches", "checkpoints", "lora", "settings", "train"},
     "loading": {"families"},
-    "offline": {"batches", "losses", "settings", "sources", "train"},
-    "engines": {"chat"},
+    "offline": {"batches", "devices", "losses", "settings", "sources", "train"},
+    "engines": {"chat", "devices"},
     "stages": set(
-        "align alignment batches chat checkpoints convert data draft engines folders hybrid loading log losses mixers offline pairs "
-        "record select settings sources train wrapped".split()
+        "align alignment batches chat checkpoints convert data devices draft engines folders hybrid loading log losses mixers offline "
+        "pairs record select settings sources train wrapped".split()
     ),
     "inputs": {"data", "folders", "settings"},
     "preflight": set("convert data draft engines folders inputs loading lora pairs recipe reporters settings sources train".split()),
@@ -72,13 +73,13 @@ ARROWS: dict[str, set[str]] = {
         "stages",
     },
     "plan": {"convert", "draft", "families", "folders", "hybrid", "lora", "mixers", "recipe", "settings", "teachers"},
-    "chat": {"folders", "speculative"},
+    "chat": {"devices", "folders", "speculative"},
     "select": {"batches", "convert", "families", "hybrid", "losses", "train"},
     "curves": {"folders", "log"},
     "speculative": {"cache", "hybrid", "kernels", "mixers", "tree"},
     "eval": {"chat", "errors", "folders", "provenance", "speculative"},
     "bench": set(
-        "cache chat convert data draft folders hybrid kernels losses mixers provenance record settings sources speculative stages "
+        "cache chat convert data devices draft folders hybrid kernels losses mixers provenance record settings sources speculative stages "
         "structured teachers train".split()
     ),
 }

@@ -15,6 +15,7 @@ from llamba.bench.shapes import build
 from llamba.bench.timing import median_seconds
 from llamba.bench.train import DTYPES, ceilings
 from llamba.convert import student_config
+from llamba.devices import meant
 from llamba.provenance import append_row
 from llamba.speculative import generate
 from llamba.speculative.choose import Choice
@@ -85,7 +86,7 @@ def measure(shrink: int, dtype: torch.dtype, device: str, tokens: int, repeats: 
 
 def main(args: argparse.Namespace) -> None:
     """Print the numbers; with `--out`, append the row to a .jsonl file with what made it."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     row = measure(args.shrink, DTYPES[args.dtype], device, args.tokens, args.repeats)
     print(f"copy {row['copy_gb_s']:.0f} GB/s   bf16 matrix product {row['matmul_tflop_s']:.1f} TFLOP/s")
     print(f"a token reads {row['weight_bytes'] / 1e9:.2f} GB of weights: at most {row['ceiling']:.1f} tokens/s")

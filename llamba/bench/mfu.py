@@ -22,6 +22,7 @@ from llamba.bench.shapes import shrunk
 from llamba.bench.timing import median_seconds
 from llamba.bench.train import DTYPES, ceilings, show_ceilings
 from llamba.convert import student_config
+from llamba.devices import meant
 from llamba.hybrid import RECURRENT
 from llamba.provenance import append_row
 from llamba.settings import Distill
@@ -111,7 +112,7 @@ def measure(shrink: int, dtype: torch.dtype, device: str, repeats: int) -> dict[
 
 def main(args: argparse.Namespace) -> None:
     """Print the step and its part of the measured matrix product; with `--out`, append the row to a .jsonl file with what made it."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     torch.manual_seed(0)
     limits = ceilings(device, args.shrink, args.repeats)
     show_ceilings(limits)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamba.bench.timing import median_seconds
+from llamba.devices import meant
 from llamba.kernels.decode import (
     Buffers,
     Mamba1Weights,
@@ -114,7 +115,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; with `--out`, append the rows to a .jsonl file with what made them; with `--picture`, draw it."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     torch.manual_seed(0)
     rows = measure(args.mixer, args.shrink, DTYPES[args.dtype], device, args.repeats)
     for row in rows:

@@ -22,6 +22,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from llamba.bench.memory import forget_peak, mib
 from llamba.cache import RecurrentLayer
+from llamba.devices import meant
 from llamba.mixers import build_mixer, initialise, mixer_config
 from llamba.provenance import append_row
 
@@ -231,7 +232,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; with `--out`, append the rows to a .jsonl file with what made them."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     torch.set_num_threads(THREADS)
     work = work_on(device, args.dtype, args.shrink)
     where = {"device": device, "dtype": str(work.dtype), "shrink": args.shrink, "theirs_in": their_kernels(work)}

@@ -22,6 +22,7 @@ from llamba.bench.decode import round_call
 from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
 from llamba.chat import load, load_draft
+from llamba.devices import meant
 from llamba.provenance import append_row
 from llamba.speculative import Auto, Generation, generate
 from llamba.speculative.choose import Choice
@@ -231,7 +232,7 @@ def _of_preset(name: str, preset: Preset, args: argparse.Namespace, dtype: torch
 
 
 def _of_presets(args: argparse.Namespace) -> list[Row]:
-    device = str(torch.accelerator.current_accelerator() or "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
     return [row for name, preset in chosen(args.preset).items() for row in _of_preset(name, preset, args, dtype, device)]
 

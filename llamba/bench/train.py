@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llamba.bench.timing import median_seconds
+from llamba.devices import meant
 from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 from llamba.provenance import append_row
@@ -92,7 +93,7 @@ def show_ceilings(limits: dict[str, float]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table; with `--out`, append the rows to a .jsonl file with what made them."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = meant(args.device)
     torch.manual_seed(0)
     limits = ceilings(device, args.shrink, args.repeats)
     peers: dict[str, dict[str, Any]] = {}

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llamba import offline
 from llamba.batches import KEPT, Batch, Rows
 from llamba.data import Prepared
+from llamba.devices import on_cpu, own_device, processes
 from llamba.folders import resolve_model
 from llamba.loading import load_teacher, require_same_vocabulary
 from llamba.losses import Sums, TopK, head_sums
 from llamba.settings import Distill
 from llamba.stages.teach import teach
-from llamba.train import freeze, model_inputs, on_cpu, own_device, processes
+from llamba.train import freeze, model_inputs
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -12,17 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamba.batches import Batch, Ordered, Rows, collate
 from llamba.convert import convert, kept_layers
 from llamba.data import Prepared, prepare
+from llamba.devices import own_device
 from llamba.folders import resolve_model
 from llamba.select import Ranking, divergence, rank, restore, save, table
 from llamba.settings import Data, Select
-from llamba.train import on_cpu
 
 LAYERS = "layers.json"
-
-
-def _device() -> torch.device:
-    found = None if on_cpu() else torch.accelerator.current_accelerator()
-    return torch.device("cpu") if found is None else found
 
 
 def _pair(teacher: str, student: str | None, mixer: str, seed: int) -> tuple[Any, Any]:
@@ -35,7 +30,7 @@ def _pair(teacher: str, student: str | None, mixer: str, seed: int) -> tuple[Any
     else:
         pupil = AutoModelForCausalLM.from_pretrained(student, dtype="auto").eval()
     guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
-    device = _device()
+    device = own_device()
     dtype = torch.float32 if device.type == "cpu" else guide.dtype
     return guide.to(device, dtype), pupil.to(device, dtype)
 
@@ -65,7 +60,7 @@ def _choose(
 def _batches(stage: Select, rows: Rows, seed: int) -> list[Batch]:
     steps = max(1, min(stage.rows, len(rows)) // stage.micro_batch)
     ordered = Ordered(rows, stage.micro_batch, seed, epochs=1, steps=steps, tokens=None)
-    size, device = stage.micro_batch, _device()
+    size, device = stage.micro_batch, own_device()
     made = [collate([ordered[index] for index in range(start, start + size)], 0) for start in range(0, len(ordered), size)]
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 

@@ -24,6 +24,7 @@ import llamba  # noqa: F401  (makes the hybrids known)
 from llamba.errors import one_line_errors
 from llamba.folders import resolve_model
 from llamba.sources import messages, rows
+from llamba.train import CHECKPOINTING
 
 
 @dataclass
@@ -39,7 +40,7 @@ def main() -> None:
     """Train, and leave the model in `--output_dir`."""
     kinds: Any = (Models, GKDConfig)
     parser = TrlParser(kinds)
-    parser.set_defaults(learning_rate=1e-6, activation_checkpointing=False, save_strategy="no", report_to="none", max_length=1024)
+    parser.set_defaults(learning_rate=1e-6, save_strategy="no", report_to="none", max_length=1024, **{CHECKPOINTING: False})
     chosen, config = parser.parse_args_and_config()
     student, teacher = resolve_model(chosen.model), resolve_model(chosen.teacher)
     tokenizer = AutoTokenizer.from_pretrained(student)
