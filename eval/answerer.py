@@ -22,7 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from llamba.chat import load, load_draft
+from llamba.chat.conversation import load, load_draft
 from llamba.eval.judge import digest
 from llamba.speculative import generate
 

@@ -11,10 +11,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from llamba.base.folders import resolve_model
 from llamba.eval.answerer import LOOKUP, Answered, Answerer, Message, Settings
 from llamba.eval.journal import Journal, write_lines
 from llamba.eval.judge import digest
-from llamba.folders import resolve_model
 
 _SAMPLED = 64  # slices of a weight file that enter its fingerprint
 

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from llamba.errors import one_line_errors
+from llamba.base.errors import one_line_errors
 
 JUDGE_HELP = """
 the judge:

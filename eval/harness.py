@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llamba.base.folders import resolve_model
 from llamba.eval import fetch
 from llamba.eval.journal import read_lines
 from llamba.eval.scores import model_name, need, save, save_items, score
 from llamba.eval.stats import Interval
-from llamba.folders import resolve_model
 
 PUBMEDQA = "pubmedqa_labelled"  # lm-eval's own `pubmedqa` wants a script dataset, which datasets no longer runs
 TASK_SETS: dict[str, tuple[str, ...]] = {

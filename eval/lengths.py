@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llamba.chat import load
+from llamba.chat.conversation import load
 from llamba.eval.scores import model_name, save, score
 
 

@@ -24,7 +24,7 @@ class Local:
     batch, workers = 8, 1
 
     def __init__(self, judge: Judge) -> None:
-        from llamba.chat import load
+        from llamba.chat.conversation import load
 
         name = judge.url.removeprefix(LOCAL)
         self.model, self.tokenizer = load(name)

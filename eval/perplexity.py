@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamba.chat import load
+from llamba.chat.conversation import load
 from llamba.eval import stats
 from llamba.eval.scores import model_name, save, save_items, score
 

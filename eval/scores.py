@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamba.base.folders import finished, resolve_model
+from llamba.base.provenance import stamp, version
 from llamba.eval.journal import read_lines
 from llamba.eval.judge import slug
 from llamba.eval.stats import Interval
-from llamba.folders import finished, resolve_model
-from llamba.provenance import stamp, version
 
 SCORES = "scores.jsonl"
 MODELS = "models.json"

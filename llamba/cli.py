@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from llamba.errors import one_line_errors
-from llamba.folders import resolve_model
-from llamba.recipe import Recipe
+from llamba.base.errors import one_line_errors
+from llamba.base.folders import resolve_model
+from llamba.settings import Recipe
 
 
 def _recipe(path: str, overrides: list[str]) -> Recipe:
-    from llamba.overrides import override
+    from llamba.settings.overrides import override
 
     if not Path(path).is_file():
         raise ValueError(f"a recipe file is needed; got {path}, which is no file")
@@ -26,13 +26,13 @@ def _recipe(path: str, overrides: list[str]) -> Recipe:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from llamba.plan import plan
+    from llamba.running.plan import plan
 
     print(plan(_recipe(args.recipe, args.overrides)))
 
 
 def _run(args: argparse.Namespace) -> None:
-    from llamba.run import run
+    from llamba.running.run import run
 
     print(f"done: {run(_recipe(args.recipe, args.overrides))}")
 
@@ -47,7 +47,7 @@ def _attention(text: str) -> Any:
 def _convert(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
-    from llamba.convert import convert
+    from llamba.models.convert import convert
 
     teacher = resolve_model(args.teacher)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
@@ -60,7 +60,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> Any:
-    from llamba.chat import Sampling
+    from llamba.chat.conversation import Sampling
 
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
@@ -70,7 +70,7 @@ def _lookahead(text: str) -> int | str:
 
 
 def _speculation(args: argparse.Namespace, model: Any) -> Any:
-    from llamba.chat import Speculation, load_draft
+    from llamba.chat.conversation import Speculation, load_draft
     from llamba.speculative import Auto
 
     if args.draft is None:
@@ -81,7 +81,7 @@ def _speculation(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from llamba.chat import Chat, load, talk
+    from llamba.chat.conversation import Chat, load, talk
 
     model, tokenizer = load(args.model, args.dtype, args.device)
     talk(Chat(model, tokenizer, _sampling(args), args.system, speculation=_speculation(args, model)))
@@ -90,7 +90,7 @@ def _chat(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     import torch
 
-    from llamba.chat import Chat, load, stream
+    from llamba.chat.conversation import Chat, load, stream
 
     sampling = _sampling(args)
     model, tokenizer = load(args.model, args.dtype, args.device)
@@ -125,8 +125,8 @@ def _select(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from llamba.curves import report
     from llamba.eval import report as scores
+    from llamba.training.curves import report
 
     trained = [run for run in args.runs if any(Path(run).glob("*-*/metrics.jsonl")) or scores.folder_of(run) is None]
     parts = [report(run) for run in trained]

@@ -16,9 +16,8 @@ alone or DPO alone hardly helps a distilled student, SFT and then DPO raises MT-
 * beta = 0.01 for one epoch is the published recipe "ep1"; "ep3" is `stages.dpo.beta=0.1 stages.dpo.epochs=3`.
 """
 
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
-from llamba.settings import Dpo, Sft
+from llamba.running.run import launch
+from llamba.settings import Data, Dpo, Recipe, Sft, Student
 
 recipe = Recipe(
     teacher="meta-llama/Meta-Llama-3-8B-Instruct",

@@ -16,9 +16,8 @@ The budget of the last stage, its data and the share of chat are our choice. `st
 
 from typing import Any
 
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
-from llamba.settings import Distill, Hidden, Select
+from llamba.running.run import launch
+from llamba.settings import Data, Distill, Hidden, Recipe, Select, Student
 
 WEB, CHAT, BOOKS = "HuggingFaceFW/fineweb-edu@sample-10BT:train", "HuggingFaceH4/ultrachat_200k:train_sft", "emozilla/pg19:train"
 KL: dict[str, Any] = dict(

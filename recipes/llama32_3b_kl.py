@@ -13,9 +13,8 @@ The published models with DPO (beta 0.01, 5e-7, 10% warm-up, 32 pairs, one epoch
 Zero-shot mean with it: 60.78 with Mamba-2, 60.88 with Mamba-1.
 """
 
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
-from llamba.settings import Distill, Dpo
+from llamba.running.run import launch
+from llamba.settings import Data, Distill, Dpo, Recipe, Student
 
 PAIRS = Data(
     train=[

@@ -25,9 +25,8 @@ stages.dpo.data.train=JunxiongWang/llama3-ultrafeedback-armorm:train`. Here pair
 cut at 1,024, prompts at 512. Packed documents do not see each other here; there they did.
 """
 
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
-from llamba.settings import Distill, Dpo, PseudoLabel, Sft
+from llamba.running.run import launch
+from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="llama3")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="llama3")

@@ -9,7 +9,7 @@ The draft learns from the student here (`kl=1`); `stages.draft.kl=0 stages.draft
 from dataclasses import replace
 
 from llamba.recipes.zephyr_50pct import recipe as distilled
-from llamba.run import launch
+from llamba.running.run import launch
 from llamba.settings import Data, Draft
 
 recipe = replace(

@@ -10,9 +10,8 @@ Cost there: conversions to 50% about 10 hours, each fine-tuning about 3 days, DP
 
 from typing import Any
 
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
-from llamba.settings import Distill, Dpo, PseudoLabel, Sft
+from llamba.running.run import launch
+from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="zephyr")

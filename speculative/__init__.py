@@ -1,7 +1,7 @@
 """Lossless speculative decoding: `generate` with a small model, or the text itself, as the draft."""
 
-from llamba.speculative.drafts import Lookup
 from llamba.speculative.generate import Generation, generate
 from llamba.speculative.lookahead import Auto
+from llamba.speculative.proposers import Lookup
 
 __all__ = ["Auto", "Generation", "Lookup", "generate"]

@@ -9,7 +9,7 @@ et al. 2023 (SpecInfer, arXiv 2305.09781), section 4.3, with children drawn with
 import torch
 from torch import Tensor
 
-from llamba.tree import Tree
+from llamba.models.tree import Tree
 
 
 def accept_greedy(best: Tensor, drafts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from llamba.cache import KEPT
-from llamba.hybrid import RECURRENT
+from llamba.models.cache import KEPT
+from llamba.models.hybrid import RECURRENT
+from llamba.models.tree import grow
 from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept_tree_greedy
 from llamba.speculative.choose import Choice
-from llamba.speculative.drafts import Drafter, Proposal, Rows, drafter
 from llamba.speculative.graphs import Decoded, decode, serves
 from llamba.speculative.lookahead import Auto, Fixed, schedule
+from llamba.speculative.proposers import Drafter, Proposal, Rows, drafter
 from llamba.speculative.rewind import Rewindable, kinds_of
-from llamba.tree import grow
 
 
 @dataclass

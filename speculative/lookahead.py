@@ -13,7 +13,7 @@ from operator import mul
 from statistics import median
 from typing import Any
 
-from llamba.cache import KEPT
+from llamba.models.cache import KEPT
 
 MEMORY = 0.985  # weight of the past at each round
 RECENT = 9  # rounds with the same number whose times count

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T time of this call, G key/value heads, P head width, V vocabulary, S slots of an attention layer.
 Row b's token at position p has its key and value in slot p. Going back is integer arithmetic on `lengths`; what stands behind a row's
-length is masked and overwritten. Recurrent layers do the same with the inputs that they hold (`llamba.cache`). The nodes of a tree stand
+length is masked and overwritten. Recurrent layers do the same with the inputs that they hold (`models.cache`). The nodes of a tree stand
 in slots in their order, until `keep` brings a path of them to the front; their positions count from the root.
 """
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llamba.cache import RecurrentLayer, gather
-from llamba.hybrid import RECURRENT, HybridBackbone
-from llamba.mixers import Recurrence
-from llamba.tree import Tree
+from llamba.models.cache import RecurrentLayer, gather
+from llamba.models.hybrid import RECURRENT, HybridBackbone
+from llamba.models.mixers import Recurrence
+from llamba.models.tree import Tree
 
 KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
@@ -179,7 +179,7 @@ class Rewindable:
         self.lengths = lengths
 
     def record(self) -> None:
-        """From now on tokens can be taken back, up to `llamba.cache.KEPT` of a row."""
+        """From now on tokens can be taken back, up to `llamba.models.cache.KEPT` of a row."""
         for layer in self.recurrent:
             layer.activate_past_recording()
 

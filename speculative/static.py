@@ -19,11 +19,11 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
-from llamba.cache import SteppedLayer
-from llamba.hybrid import RECURRENT
 from llamba.kernels.block import add_norm, gated
 from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
+from llamba.models.cache import SteppedLayer
+from llamba.models.hybrid import RECURRENT
 from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
 from llamba.speculative.steps import STEPS
 

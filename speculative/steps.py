@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llamba.cache import RecurrentLayer
 from llamba.kernels.decode import Buffers, Cursors, Mamba1Weights, Weights, buffers, mamba1_buffers, mamba1_steps, mamba2_steps
-from llamba.mixers import DiscreteMamba2, Mamba1, Mamba2
+from llamba.models.cache import RecurrentLayer
+from llamba.models.mixers import DiscreteMamba2, Mamba1, Mamba2
 
 
 class Steps(NamedTuple):

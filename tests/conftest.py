@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before anything imports triton; "auto" stil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamba.data import Prepared, prepare
+from llamba.data.tokens import Prepared, prepare
 from llamba.settings import Data
 
 TEMPLATE = (
@@ -113,7 +113,7 @@ def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
     """The teacher converted, with mixers in layers 0 and 2."""
-    from llamba.convert import convert
+    from llamba.models.convert import convert
 
     folder = tmp_path_factory.mktemp("student")
     convert(str(teacher_folder)).save_pretrained(folder)
@@ -122,8 +122,8 @@ def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
 
 
 RECIPE_FILE = """
-from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.run import launch
+from llamba.settings import Data, Distill, Recipe, Student
+from llamba.running.run import launch
 
 recipe = Recipe(
     teacher={teacher!r},

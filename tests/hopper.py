@@ -28,7 +28,7 @@ import llamba.kernels.slots.triton_op as slots
 import llamba.kernels.ssd.triton_op as ssd
 import llamba.kernels.ssd.triton_step as step
 from llamba.kernels.decode import Branches, Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
-from llamba.tree import grow
+from llamba.models.tree import grow
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.int8: "i8"}
 OPTIONS = ("num_warps", "num_stages")

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from llamba.convert import convert
+from llamba.models.convert import convert
 
 VOCABULARY = 101
 SHAPE = {

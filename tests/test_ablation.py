@@ -6,11 +6,11 @@ from models import TEACHERS, ids, rms_error, student, teacher
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from llamba.convert import convert
-from llamba.hybrid import mixer_layers
-from llamba.mixers import MixerConfig, Recurrence, build_mixer, initialise
-from llamba.plan import plan
-from llamba.recipe import Data, Distill, Recipe, Student
+from llamba.models.convert import convert
+from llamba.models.hybrid import mixer_layers
+from llamba.models.mixers import MixerConfig, Recurrence, build_mixer, initialise
+from llamba.running.plan import plan
+from llamba.settings import Data, Distill, Recipe, Student
 
 KINDS = ("none", "toeplitz", "low_rank")
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -16,15 +16,16 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
-from llamba import checkpoints, pairs
-from llamba.convert import convert
-from llamba.data import Prepared, prepare
-from llamba.log import METRICS, read_metrics
-from llamba.losses import IGNORE
-from llamba.pairs import Pairs
+from llamba.data import pairs
+from llamba.data.pairs import Pairs
+from llamba.data.tokens import Prepared, prepare
+from llamba.models.convert import convert
 from llamba.settings import DPO_LOSSES, Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
-from llamba.train import CHECKPOINTING
+from llamba.training import checkpoints
+from llamba.training.losses import IGNORE
+from llamba.training.metrics import METRICS, read_metrics
+from llamba.training.trainer import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, log_every=1, save_every=4)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from llamba import alignment
-from llamba.alignment import Part, norm, one_graph_at_a_time, squared_distance
-from llamba.hybrid import document_numbers
-from llamba.mixers import Mixing, Recurrence
-from llamba.record import HEARD, record
+from llamba.models.activations import HEARD, record
+from llamba.models.hybrid import document_numbers
+from llamba.models.mixers import Mixing, Recurrence
+from llamba.training import layer_distances as alignment
+from llamba.training.layer_distances import Part, norm, one_graph_at_a_time, squared_distance
 
 MATRIX_MIXERS = ("mamba2", "discrete_mamba2", "low_rank", "toeplitz")
 T = 40

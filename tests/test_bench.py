@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from llamba.bench import mfu, ops, train
 from llamba.bench.shapes import shrunk
 from llamba.cli import main
-from llamba.convert import student_config
-from llamba.teachers import teacher_config
-from llamba.train import freeze
+from llamba.models.convert import student_config
+from llamba.models.published import teacher_config
+from llamba.training.trainer import freeze
 
 SMALL = "--device cpu --dtype float32 --repeats 1".split()
 

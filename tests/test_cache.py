@@ -5,10 +5,10 @@ import torch
 from models import MIXERS, SHAPE, ids, rms_error
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llamba.cache import KEPT, SLOTS, adopt
-from llamba.convert import convert
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
 from llamba.kernels.ssd import ssd, ssd_fold, ssd_resume
+from llamba.models.cache import KEPT, SLOTS, adopt
+from llamba.models.convert import convert
 
 ROWS, ROUNDS = 2, 200
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamba.chat import Chat, Sampling, talk
+from llamba.chat.conversation import Chat, Sampling, talk
 from llamba.cli import main
 
 
@@ -82,7 +82,7 @@ def test_a_conversation_that_does_not_fit_is_refused(student: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(student: Path) -> None:
     command = [sys.executable, "-u", "-m", "llamba.cli", "chat", str(student), "--max-new-tokens", "100000"]
-    script = "import sys; from llamba import chat, cli; chat.Sampling.arguments = lambda self: dict(max_new_tokens=100000, do_sample=False, eos_token_id=None); cli.main(sys.argv[1:])"  # noqa: E501
+    script = "import sys; from llamba import cli; from llamba.chat import conversation as chat; chat.Sampling.arguments = lambda self: dict(max_new_tokens=100000, do_sample=False, eos_token_id=None); cli.main(sys.argv[1:])"  # noqa: E501
     command = [sys.executable, "-u", "-c", script, *command[4:]]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout

@@ -8,13 +8,12 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from llamba import curves
-from llamba import run as running
 from llamba.cli import main
-from llamba.log import read_metrics
-from llamba.recipe import Recipe, Student
-from llamba.reporters import reporters
-from llamba.settings import Data, Distill, Hidden
+from llamba.running import run as running
+from llamba.settings import Data, Distill, Hidden, Recipe, Student
+from llamba.training import curves
+from llamba.training.metrics import read_metrics
+from llamba.training.reporters import reporters
 
 
 def write_stage(folder: Path, lines: list[dict], seconds: float | None = None) -> None:

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from llamba import sources
-from llamba.batches import Ordered, Rows, collate
-from llamba.data import Tokenizer, check_unchanged, pack, prepare
-from llamba.losses import IGNORE
-from llamba.recipe import Data
+from llamba.data import sources
+from llamba.data.batches import Ordered, Rows, collate
+from llamba.data.tokens import Tokenizer, check_unchanged, pack, prepare
+from llamba.settings import Data
+from llamba.training.losses import IGNORE
 
 CHAT = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "green blue"}]}
 

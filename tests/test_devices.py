@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamba import devices
+from llamba.base import devices
 
 
 @pytest.fixture(params=[False, True], ids=["no accelerator", "accelerator"])

@@ -11,20 +11,19 @@ import torch
 from models import ids, student, teacher
 from transformers import AutoModelForCausalLM
 
-from llamba.batches import Rows
 from llamba.bench import shapes, speculative
 from llamba.bench.graft import can_graft, graft
 from llamba.cli import main
-from llamba.convert import convert
-from llamba.draft import chosen_layers, draft_config, make_draft
-from llamba.hybrid import PrunedHead
-from llamba.losses import IGNORE
-from llamba.plan import plan
-from llamba.recipe import Recipe, Student
-from llamba.run import run
-from llamba.settings import Data, Distill, Draft
+from llamba.data.batches import Rows
+from llamba.models.convert import convert
+from llamba.models.draft import chosen_layers, draft_config, make_draft
+from llamba.models.hybrid import PrunedHead
+from llamba.running.plan import plan
+from llamba.running.run import run
+from llamba.settings import Data, Distill, Draft, Recipe, Student
 from llamba.speculative import generate
 from llamba.stages.draft import frequent_tokens, objective
+from llamba.training.losses import IGNORE
 
 ROOT = Path(__file__).parent.parent
 

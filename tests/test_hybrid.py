@@ -11,8 +11,8 @@ from models import MIXERS, TEACHERS, ids, rms_error, student, teacher
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from llamba.convert import convert, kept_layers, student_config
-from llamba.hybrid import document_numbers
+from llamba.models.convert import convert, kept_layers, student_config
+from llamba.models.hybrid import document_numbers
 
 T = 131
 DTYPES = {"fp64": (torch.float64, 1e-10), "fp32": (torch.float32, 2e-5)}

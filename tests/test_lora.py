@@ -10,12 +10,12 @@ from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llamba import lora
-from llamba.convert import convert
-from llamba.data import Prepared, prepare
+from llamba.data.tokens import Prepared, prepare
+from llamba.models.convert import convert
 from llamba.settings import Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
-from llamba.train import carry_out
+from llamba.training import lora
+from llamba.training.trainer import carry_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 SHORT = dict(batch=8, micro_batch=8, lr=2e-2, warmup=0, log_every=1, steps=3)
@@ -84,7 +84,7 @@ def test_the_folder_is_an_ordinary_one(tmp_path, monkeypatch, chats, preferred_p
 
 @pytest.fixture(scope="module")
 def preferred_pairs(tmp_path_factory, small, tokenizer) -> Prepared:
-    from llamba import pairs
+    from llamba.data import pairs
 
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"prompt": chat["messages"][:1], "chosen": "red green", "rejected": "cat dog"} for chat in small.chats(16)]

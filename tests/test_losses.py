@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamba.losses import DIVERGENCES, IGNORE, Mix, TopK, distill_loss, fused, head_sums, loss_sums
+from llamba.training.losses import DIVERGENCES, IGNORE, Mix, TopK, distill_loss, fused, head_sums, loss_sums
 
 B, T, D, V = 3, 9, 8, 50
 

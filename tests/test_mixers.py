@@ -5,10 +5,10 @@ import torch
 from models import MIXERS, TEACHERS, rms_error, teacher
 from torch import Tensor, nn
 
-from llamba.convert import convert
-from llamba.families import family_of
-from llamba.mixers import INITS, MixerConfig, build_mixer, initialise
-from llamba.mixers.base import OPEN_GATE
+from llamba.models.convert import convert
+from llamba.models.families import family_of
+from llamba.models.mixers import INITS, MixerConfig, build_mixer, initialise
+from llamba.models.mixers.base import OPEN_GATE
 
 
 def exact_norm(norm: nn.Module, heads: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llamba import loading, offline
-from llamba.batches import Ordered, Rows, collate
-from llamba.data import Prepared
-from llamba.log import METRICS, read_metrics
-from llamba.losses import IGNORE
+from llamba.data.batches import Ordered, Rows, collate
+from llamba.data.tokens import Prepared
+from llamba.models import loading
 from llamba.settings import Distill
 from llamba.stages import distill
-from llamba.train import DistillTrainer, place_teacher, training_arguments
+from llamba.training import stored_logits as offline
+from llamba.training.losses import IGNORE
+from llamba.training.metrics import METRICS, read_metrics
+from llamba.training.trainer import DistillTrainer, place_teacher, training_arguments
 
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=100, clip=1.0)
 KEPT5 = Distill(**SHORT, offline=5, temperature=2.0, steps=2)
@@ -88,7 +89,8 @@ KILLED = """
 import os, signal, sys
 from functools import partial
 from pathlib import Path
-from llamba import loading, offline
+from llamba.models import loading
+from llamba.training import stored_logits as offline
 from llamba.settings import Distill
 
 teacher, rows, folder, settings = sys.argv[1:]

@@ -4,14 +4,13 @@ import json
 
 import pytest
 
-from llamba import sources
-from llamba.batches import Rows
-from llamba.data import TEMPLATES, check_unchanged, prepare
-from llamba.overrides import from_dict, override, to_dict
-from llamba.pairs import Pairs
-from llamba.pairs import prepare as prepare_pairs
-from llamba.recipe import Recipe, Student
-from llamba.settings import Data, Dpo, Lora, Sft
+from llamba.data import sources
+from llamba.data.batches import Rows
+from llamba.data.pairs import Pairs
+from llamba.data.pairs import prepare as prepare_pairs
+from llamba.data.tokens import TEMPLATES, check_unchanged, prepare
+from llamba.settings import Data, Dpo, Lora, Recipe, Sft, Student
+from llamba.settings.overrides import from_dict, override, to_dict
 
 
 def user(text: str) -> dict[str, str]:

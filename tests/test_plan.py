@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from llamba import lora
-from llamba.convert import convert
-from llamba.plan import _adapted, plan
-from llamba.recipe import Data, Distill, Recipe, Stage, Student
-from llamba.settings import Dpo, Lora, Sft
-from llamba.teachers import KNOWN, teacher_config
+from llamba.models.convert import convert
+from llamba.models.published import KNOWN, teacher_config
+from llamba.running.plan import _adapted, plan
+from llamba.settings import Data, Distill, Dpo, Lora, Recipe, Sft, Stage, Student
+from llamba.training import lora
 
 ROOT = Path(__file__).parent.parent
 # Parameters of the published models, from their weight files.

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llamba import run
-from llamba.batches import Rows
-from llamba.data import prepare
-from llamba.recipe import Data, Distill, Hidden, Matrix, Recipe, Student
-from llamba.settings import Dpo, Draft, Lora, PseudoLabel, Select, Sft, Stage
+from llamba.data.batches import Rows
+from llamba.data.tokens import prepare
+from llamba.running import run
+from llamba.settings import Data, Distill, Dpo, Draft, Hidden, Lora, Matrix, PseudoLabel, Recipe, Select, Sft, Stage, Student
 
 SHORT = dict(batch=4, micro_batch=4, steps=1, warmup=0, precision="fp32")
 

@@ -21,10 +21,10 @@ from models import rms_error
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llamba import run
-from llamba.log import METRICS, read_metrics
-from llamba.overrides import override
-from llamba.recipe import Data, Distill, Hidden, Matrix, Recipe, Student
+from llamba.running import run
+from llamba.settings import Data, Distill, Hidden, Matrix, Recipe, Student
+from llamba.settings.overrides import override
+from llamba.training.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -98,8 +98,8 @@ def test_two_processes_train_as_one(recipe_file):
 
 
 ALIGNING = """
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
+from llamba.settings import Data, Recipe, Student
+from llamba.running.run import launch
 from llamba.settings import Dpo, Sft
 
 short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=5)
@@ -205,7 +205,7 @@ def test_killed_runs_end_with_the_same_weights(recipe_file, monkeypatch):
     path = recipe_file(STAGE + ", steps=12")
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
-    FORK_SERVER.set_forkserver_preload(["llamba.stages", "llamba.convert"])
+    FORK_SERVER.set_forkserver_preload(["llamba.stages", "llamba.models.convert"])
 
     def chain(number: int) -> list[tuple[int | None, bool]]:
         arguments = [f"output={path.parent / f'run{number}'}", "stages.0.save_every=2"]
@@ -249,7 +249,7 @@ def test_stages_killed_at_random_points_end_with_the_same_weights(tmp_path, monk
     """matrix (whose sampled rows must be the same again), hidden, distill, all over one stream: two SIGKILLs in each, at random steps."""
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
-    FORK_SERVER.set_forkserver_preload(["llamba.stages", "llamba.convert", "llamba.preflight"])
+    FORK_SERVER.set_forkserver_preload(["llamba.stages", "llamba.models.convert", "llamba.running.preflight"])
     short = dict(batch=8, micro_batch=4, precision="fp32", lr=2e-3, warmup=0, log_every=1, save_every=2, clip=1.0, steps=9)
     stages = [Matrix(**short, squared=True, rows=9), Hidden(**short, target="block"), Distill(**short, kl=1.0, ce=0.0)]
     data = Data(train=str(chat_file), length=48, streaming=True)

@@ -14,13 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llamba import run as running
-from llamba.batches import Rows
-from llamba.chat import Sampling
-from llamba.data import Prepared
-from llamba.engines import ENGINES, Answer, pick
-from llamba.recipe import Recipe, Student
-from llamba.settings import Data, Distill, PseudoLabel
+from llamba.chat.conversation import Sampling
+from llamba.chat.engines import ENGINES, Answer, pick
+from llamba.data.batches import Rows
+from llamba.data.tokens import Prepared
+from llamba.running import run as running
+from llamba.settings import Data, Distill, PseudoLabel, Recipe, Student
 from llamba.stages import prompts, pseudo_label
 
 SHORT = dict(batch=4, max_new_tokens=6, unfinished="keep", engine="transformers")

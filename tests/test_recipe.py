@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llamba.overrides import differences, from_dict, keys, override, to_dict
-from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.typed import read
+from llamba.settings import Data, Distill, Recipe, Student
+from llamba.settings.overrides import differences, from_dict, keys, override, to_dict
+from llamba.settings.typed import read
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PhiConfig, PhiForCausalLM
 
-from llamba import run
-from llamba.folders import finished
-from llamba.log import METRICS, read_metrics
-from llamba.overrides import keys
-from llamba.plan import plan
-from llamba.recipe import Recipe, Student
-from llamba.settings import Data, Distill, Stage, Training
+from llamba.base.folders import finished
+from llamba.running import run
+from llamba.running.plan import plan
+from llamba.settings import Data, Distill, Recipe, Stage, Student, Training
+from llamba.settings.overrides import keys
+from llamba.training.metrics import METRICS, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 ROOT = Path(__file__).parent.parent

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from llamba import run
 from llamba.cli import main
-from llamba.convert import convert
-from llamba.plan import plan
-from llamba.recipe import Recipe, Student, layers_of
-from llamba.select import Ranking, divergence, lent, rank, restore, save, table
-from llamba.settings import Data, Select
+from llamba.models.convert import convert
+from llamba.running import run
+from llamba.running.plan import plan
+from llamba.settings import Data, Recipe, Select, Student, layers_of
+from llamba.training.layer_ranking import Ranking, divergence, lent, rank, restore, save, table
 
 LAYERS = 4
 

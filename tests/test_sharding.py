@@ -14,12 +14,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM
 
-from llamba.batches import Rows, collate
-from llamba.data import prepare
-from llamba.losses import IGNORE
-from llamba.recipe import Data, Distill
+from llamba.data.batches import Rows, collate
+from llamba.data.tokens import prepare
+from llamba.settings import Data, Distill
 from llamba.stages import distill
-from llamba.train import inside, place_teacher
+from llamba.training.losses import IGNORE
+from llamba.training.trainer import inside, place_teacher
 
 
 @pytest.fixture

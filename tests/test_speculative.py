@@ -23,12 +23,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from llamba.convert import convert
+from llamba.models.convert import convert
 from llamba.speculative import Auto, Lookup, generate
 from llamba.speculative import accept as rule
 from llamba.speculative.choose import Choice
-from llamba.speculative.drafts import Proposal
 from llamba.speculative.lookahead import MEMORY
+from llamba.speculative.proposers import Proposal
 
 NEW = 16
 DRAFTS = ("llama", "hybrid", "self", "noisy", "adversarial", "lookup")

@@ -19,19 +19,18 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from llamba import checkpoints
-from llamba.convert import convert
-from llamba.data import Prepared, prepare
-from llamba.hybrid import mixer_layers
-from llamba.log import METRICS, read_metrics
-from llamba.losses import IGNORE
-from llamba.mixers import Recurrence
-from llamba.recipe import Data, Distill, Hidden, Matrix
-from llamba.record import HEARD
-from llamba.settings import TokenTraining
+from llamba.data.tokens import Prepared, prepare
+from llamba.models.activations import HEARD
+from llamba.models.convert import convert
+from llamba.models.hybrid import mixer_layers
+from llamba.models.mixers import Recurrence
+from llamba.settings import Data, Distill, Hidden, Matrix, TokenTraining
 from llamba.stages import STAGES, hidden, matrix
-from llamba.train import DistillTrainer, train_only
-from llamba.wrapped import inside
+from llamba.training import checkpoints
+from llamba.training.losses import IGNORE
+from llamba.training.metrics import METRICS, read_metrics
+from llamba.training.trainer import DistillTrainer, train_only
+from llamba.training.wrapped_forward import inside
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"
 SHORT = dict(batch=8, micro_batch=8, precision="fp32", warmup=0, log_every=1)
@@ -320,8 +319,8 @@ def test_stages_that_cannot_be_are_refused(make, words: str) -> None:
 
 
 ALIGN_RECIPE = """
-from llamba.recipe import Data, Hidden, Matrix, Recipe, Student
-from llamba.run import launch
+from llamba.settings import Data, Hidden, Matrix, Recipe, Student
+from llamba.running.run import launch
 
 short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=6)
 recipe = Recipe(

@@ -12,7 +12,7 @@ from language import conversation
 from llamba.bench import matrices as bench
 from llamba.cli import main
 from llamba.kernels.ssd import ssd_matrix
-from llamba.structured import alternating, distance, low_rank_and_ssd, semiseparable, toeplitz
+from llamba.training.structured_matrices import alternating, distance, low_rank_and_ssd, semiseparable, toeplitz
 
 T = 24
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"

@@ -7,8 +7,8 @@ import pytest
 import trl
 from transformers import AutoTokenizer
 
-from llamba.data import TEMPLATES, Tokenizer
-from llamba.recipe import Data
+from llamba.data.tokens import TEMPLATES, Tokenizer
+from llamba.settings import Data
 
 STORED = Path(trl.__file__).parent / "chat_templates"
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"

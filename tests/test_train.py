@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from llamba import checkpoints, run
-from llamba.batches import Ordered, Rows, collate
-from llamba.data import Prepared, prepare
-from llamba.log import METRICS, read_metrics
-from llamba.losses import IGNORE
-from llamba.recipe import Data, Distill, Recipe, Student, layers_of
+from llamba.data.batches import Ordered, Rows, collate
+from llamba.data.tokens import Prepared, prepare
+from llamba.running import run
+from llamba.settings import Data, Distill, Recipe, Student, layers_of
 from llamba.stages import distill
-from llamba.train import DistillTrainer, accumulation, freeze, inside, mixer_names, place_teacher, training_arguments
+from llamba.training import checkpoints
+from llamba.training.losses import IGNORE
+from llamba.training.metrics import METRICS, read_metrics
+from llamba.training.trainer import DistillTrainer, accumulation, freeze, inside, mixer_names, place_teacher, training_arguments
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)

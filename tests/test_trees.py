@@ -12,15 +12,15 @@ from models import MIXERS, ids, rms_error, student, teacher
 from test_speculative import DRAWS, NEW, PROMPT, SETTINGS, V, chi_square, draft_of, eight_tokens, exact_joint, noisy, plain, ragged
 from torch import Tensor
 
-from llamba import tree as module
-from llamba.convert import convert
 from llamba.kernels.conv1d import causal_conv1d_span
 from llamba.kernels.ssd import ssd, ssd_resume
+from llamba.models import tree as module
+from llamba.models.convert import convert
+from llamba.models.tree import Tree, grow
 from llamba.speculative import accept as rule
 from llamba.speculative import generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.rewind import Rewindable
-from llamba.tree import Tree, grow
 
 CPU = torch.device("cpu")
 WIDE, DEEP = (2, 1, 2), (3, 2, 1, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned, rms, within_budget
 
 from llamba.kernels.decode import Branches, Buffers, buffers, commit, cursors, keep_paths, mamba2_steps, plan, triton_dual
-from llamba.tree import Tree
+from llamba.models.tree import Tree
 
 G, SIZE = 2, 6
 

@@ -15,12 +15,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llamba import run, sources
-from llamba.convert import convert
-from llamba.log import METRICS, read_metrics
-from llamba.recipe import Recipe, Student
-from llamba.settings import Data, Dpo, Sft
-from llamba.train import CHECKPOINTING
+from llamba.data import sources
+from llamba.models.convert import convert
+from llamba.running import run
+from llamba.settings import Data, Dpo, Recipe, Sft, Student
+from llamba.training.metrics import METRICS, read_metrics
+from llamba.training.trainer import CHECKPOINTING
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 ROOT = Path(__file__).parent.parent
@@ -117,8 +117,8 @@ def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
 
 
 RECIPE = """
-from llamba.recipe import Data, Recipe, Student
-from llamba.run import launch
+from llamba.settings import Data, Recipe, Student
+from llamba.running.run import launch
 from llamba.settings import Dpo, Sft
 
 recipe = Recipe(

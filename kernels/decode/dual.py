@@ -15,7 +15,7 @@ from .rounds import Buffers, Cursors
 
 
 class Branches(NamedTuple):
-    """The T tokens of a round as a tree: node 0 follows the tokens that are kept. See `llamba.tree.Tree`, which makes both."""
+    """The T tokens of a round as a tree: node 0 follows the tokens that are kept. See `llamba.models.tree.Tree`, which makes both."""
 
     ancestors: Tensor  # [T, T] bool, whether node j is node i or stands on the way to it; j <= i
     windows: Tensor  # [T, W] integers, what the convolution of each node sees, oldest first: W - 1 + j is node j, less is before node 0

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.shapes import build
 from llamba.bench.timing import median_seconds
 from llamba.bench.train import DTYPES, ceilings
-from llamba.convert import student_config
-from llamba.devices import meant
-from llamba.provenance import append_row
+from llamba.models.convert import student_config
+from llamba.models.published import teacher_config
 from llamba.speculative import generate
 from llamba.speculative.choose import Choice
 from llamba.speculative.graphs import Decoder
-from llamba.teachers import teacher_config
 
 PROMPT, DRAFTED = 128, 4  # tokens before those that are timed; drafted tokens of a round that is verified
 

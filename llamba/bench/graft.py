@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamba.draft import chosen_layers
-from llamba.hybrid import RECURRENT
+from llamba.models.draft import chosen_layers
+from llamba.models.hybrid import RECURRENT
 from llamba.speculative import generate
 
 WRITES = ("self_attn.o_proj.weight", "self_attn.out_proj.weight", "mlp.down_proj.weight")  # what a layer adds to the hidden states

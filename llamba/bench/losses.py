@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llamba.base.provenance import append_row
 from llamba.bench.memory import forget_peak, mib
-from llamba.losses import Mix, head_sums, loss_sums
-from llamba.provenance import append_row
+from llamba.training.losses import Mix, head_sums, loss_sums
 
 T, D, V = 4096, 1024, 128256
 THREADS = 2

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamba import structured
-from llamba.data import Tokenizer
-from llamba.folders import resolve_model
-from llamba.mixers import Recurrence
-from llamba.provenance import append_row
-from llamba.record import HEARD, record
+from llamba.base.folders import resolve_model
+from llamba.base.provenance import append_row
+from llamba.data.sources import rows
+from llamba.data.tokens import Tokenizer
+from llamba.models.activations import HEARD, record
+from llamba.models.mixers import Recurrence
 from llamba.settings import Data
-from llamba.sources import rows
+from llamba.training import structured_matrices as structured
 
 STATES = (16, 32, 64)
 SWEEPS = 30

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.shapes import shrunk
 from llamba.bench.timing import median_seconds
 from llamba.bench.train import DTYPES, ceilings, show_ceilings
-from llamba.convert import student_config
-from llamba.devices import meant
-from llamba.hybrid import RECURRENT
-from llamba.provenance import append_row
+from llamba.models.convert import student_config
+from llamba.models.hybrid import RECURRENT
+from llamba.models.published import teacher_config
 from llamba.settings import Distill
 from llamba.stages.distill import objective
-from llamba.teachers import teacher_config
-from llamba.train import freeze
+from llamba.training.trainer import freeze
 
 SHAPE, MIXER, ATTENTION, T = "meta-llama-3-8b", "mamba2", 0.5, 2048
 

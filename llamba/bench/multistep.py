@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.timing import median_seconds
-from llamba.devices import meant
 from llamba.kernels.decode import (
     Buffers,
     Mamba1Weights,
@@ -26,7 +27,6 @@ from llamba.kernels.decode import (
     mamba2_steps,
     plan,
 )
-from llamba.provenance import append_row
 
 TOKENS = 32
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -20,11 +20,11 @@ from transformers import BambaConfig, DynamicCache, MambaConfig
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.memory import forget_peak, mib
-from llamba.cache import RecurrentLayer
-from llamba.devices import meant
-from llamba.mixers import build_mixer, initialise, mixer_config
-from llamba.provenance import append_row
+from llamba.models.cache import RecurrentLayer
+from llamba.models.mixers import build_mixer, initialise, mixer_config
 
 W = 4
 THREADS = 2

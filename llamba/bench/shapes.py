@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from llamba.convert import student_config
-from llamba.draft import draft_config
-from llamba.hybrid import RECURRENT
-from llamba.teachers import teacher_config
+from llamba.models.convert import student_config
+from llamba.models.draft import draft_config
+from llamba.models.hybrid import RECURRENT
+from llamba.models.published import teacher_config
 
 
 @dataclass(frozen=True)

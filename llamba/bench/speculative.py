@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.decode import round_call
 from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
-from llamba.chat import load, load_draft
-from llamba.devices import meant
-from llamba.provenance import append_row
+from llamba.chat.conversation import load, load_draft
 from llamba.speculative import Auto, Generation, generate
 from llamba.speculative.choose import Choice
-from llamba.speculative.drafts import ModelDraft, Proposal, Rows
 from llamba.speculative.graphs import serves
+from llamba.speculative.proposers import ModelDraft, Proposal, Rows
 from llamba.speculative.rewind import Rewindable
 
 Row = dict[str, Any]

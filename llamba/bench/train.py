@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.base.devices import meant
+from llamba.base.provenance import append_row
 from llamba.bench.timing import median_seconds
-from llamba.devices import meant
 from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
-from llamba.provenance import append_row
 
 T, H, G, P, NARROW = 4096, 32, 8, 128, 16
 SCANS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"mamba2": ssd, "mamba1": selective_scan}

@@ -7,10 +7,10 @@
 from llamba.settings.aligning import DPO_LOSSES, Aligning, Dpo, Lora, Sft
 from llamba.settings.common import Attention, Data, Stage, TokenTraining, Training, check_attention, check_types, require
 from llamba.settings.distilling import Distill, Draft, Hidden, Matrix, PseudoLabel, Select
-
-STAGE_CONFIGS: dict[str, type[Stage]] = {kind.name: kind for kind in (Matrix, Hidden, Distill, Draft, PseudoLabel, Select, Sft, Dpo)}
+from llamba.settings.recipe import Recipe, Student, layers_of
+from llamba.settings.stages import STAGE_CONFIGS
 
 __all__ = [
     "DPO_LOSSES", "STAGE_CONFIGS", "Aligning", "Attention", "Data", "Distill", "Dpo", "Draft", "Hidden", "Lora", "Matrix", "PseudoLabel",
-    "Select", "Sft", "Stage", "TokenTraining", "Training", "check_attention", "check_types", "require",
+    "Recipe", "Select", "Sft", "Stage", "Student", "TokenTraining", "Training", "check_attention", "check_types", "layers_of", "require",
 ]  # fmt: skip

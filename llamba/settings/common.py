@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from llamba.typed import fits, name_of
+from llamba.settings.typed import fits, name_of
 
 Attention = float | list[int] | str
 

@@ -106,7 +106,7 @@ class Select(Stage):
     """Measures which layers need attention and gives the student, which has mixers everywhere, the teacher's back in the best.
 
     `keep` is the part of layers that get attention, `method` how a layer is scored, `heads` whether heads are scored as
-    well, to look at: no student keeps part of a layer's heads (see `llamba.select`). Scores are means over `rows`
+    well, to look at: no student keeps part of a layer's heads (see `llamba.training.layer_ranking`). Scores are means over `rows`
     sequences of the data, `micro_batch` in one forward pass. Nothing is trained; the layers and their scores stand in
     `layers.json`, which `attention` accepts, and in a picture.
     """

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamba.data import Prepared
+from llamba.data.tokens import Prepared
 from llamba.stages import distill, draft, hidden, matrix, pseudo_label, select
 
 

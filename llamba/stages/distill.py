@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba import offline
-from llamba.batches import KEPT, Batch, Rows
-from llamba.data import Prepared
-from llamba.devices import on_cpu, own_device, processes
-from llamba.folders import resolve_model
-from llamba.loading import load_teacher, require_same_vocabulary
-from llamba.losses import Sums, TopK, head_sums
+from llamba.base.devices import on_cpu, own_device, processes
+from llamba.base.folders import resolve_model
+from llamba.data.batches import KEPT, Batch, Rows
+from llamba.data.tokens import Prepared
+from llamba.models.loading import load_teacher, require_same_vocabulary
 from llamba.settings import Distill
-from llamba.stages.teach import teach
-from llamba.train import freeze, model_inputs
+from llamba.stages.shared import teach
+from llamba.training import stored_logits as offline
+from llamba.training.losses import Sums, TopK, head_sums
+from llamba.training.trainer import freeze, model_inputs
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

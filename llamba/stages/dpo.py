@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from llamba.align import Aligner, load_student
-from llamba.batches import Batch, Ordered
-from llamba.data import Prepared
-from llamba.folders import resolve_model
-from llamba.log import METRICS, Metrics
-from llamba.losses import IGNORE, head_sums
-from llamba.pairs import Pairs
+from llamba.base.folders import resolve_model
+from llamba.data.batches import Batch, Ordered
+from llamba.data.pairs import Pairs
+from llamba.data.tokens import Prepared
 from llamba.settings import Dpo
-from llamba.train import carry_out, model_inputs, shards_weights, training_arguments
-from llamba.wrapped import inside
+from llamba.training.losses import IGNORE, head_sums
+from llamba.training.metrics import METRICS, Metrics
+from llamba.training.trainer import carry_out, model_inputs, shards_weights, training_arguments
+from llamba.training.trl_trainers import Aligner, load_student
+from llamba.training.wrapped_forward import inside
 
 PROBE = 16  # pairs on whose answers the KL to the reference is measured
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llamba.batches import Batch, Rows
-from llamba.data import Prepared
-from llamba.draft import make_draft
-from llamba.hybrid import PrunedHead
-from llamba.losses import IGNORE, Sums, head_sums
+from llamba.data.batches import Batch, Rows
+from llamba.data.tokens import Prepared
+from llamba.models.draft import make_draft
+from llamba.models.hybrid import PrunedHead
 from llamba.settings import Draft
-from llamba.stages.teach import load_pair, teach
-from llamba.train import freeze, model_inputs
+from llamba.stages.shared import load_pair, teach
+from llamba.training.losses import IGNORE, Sums, head_sums
+from llamba.training.trainer import freeze, model_inputs
 
 MADE = "untrained"
 _WAIT_SECONDS = 3600  # for the one process that makes the draft

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llamba.alignment import Distances, Part, one_graph_at_a_time
-from llamba.batches import Batch
-from llamba.data import Prepared
-from llamba.folders import resolve_model
-from llamba.hybrid import mixer_layers
-from llamba.mixers.base import at_least_fp32
-from llamba.record import record
+from llamba.base.folders import resolve_model
+from llamba.data.batches import Batch
+from llamba.data.tokens import Prepared
+from llamba.models.activations import record
+from llamba.models.hybrid import mixer_layers
+from llamba.models.mixers.base import at_least_fp32
 from llamba.settings import Hidden
-from llamba.stages.layers import Calls, calls_of, load_alike, predicting, trained_in
-from llamba.stages.teach import Pair, teach
-from llamba.train import model_inputs, train_only
-from llamba.wrapped import inside
+from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
+from llamba.stages.shared import Pair, teach
+from llamba.training.layer_distances import Distances, Part, one_graph_at_a_time
+from llamba.training.trainer import model_inputs, train_only
+from llamba.training.wrapped_forward import inside
 
 
 def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llamba.alignment import Distances, Part, norm, one_graph_at_a_time, squared_distance
-from llamba.batches import Batch
-from llamba.data import Prepared
-from llamba.folders import resolve_model
-from llamba.hybrid import RECURRENT, mixer_layers
-from llamba.mixers import Mixer, Mixing, NoMixer, Recurrence
-from llamba.record import HEARD, Scores, listening, record
+from llamba.base.folders import resolve_model
+from llamba.data.batches import Batch
+from llamba.data.tokens import Prepared
+from llamba.models.activations import HEARD, Scores, listening, record
+from llamba.models.hybrid import RECURRENT, mixer_layers
+from llamba.models.mixers import Mixer, Mixing, NoMixer, Recurrence
 from llamba.settings import Matrix
-from llamba.stages.layers import Calls, calls_of, load_alike, predicting, trained_in
-from llamba.stages.teach import Pair, teach
-from llamba.train import model_inputs, train_only
-from llamba.wrapped import inside
+from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
+from llamba.stages.shared import Pair, teach
+from llamba.training.layer_distances import Distances, Part, norm, one_graph_at_a_time, squared_distance
+from llamba.training.trainer import model_inputs, train_only
+from llamba.training.wrapped_forward import inside
 
 _ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every family
 

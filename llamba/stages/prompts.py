@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2
 
-from llamba import sources
-from llamba.data import chat_template
+from llamba.data import sources
+from llamba.data.tokens import chat_template
 from llamba.settings import Data, PseudoLabel
 
 WINDOW = 64  # batches that are sorted together

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from llamba import sources
-from llamba.chat import Sampling
-from llamba.data import Prepared
-from llamba.engines import ENGINES, Engine, pick
-from llamba.folders import ROWS, resolve_model
+from llamba.base.folders import ROWS, resolve_model
+from llamba.chat.conversation import Sampling
+from llamba.chat.engines import ENGINES, Engine, pick
+from llamba.data import sources
+from llamba.data.tokens import Prepared
 from llamba.settings import PseudoLabel
 from llamba.stages.prompts import WINDOW, Messages, Prompt, Reader, batches, source_names
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamba.batches import Batch, Ordered, Rows, collate
-from llamba.convert import convert, kept_layers
-from llamba.data import Prepared, prepare
-from llamba.devices import own_device
-from llamba.folders import resolve_model
-from llamba.select import Ranking, divergence, rank, restore, save, table
+from llamba.base.devices import own_device
+from llamba.base.folders import resolve_model
+from llamba.data.batches import Batch, Ordered, Rows, collate
+from llamba.data.tokens import Prepared, prepare
+from llamba.models.convert import convert, kept_layers
 from llamba.settings import Data, Select
+from llamba.training.layer_ranking import Ranking, divergence, rank, restore, save, table
 
 LAYERS = "layers.json"
 

@@ -8,12 +8,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from llamba.align import Aligner, load_student
-from llamba.batches import Batch, Ordered, Rows, collate
-from llamba.data import Prepared
-from llamba.log import METRICS, Metrics
+from llamba.data.batches import Batch, Ordered, Rows, collate
+from llamba.data.tokens import Prepared
 from llamba.settings import Sft
-from llamba.train import carry_out, held_out_batches, training_arguments
+from llamba.training.metrics import METRICS, Metrics
+from llamba.training.trainer import carry_out, held_out_batches, training_arguments
+from llamba.training.trl_trainers import Aligner, load_student
 
 
 class SftStage(Aligner, SFTTrainer):

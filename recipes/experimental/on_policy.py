@@ -21,10 +21,10 @@ from trl import TrlParser
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 import llamba  # noqa: F401  (makes the hybrids known)
-from llamba.errors import one_line_errors
-from llamba.folders import resolve_model
-from llamba.sources import messages, rows
-from llamba.train import CHECKPOINTING
+from llamba.base.errors import one_line_errors
+from llamba.base.folders import resolve_model
+from llamba.data.sources import messages, rows
+from llamba.training.trainer import CHECKPOINTING
 
 
 @dataclass

@@ -25,11 +25,10 @@ from demo import mean, score, write_conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llamba.batches import Rows, collate
-from llamba.data import prepare
-from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.run import run
-from llamba.settings import Hidden, Matrix, Stage
+from llamba.data.batches import Rows, collate
+from llamba.data.tokens import prepare
+from llamba.running.run import run
+from llamba.settings import Data, Distill, Hidden, Matrix, Recipe, Stage, Student
 from llamba.stages import distill
 
 HERE = Path(__file__).parent

@@ -22,11 +22,10 @@ from language import QUESTIONS, SKILLS, ask, ask_recall, exam, grade, state_fact
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llamba.errors import one_line_errors
-from llamba.pairs import Pairs, prepare
-from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.run import run
-from llamba.settings import Dpo, Sft, Stage
+from llamba.base.errors import one_line_errors
+from llamba.data.pairs import Pairs, prepare
+from llamba.running.run import run
+from llamba.settings import Data, Distill, Dpo, Recipe, Sft, Stage, Student
 
 LENGTH, PAIR_LENGTH = 256, 512
 TRAIN_PAIRS = 96  # per skill: those of 60 steps

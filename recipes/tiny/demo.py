@@ -14,10 +14,10 @@ from language import SKILLS, conversation, exam, grade
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from llamba.errors import one_line_errors
-from llamba.overrides import override
-from llamba.recipe import Data, Distill, Recipe, Student
-from llamba.run import run
+from llamba.base.errors import one_line_errors
+from llamba.running.run import run
+from llamba.settings import Data, Distill, Recipe, Student
+from llamba.settings.overrides import override
 
 HERE = Path(__file__).parent
 CONVERSATIONS = 2560

@@ -19,13 +19,13 @@ from language import FACT_COUNTS, Message, exam, grade, state_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from llamba.errors import one_line_errors
+from llamba.base.errors import one_line_errors
+from llamba.base.folders import finished
 from llamba.eval import scores
 from llamba.eval.recall import draw_needle
 from llamba.eval.stats import bootstrap
-from llamba.folders import finished
-from llamba.recipe import Distill, Recipe, Student
-from llamba.run import run
+from llamba.running.run import run
+from llamba.settings import Distill, Recipe, Student
 
 OUT = Path("runs/demo-recall")
 STEPS = 120

@@ -1,0 +1,53 @@
+"""The mixers that can stand where attention stood, and the defaults of each."""
+
+from typing import Any
+
+from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
+from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence
+from llamba.models.mixers.initial import INITS, Origin, initialise
+from llamba.models.mixers.mamba1 import Mamba1
+from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
+
+MIXERS: dict[str, type[Mixer]] = {
+    "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
+}  # fmt: skip
+ATTENTION = "attention"  # the family's own attention once more, as the student's mixer
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mamba1": {},
+    "mamba2": {"out_norm": True},
+    "discrete_mamba2": {"conv_activation": None},
+    "low_rank": {"conv_activation": None},
+    "toeplitz": {"conv_activation": None},
+}
+
+
+def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfig:
+    """The configuration of a mixer of this kind for attention of this shape (hidden_size, heads, groups, head_dim, ...).
+
+    `options` override single values. Raises ValueError for an unknown kind or option.
+    """
+    if kind not in (*MIXERS, ATTENTION):
+        raise ValueError(f"student.mixer must be one of {', '.join((*MIXERS, ATTENTION))}; got {kind!r}")
+    unknown = set(options) - set(MixerConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"unknown mixer option {sorted(unknown)[0]!r}; known: {', '.join(MixerConfig.__dataclass_fields__)}")
+    values = {**DEFAULTS.get(kind, {}), **shape}
+    values["state"] = min(16, shape["head_dim"]) if kind == "mamba1" else shape["head_dim"]
+    if kind == "mamba1":
+        values["dt_rank"] = -(-shape["hidden_size"] // 16)
+    if kind in ("toeplitz", "none"):  # no queries, no keys
+        values["qk_norm"] = None
+    return MixerConfig(kind=kind, **{**values, **options})
+
+
+def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
+    """The mixer described by a stored `config.mixer`, with uninitialised values."""
+    made = MixerConfig(**config)
+    return MIXERS[made.kind](made, layer_idx)
+
+
+__all__ = [
+    "ATTENTION", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin", "Recurrence",
+    "build_mixer", "initialise", "mixer_config",
+]  # fmt: skip

@@ -1,0 +1,357 @@
+"""What every mixer shares: its configuration, the teacher's weights that it takes, and the way through it.
+
+Shapes: B batch, T time, D model width, H query heads, G key/value heads, P head width, N state width, W convolution width.
+A mixer stands where `self_attn` stood: V -> x, K -> B, Q -> C, O -> out_proj (Mamba-in-Llama, arXiv 2408.15237, Algorithm 1).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
+from llamba.kernels.gated_norm import gated_head_norm
+from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
+from llamba.models.tree import Tree
+
+OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
+FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """Shape and variant of a mixer; the values are stored in the model's `config.mixer`.
+
+    `kind` is a key of `llamba.models.mixers.MIXERS`. `state` is N (None: P for the Mamba-2 kinds, 16 for Mamba-1). `conv_activation`
+    None leaves the convolution linear. `conv_after_repeat`, `double_dt_bias` and `block_gqa` reproduce published weights: the
+    convolution behind the GQA repeat, the step bias added twice, and key/value heads expanded in blocks of N coordinates.
+    `layers` lists the layers of a student whose mixer is attention again; `layer_types` cannot tell them.
+    """
+
+    kind: str
+    hidden_size: int
+    heads: int
+    groups: int
+    head_dim: int
+    state: int
+    conv_width: int = 4
+    conv_activation: str | None = "silu"
+    out_norm: bool = False
+    norm_eps: float = 1e-5
+    proj_bias: bool = True
+    out_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    dt_rank: int = 0
+    conv_after_repeat: bool = False
+    double_dt_bias: bool = False
+    block_gqa: bool = False
+    layers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.heads % self.groups:
+            raise ValueError(f"mixer.heads must be a multiple of mixer.groups; got {self.heads} heads and {self.groups} groups")
+        if self.conv_activation not in ("silu", None):
+            raise ValueError(f'mixer.conv_activation must be "silu" or null; got {self.conv_activation!r}')
+        if self.qk_norm not in ("rms", "layer", None):
+            raise ValueError(f'mixer.qk_norm must be "rms", "layer" or null; got {self.qk_norm!r}')
+        if self.conv_width < 1:
+            raise ValueError(f"mixer.conv_width must be at least 1; got {self.conv_width}")
+
+    @property
+    def inner(self) -> int:
+        """Width of the mixer's output before out_proj, H * P."""
+        return self.heads * self.head_dim
+
+    @property
+    def shared(self) -> int:
+        """Width of x (and of B where N = P) before the GQA repeat, G * P."""
+        return self.groups * self.head_dim
+
+
+@dataclass
+class AttentionWeights:
+    """What a mixer takes from attention. Weights as `nn.Linear` stores them: q [H P, D], k and v [G P, D], o [D, H P]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    norms: dict[str, Tensor] = field(default_factory=dict)  # "q_norm.weight", "k_norm.weight" and, for LayerNorm, the biases
+
+
+class Recurrence(NamedTuple):
+    """What a mixer receives as its `attention_mask`: real tokens [B, T] bool and document numbers [B, T]; None = all real, one document.
+
+    `tree`, with a cache that records: the tokens are its last T nodes, and the nodes before those were read last.
+    """
+
+    mask: Tensor | None = None
+    seq_idx: Tensor | None = None
+    tree: Tree | None = None
+
+
+class Mixing(NamedTuple):
+    """A mixing matrix M (y = M x for each head) that is not written out.
+
+    `rows(inputs, index)` gives the rows [B, H, I, T] of M that `index` (a slice or [I] integers) names, differentiable in the
+    inputs. Every input is [B, H, ...], the part of one head of one sequence.
+    """
+
+    inputs: tuple[Tensor, ...]
+    rows: Callable[[Sequence[Tensor], slice | Tensor], Tensor]
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class QKNorm(nn.Module):
+    """The teacher's norm over each query or key head: RMSNorm ("rms") or LayerNorm ("layer"), in at least fp32."""
+
+    def __init__(self, kind: str, width: int, eps: float):
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
+
+    def forward(self, heads: Tensor) -> Tensor:  # [..., P]
+        wide = at_least_fp32(heads)
+        if self.kind == "layer":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return (wide if self.bias is None else wide + self.bias).to(heads.dtype)
+
+
+class GatedHeadNorm(nn.Module):
+    """Gate, then RMSNorm over each head; see `llamba.kernels.gated_norm`."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # [..., H, P], [..., H P]
+        return gated_head_norm(y, z, self.weight, self.eps)
+
+
+class Mixer(nn.Module):
+    """A recurrent layer with the call and the return of a Hugging Face attention module.
+
+    Subclasses say how the rows of `in_proj` are laid out (`rows`), which of them the convolution covers (`conv_channels`), how
+    its output becomes heads (`heads_of`), and the recurrence itself (`scan` over a sequence, `step` for one token).
+    """
+
+    matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "q_norm", "k_norm")  # what M depends on
+    fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
+    dt_bias: nn.Parameter
+    D: nn.Parameter
+    A_log: nn.Parameter  # not in discrete Mamba-2
+    dt_proj: nn.Linear  # in Mamba-1
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    norm: GatedHeadNorm | None
+
+    def __init__(self, config: MixerConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows().values()), bias=config.proj_bias)
+        channels = self.conv_channels()
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
+        self.out_proj = nn.Linear(config.inner, config.hidden_size, bias=config.out_bias)
+        self.norm = GatedHeadNorm(config.inner, config.norm_eps) if config.out_norm else None
+        if config.qk_norm is not None:
+            self.q_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
+            self.k_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
+
+    def rows(self) -> dict[str, int]:
+        """Rows of in_proj by name, in order; "x", "B" and "C" hold the teacher's V, K and Q."""
+        raise NotImplementedError
+
+    def conv_channels(self) -> int:
+        """Channels of the convolution."""
+        raise NotImplementedError
+
+    def conv_rows(self) -> tuple[str, ...]:
+        """Names of the in_proj rows that pass the convolution; they stand next to each other."""
+        raise NotImplementedError
+
+    def heads_of(self, conv_out: Tensor, rest: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x, B (both as the cache stores them) and C for every head, from the convolution's output and the other rows."""
+        raise NotImplementedError
+
+    def scan(self, x: Tensor, b: Tensor, c: Tensor | None, dt: Tensor, state: Tensor | None, rec: Recurrence) -> tuple[Tensor, Tensor]:
+        """The recurrence over a sequence: output [B, T, H, P] and final state. c None: only the state is wanted."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The recurrence for one token: inputs without the time axis, output [B, H, P] and next state."""
+        raise NotImplementedError
+
+    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+        """The mixing matrix from x to y for inputs [B, T, D]; norm, gate and out_proj stand outside.
+
+        Raises ValueError for a mixer that has no matrix per head.
+        """
+        raise ValueError(
+            f"the matrix stage needs a mixer with one mixing matrix per head, got mixer={self.config.kind!r}, which mixes every channel in "
+            "its own way; use the hidden stage, which aligns the mixer's output instead"
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Recurrence | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """hidden_states [B, T, D] -> ([B, T, D], None). `attention_mask` is a `Recurrence`; other attention arguments do not apply."""
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if isinstance(layer, SteppedLayer):
+            return self.out_proj(layer.run(self, hidden_states)), None
+        rec = attention_mask or Recurrence()
+        parts = self._project(hidden_states)
+        if layer is None:
+            y, _, _ = self._run(parts, rec, None, None)
+        elif hidden_states.shape[1] == 1 and rec.mask is None:
+            y = self._cached_step(parts, rec, layer)
+        else:
+            y = self._cached_run(parts, rec, layer)
+        y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
+        return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def _project(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """The rows of in_proj by name; those that pass the convolution stay together under "conv"."""
+        merged: dict[str, int] = {}
+        for name, count in self.rows().items():
+            key = "conv" if name in self.conv_rows() else name
+            merged[key] = merged.get(key, 0) + count
+        parts = dict(zip(merged, self.in_proj(hidden_states).split(list(merged.values()), -1), strict=True))
+        return parts if self.config.qk_norm is None else self._normalise(parts)
+
+    def _normalise(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's norms over the heads of B and C, wherever they stand."""
+        together = self.conv_rows()
+        rows = dict(zip(together, parts["conv"].split([self.rows()[name] for name in together], -1), strict=True)) | parts
+        for name, norm in (("B", self.k_norm), ("C", self.q_norm)):
+            rows[name] = norm(rows[name].unflatten(-1, (-1, self.config.head_dim))).flatten(-2)
+        return rows | {"conv": torch.cat([rows[name] for name in together], -1)}
+
+    def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
+        return parts["conv"]
+
+    def _convolve(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(
+            self._conv_in(parts), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
+            state=window, seq_idx=rec.seq_idx, mask=rec.mask,
+        )  # fmt: skip
+
+    def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, state and convolution window after the tokens."""
+        conv_out, window = self._convolve(parts, rec, window)
+        x, b, c = self.heads_of(conv_out, parts)
+        y, state = self.scan(x, b, c, parts["dt"], state, rec)
+        return y, state, window
+
+    def _cached_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
+        tokens = parts["conv"].shape[1]
+        recent = min(tokens, KEPT) if layer.is_recording else 0
+        done = []
+        if recent < tokens:
+            early = {name: part[:, : tokens - recent] for name, part in parts.items()}
+            layer.fold_all(self._advance)
+            done.append(self._folded_run(early, Recurrence(None if rec.mask is None else rec.mask[:, : tokens - recent]), layer))
+        if recent:
+            late = {name: part[:, tokens - recent :] for name, part in parts.items()}
+            mask = None if rec.mask is None else rec.mask[:, tokens - recent :]
+            done.append(self._held_run(late, layer, rec.tree) if mask is None else self._held_run_with_holes(late, mask, layer))
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+    def _held_run_with_holes(self, parts: dict[str, Tensor], mask: Tensor, layer: RecurrentLayer) -> Tensor:
+        """As `_held_run` for tokens of which some are absent: they stand behind the others, and are forgotten."""
+        order = (~mask).long().argsort(dim=1, stable=True)  # [B, T]
+        packed = {name: part.gather(1, order[..., None].expand_as(part)) for name, part in parts.items()}
+        y = self._held_run(packed, layer, None)
+        layer.skip(mask)
+        there = order.argsort(1)[..., None, None].expand_as(y)
+        return y.gather(1, there).masked_fill(~mask[..., None, None], 0)
+
+    def _folded_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
+        y, state, window = self._run(parts, rec, layer.window(), layer.state)
+        layer.settle(window, state, y.shape[1])
+        return y
+
+    def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+        tokens = parts["conv"].shape[1]
+        behind = 0 if tree is None else len(tree) - tokens
+        span = layer.note(self._conv_in(parts), self._advance, self.fold_after, behind)
+        conv_out = causal_conv1d_span(
+            span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
+            windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
+        )  # fmt: skip
+        x, b, c = self.heads_of(conv_out, parts)
+        inputs, firsts = layer.hold((x, b, parts["dt"]))
+        return self.resume(inputs, c, layer.state, firsts, tree)
+
+    def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:
+        """Output [B, T, H, P] of the tokens that stand in slots firsts[b] .. firsts[b] + T - 1.
+
+        `inputs`: x, B and dt of the slots [B, S, ...] in order; c [B, T, ...] of the tokens; `state` before slot 0. What stands behind a
+        row's tokens is garbage and changes nothing. `tree`: the tokens are its last T nodes; one state for each node is made on the way.
+        """
+        x, b, dt = inputs
+        if tree is not None:
+            return self._resume_tree(inputs, c, state, [first - len(tree) + c.shape[1] for first in firsts], tree)
+        read = c.new_zeros(x.shape[0], x.shape[1], *c.shape[2:])
+        write(read, firsts, c)
+        return columns(self.scan(x, b, read, dt, state, Recurrence())[0], firsts, c.shape[1])
+
+    def _resume_tree(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, roots: list[int], tree: Tree) -> Tensor:
+        """`resume` by one step for each node, from the state of its parent; row b's root stands in slot roots[b]."""
+        slots = torch.arange(inputs[0].shape[1], device=c.device)
+        states = [self._advance(inputs, slots < torch.tensor(roots, device=c.device)[:, None], state)]  # that before the root, then theirs
+        x, b, dt = (columns(held, roots, len(tree)) for held in inputs)
+        read = torch.cat((c.new_zeros(len(c), len(tree) - c.shape[1], *c.shape[2:]), c), 1)
+        outputs = []
+        for node, parent in enumerate(tree.parents):
+            y, after = self.step(x[:, node], b[:, node], read[:, node], dt[:, node], states[parent + 1])
+            states.append(after)
+            outputs.append(y)
+        return torch.stack(outputs[-c.shape[1] :], 1)
+
+    def _cached_step(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
+        if layer.state is None or layer.is_recording:
+            return self._cached_run(parts, rec, layer)
+        window = layer.window()
+        assert window is not None, "a layer with a state has a window"
+        conv_out, window = causal_conv1d_step(
+            self._conv_in(parts)[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            activation=self.config.conv_activation, state=window,
+        )  # fmt: skip
+        x, b, c = self.heads_of(conv_out, {name: part[:, 0] for name, part in parts.items()})
+        y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
+        layer.settle(window, state, 1)
+        return y.unsqueeze(1)
+
+    def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
+        x, b, dt = inputs
+        return self.scan(x, b, None, dt, state, Recurrence(mask))[1]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casting a model to 16 bit leaves A_log, D and the step bias in fp32 (they decide the decay over thousands of tokens)."""
+        wide = {name: value.data for name, value in self._parameters.items() if name in FP32_PARAMETERS and value is not None}
+        super()._apply(fn, recurse)
+        for name, old in wide.items():
+            new = self.get_parameter(name)
+            if new.dtype in (torch.bfloat16, torch.float16):
+                new.data = old.to(new.device, torch.float32)
+        return self

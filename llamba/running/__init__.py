@@ -1,0 +1,1 @@
+"""A run folder from first to last stage: plan, checks before the first stage, the run itself."""

@@ -1,0 +1,64 @@
+"""What a stage reads: rows that earlier stages made, how much of a stream, and from where."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from llamba.base.folders import ROWS, finished
+from llamba.data import tokens as data
+from llamba.settings import Data, Dpo, Select, Sft, TokenTraining
+
+STAGE = "stage.json"
+Reading = TokenTraining | Select | Sft | Dpo  # the stages that read tokens
+
+
+def number_of(folder: Path) -> int:
+    """A step's number in its run folder: 2 of `2-distill`."""
+    return int(folder.name.partition("-")[0])
+
+
+def sources_of(data: Data, out: Path, number: int) -> Data:
+    """The data of stage `number` with `stage:NAME` replaced by the rows that the last such stage before it left."""
+
+    def resolve(source: str) -> str:
+        kind, _, name = source.partition(":")
+        if kind != "stage":
+            return source
+        made = [folder for folder in finished(out, ROWS) if folder.name.partition("-")[2] == name and number_of(folder) < number]
+        if not made:
+            raise ValueError(missing(source, number))
+        return str(made[-1] / ROWS)
+
+    def every(given: str | list[str] | None) -> Any:
+        return [resolve(source) for source in given] if isinstance(given, list) else given and resolve(given)
+
+    return dataclasses.replace(data, train=every(data.train), eval=every(data.eval))
+
+
+def missing(source: str, number: int) -> str:
+    """The message for a source `stage:NAME` that no stage before stage `number` makes."""
+    return f"data source {source} needs an earlier stage {source.partition(':')[2]!r}, and stage {number} has none before it"
+
+
+def limit_of(data: Data, stage: Reading) -> int | None:
+    """The tokens to read of streamed data. Raises ValueError where the stage does not say how many it needs."""
+    if not data.streaming:
+        return None
+    if isinstance(stage, Select):
+        return stage.rows * data.length
+    if stage.tokens is None and stage.steps is None:
+        raise ValueError(f"data.streaming needs {stage.name}.tokens or {stage.name}.steps, to know how much to read; got neither")
+    return stage.tokens or (stage.steps or 0) * stage.batch * data.length
+
+
+def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:
+    """Where stage `number` goes on reading streamed sources: the rows at which the stages before it stopped, as their stage.json says."""
+    if not config.streaming:
+        return {}
+    found: dict[str, int] = {}
+    for path in sorted(out.glob(f"*-*/{STAGE}"), key=lambda path: number_of(path.parent)):
+        if number_of(path.parent) < number:
+            found |= json.loads(path.read_text()).get("stopped_at", {})
+    places = {data.place(source, config.part) for source in data.names(config.train)}
+    return {place: row for place, row in found.items() if place in places and row}

@@ -1,0 +1,113 @@
+"""What can be known to be wrong before the first stage begins, so that no stage fails after days for it: data, models, layers, packages.
+
+Only stages that are still to do are looked at; of models, only configurations and tokenizers are read.
+"""
+
+from pathlib import Path
+
+from llamba.base.folders import DONE, finished, resolve_model
+from llamba.chat.engines import require_vllm
+from llamba.data import pairs, sources
+from llamba.data import tokens as data
+from llamba.models.convert import student_config
+from llamba.models.draft import draft_config
+from llamba.models.loading import require_alike, require_bitsandbytes, require_model, require_same_vocabulary
+from llamba.running.inputs import limit_of, missing
+from llamba.settings import (
+    Aligning,
+    Distill,
+    Dpo,
+    Draft,
+    Hidden,
+    Matrix,
+    PseudoLabel,
+    Recipe,
+    Select,
+    Sft,
+    Stage,
+    TokenTraining,
+    Training,
+    layers_of,
+)
+from llamba.training import lora
+from llamba.training.reporters import require_reporters
+from llamba.training.trainer import accumulation
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """Raises ValueError for the first thing that a stage still to be done in the run folder `out` needs, and that is missing or unfit."""
+    stages = {number: stage for number, stage in enumerate(recipe.stages, 1) if not stage.skip}
+    todo = {number: stage for number, stage in stages.items() if not (out / f"{number}-{stage.name}" / DONE).exists()}
+    for number, stage in todo.items():
+        made = {other.name for before, other in stages.items() if before < number and isinstance(other, PseudoLabel)}
+        _check_data(recipe, number, stage, made)
+        _check_packages(stage)
+        _check_model(recipe, stage, out)
+        if isinstance(stage, Training):
+            accumulation(stage)
+            require_reporters(stage.report_to)
+    _check_layers(recipe, list(todo.values()), out)
+
+
+def _of_this_run(name: str, out: Path) -> bool:
+    """Whether a path is one that the run itself may make."""
+    return Path(name).resolve().is_relative_to(out.resolve())
+
+
+def _check_data(recipe: Recipe, number: int, stage: Stage, made: set[str]) -> None:
+    """Sources that are files exist, those that stages make have their stage (`made`), and how much of a stream to read is said."""
+    config = stage.data or recipe.data
+    for source in [*data.names(config.train), *data.names(config.eval)]:
+        kind, _, name = source.partition(":")
+        if kind == "stage" and name not in made:
+            raise ValueError(missing(source, number))
+        if kind != "stage" and not _of_this_run(source, Path(recipe.output)):
+            sources.files(source)
+    data.own_template(config)
+    if isinstance(stage, Dpo):
+        pairs.require_whole(config)
+    if isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
+        limit_of(config, stage)
+
+
+def _check_packages(stage: Stage) -> None:
+    if isinstance(stage, Distill) and stage.teacher_bits is not None:
+        require_bitsandbytes(stage.teacher_bits)
+    if isinstance(stage, Aligning) and stage.lora is not None:
+        lora.require_packages(stage.lora)
+    if isinstance(stage, PseudoLabel) and stage.engine == "vllm":
+        require_vllm()
+
+
+def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
+    """A stage's own teacher, or reference, can be had and fits the student, which has the shape of the recipe's teacher; so do drafts."""
+    name = stage.teacher if isinstance(stage, (Matrix, Hidden, Distill, PseudoLabel)) else None
+    if isinstance(stage, Dpo) and stage.reference not in ("input", "teacher"):
+        name = stage.reference
+    if isinstance(stage, Draft):
+        draft_config(require_model(resolve_model(recipe.teacher)), stage.layers, stage.head)
+    if name is None or _of_this_run(name, out):
+        return
+    student, other = resolve_model(recipe.teacher), resolve_model(name)
+    require_model(other)
+    if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
+        require_same_vocabulary(student, other)
+    if isinstance(stage, (Matrix, Hidden)):
+        require_alike(stage.name, student, other)
+
+
+def _check_layers(recipe: Recipe, todo: list[Stage], out: Path) -> None:
+    """Further conversions ask for attention that is still there."""
+    if all(stage.attention is None for stage in todo):
+        return
+    steps, mixer = finished(out), recipe.student.mixer
+    config = require_model(str(steps[-1]) if steps else resolve_model(recipe.teacher))
+    if not steps:
+        config = student_config(config, mixer, layers_of(recipe.student.attention))
+    for stage in todo:
+        if isinstance(stage.attention, str) and _of_this_run(stage.attention, out):
+            return  # a list that is still to be measured
+        if stage.attention is not None:
+            config = student_config(config, mixer, layers_of(stage.attention))
+        if isinstance(stage, Select):
+            return  # which layers it gives attention back is not known yet

@@ -1,0 +1,228 @@
+"""A recipe's run: a folder that fills stage by stage, and that the same command continues wherever it was stopped.
+
+    output/recipe.json     the recipe, resolved
+    output/data/           tokenised rows, a folder per set, whose data.json says where they came from and what became of them
+    output/0-convert/      a model folder per step: weights, config, tokenizer, stage.json, DONE
+    output/1-distill/      the same, with metrics.jsonl, and with checkpoints/ while it is being trained
+    output/2-convert/      where stage 2 says `attention`: its student, converted further
+    output/2-distill/
+
+A step's folder counts from the moment it holds DONE, which is written last.
+"""
+
+import gc
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from llamba.base.errors import one_line_errors
+from llamba.base.folders import DONE, finished, resolve_model
+from llamba.base.provenance import versions
+from llamba.data import pairs
+from llamba.data import tokens as data
+from llamba.data.tokens import Prepared
+from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
+from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
+from llamba.training import checkpoints
+
+RECIPE = "recipe.json"
+BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
+_MAY_CHANGE = {"gradient_checkpointing", "log_every", "micro_batch", "report_to", "save_every"}  # in a stage that has begun
+_WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _lasting(stage: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage that its result depends on. (Published code counts each forward pass alike, whatever its size.)"""
+    lasting = {"micro_batch"} if stage.get("reduction") == "batchmean_legacy" else set()
+    return {key: value for key, value in stage.items() if key not in _MAY_CHANGE or key in lasting}
+
+
+def _settled(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """What of a recipe the finished and begun work in `out` rests on."""
+    values = overrides.to_dict(recipe)
+    begun = [_lasting(stage) for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
+    first = {key: values[key] for key in ("seed", "student", "teacher")} if finished(out) else {}
+    return first | {"stages": [stage | {"data": stage["data"] or values["data"]} for stage in begun]}
+
+
+def _claim(recipe: Recipe, out: Path) -> None:
+    """Make the folder this recipe's own. Raises ValueError if begun work in it belongs to another recipe."""
+    path = out / RECIPE
+    if path.exists():
+        present = overrides.from_dict(json.loads(path.read_text()), str(path))
+        if changed := overrides.differences(_settled(present, out), _settled(recipe, out)):
+            raise ValueError(
+                f"{out} holds a run of another recipe ({'; '.join(changed)}); "
+                "give the old values, choose another output, or delete the folder"
+            )
+    elif out.exists() and any(entry.name != f"{RECIPE}.partial" for entry in out.iterdir()):
+        raise ValueError(f"output must be a new folder or a run folder, got {out}, which has files but no {RECIPE}")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(path, overrides.to_dict(recipe))
+
+
+def _describe(folder: Path, name: str, settings: dict[str, Any], started: float, results: dict[str, Any], **more: Any) -> None:
+    """Write stage.json and, last, DONE."""
+    report = {
+        "stage": name,
+        "config": settings,
+        "results": results,
+        "command": sys.argv,
+        "seconds": round(time.time() - started, 1),
+        "versions": versions(),
+        **more,
+    }
+    _write(folder / STAGE, report)
+    (folder / DONE).touch()
+
+
+def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) -> None:
+    """Convert the model `source` into `folder`, which appears whole or not at all."""
+    from llamba.models.convert import convert
+
+    started, partial = time.time(), folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    choice = recipe.student
+    student = convert(source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed)
+    student.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+    conversion: Any = student.conversion
+    _write(partial / "conversion.json", conversion.to_json())
+    _describe(partial, "convert", overrides.to_dict(recipe)["student"] | {"attention": attention}, started, {})
+    os.replace(partial, folder)
+    del student
+    gc.collect()
+
+
+def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
+    """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
+    stage = recipe.stages[number - 1]
+    config = sources_of(stage.data or recipe.data, out, number)
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
+        return Prepared(config, recipe.seed)
+    limit, starts = limit_of(config, stage), starts_of(config, out, number)
+    folder = out / "data" / data.set_name(config, stage.targets, limit, starts)
+
+    def work() -> None:
+        if folder.exists():
+            data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
+        elif stage.targets == "pairs":
+            pairs.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder)
+        else:
+            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit, starts)
+
+    _once(folder, work)
+    return Prepared(config, recipe.seed, folder)
+
+
+def _once(marker: Path, work: Callable[[], None]) -> None:
+    """Do `work`, which leaves `marker`, in the first process; in the others wait for it."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    if _rank() == 0:
+        work()
+    while not marker.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(f"waited {_WAIT_SECONDS // 3600} hours for the first process to finish {marker.parent}, and it did not")
+        time.sleep(0.5)
+
+
+def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
+    """Do stage `number` (from 1), unless it is done, and return the folder of the student after it."""
+    from llamba.stages import STAGES  # here, so that chat and plan need not import the trainer
+
+    stage = recipe.stages[number - 1]
+    if stage.attention is not None:
+        attention, source, previous = stage.attention, previous, out / f"{number}-convert"
+        _once(previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, attention, str(source), previous))
+    folder = out / f"{number}-{stage.name}"
+    if not (folder / DONE).exists():
+        prepared = _prepare(recipe, number, str(previous), out)
+        started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
+        results = STAGES[stage.name](stage, str(previous), resolve_model(recipe.teacher), prepared, folder)
+
+        def finish() -> None:
+            if (folder / "config.json").exists():
+                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+            stopped = {} if prepared.folder is None else data.stopped(prepared.config, prepared.folder)
+            _describe(folder, stage.name, settings, started, results, **({"stopped_at": stopped} if stopped else {}))
+
+        _once(folder / DONE, finish)
+    if _rank() == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return previous if isinstance(stage, BESIDE) else folder
+
+
+def run(recipe: Recipe) -> Path:
+    """Do what is left of a recipe, and return the student's last folder.
+
+    Under a launcher every process calls this; conversion and tokenising are done by the first process alone. Raises
+    ValueError for anything wrong with the recipe, its teacher, its data, its folder or the disk.
+    """
+    from llamba.running import preflight
+
+    out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
+    with checkpoints.disk_errors(out):
+        if _rank() == 0:
+            _claim(recipe, out)
+            preflight.check(recipe, out)
+        last = out / "0-convert"
+        first = last
+        _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first))
+        for number in [number for number, stage in enumerate(recipe.stages, 1) if not stage.skip]:
+            last = _stage(recipe, number, last, out)
+    return last
+
+
+def _help(recipe: Recipe, source: str) -> str:
+    listed = "\n".join(f"  {key}={json.dumps(value)}" for key, (value, _) in overrides.keys(recipe).items())
+    return (
+        f"python {source} [--plan] [key=value ...]\naccelerate launch [--config_file FILE] {source} [key=value ...]\n\n"
+        f"--plan prints what the run would do and does nothing. LLAMBA_TRACEBACK=1 shows where an error came from.\n\n{listed}"
+    )
+
+
+def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        return print(_help(recipe, source))
+    if set(flags) - {"--plan"}:
+        raise ValueError(f"needed --plan, --help or key=value, got {flags[0]}")
+    recipe = overrides.override(recipe, [argument for argument in arguments if argument not in flags], source)
+    if flags:
+        from llamba.running.plan import plan
+
+        return print(plan(recipe))
+    last = run(recipe)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if _rank() == 0:
+        print(f"done: {last}")
+
+
+def launch(recipe: Recipe) -> None:
+    """Run a recipe file's recipe with the command line's overrides; the last line of every recipe file.
+
+    A user's error ends as one line on stderr and exit status 2.
+    """
+    with one_line_errors():
+        _main(recipe, sys.argv[1:], sys.argv[0])

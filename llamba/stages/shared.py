@@ -1,0 +1,52 @@
+"""What all stages do that teach a student by a teacher: load both, train with an objective, score, save."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llamba.data.batches import Ordered, Rows
+from llamba.data.tokens import Prepared
+from llamba.models.loading import load_teacher
+from llamba.settings import TokenTraining
+from llamba.training.metrics import METRICS
+from llamba.training.trainer import DistillTrainer, Objective, carry_out, training_arguments
+
+Pair = tuple[PreTrainedModel, PreTrainedModel]
+
+
+def load_pair(stage: TokenTraining, student: str, teacher: str) -> Pair:
+    """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
+    pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    return pupil, load_teacher(teacher, stage.precision)
+
+
+def teach(
+    stage: TokenTraining,
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedModel | None]],
+    objective: Objective,
+    data: Prepared,
+    out: Path,
+    *,
+    rows: Callable[[str], Rows | None] | None = None,
+    mean_of_means: bool = False,
+) -> dict[str, float]:
+    """Train the student that `load` gives against its teacher, leaving the result in `out`.
+
+    `rows` stands in for `data.rows`; `mean_of_means`: each forward pass counts alike, whatever its number of targets.
+    An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of
+    `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained. Raises ValueError for a loss that is
+    not finite, and a full disk.
+    """
+    read = rows or data.rows
+    train = read("train")
+    assert train is not None
+    ordered = Ordered(train, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
+    folder = out / "checkpoints"
+    args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
+    pupil, guide = load()
+    args.use_cache = pupil.config.use_cache
+    trainer = DistillTrainer(pupil, guide, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
+    held_out = read("eval")
+    return carry_out(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})

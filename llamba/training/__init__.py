@@ -1,0 +1,1 @@
+"""Trainers, losses, adapters, checkpoints, metrics, and what is measured of layers."""

@@ -1,0 +1,142 @@
+"""A run's training in one picture and one table: losses, distances per layer, throughput, from every stage's metrics.jsonl."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamba.base.folders import DONE
+from llamba.training.metrics import METRICS, read_metrics
+
+PICTURE = "report.png"
+_NOT_LOSSES = {"step", "tokens", "tokens_per_s", "lr", "grad_norm", "epoch"}
+_LARGE = ("logps/", "logits/")  # sums over an answer's tokens, hundreds beside rewards of about one
+
+Points = tuple[list[float], list[float]]  # x and y of a curve
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One stage: its folder's name, the lines of its metrics.jsonl, whether it is finished, and the seconds that it took."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    done: bool
+    seconds: float | None
+
+    @property
+    def axis(self) -> str:
+        """What runs along x: tokens where they were counted, else optimizer steps."""
+        return "tokens" if any("tokens" in line for line in self.lines) else "step"
+
+    def curve(self, key: str, layer: str | None = None) -> Points:
+        """The points of a number, or of one layer's number. A line without x (held-out scores) stands where the line before it stands."""
+        x: float = 0
+        points: Points = [], []
+        for line in self.lines:
+            x = line.get(self.axis, x)
+            value = line.get(key) if layer is None else line.get(key, {}).get(layer)
+            if isinstance(value, (int, float)):
+                points[0].append(x)
+                points[1].append(value)
+        return points
+
+    def losses(self) -> list[str]:
+        """Keys of losses and scores, in order of appearance."""
+        keys = dict.fromkeys(key for line in self.lines for key, value in line.items() if isinstance(value, (int, float)))
+        return [key for key in keys if key not in _NOT_LOSSES and not key.removeprefix("eval_").startswith(_LARGE)]
+
+    def layers(self) -> list[str]:
+        """Layers with a distance of their own (a line's `layers`: layer -> number), in order."""
+        keys = dict.fromkeys(layer for line in self.lines for layer in line.get("layers", {}))
+        return sorted(keys, key=int)
+
+
+def _seconds(stage: Path) -> float | None:
+    path = stage / "stage.json"
+    return json.loads(path.read_text()).get("seconds") if path.exists() else None
+
+
+def curves_of(run: Path) -> list[Curves]:
+    """The stages of a run folder that left metrics, in order, finished or not. Raises ValueError where there is none."""
+    stages = [path.parent for path in run.glob(f"*-*/{METRICS}") if path.parent.name.partition("-")[0].isdigit()]
+    stages.sort(key=lambda stage: int(stage.name.partition("-")[0]))
+    read = [(stage, read_metrics(stage / METRICS)) for stage in stages]
+    found = [Curves(stage.name, lines, (stage / DONE).exists(), _seconds(stage)) for stage, lines in read if lines]
+    if not found:
+        raise ValueError(f"{run} must be a run folder with a stage that has begun to train (N-stage/{METRICS}), found none")
+    return found
+
+
+def _draw_losses(axes: Any, stage: Curves) -> None:
+    for key in stage.losses():
+        x, y = stage.curve(key)
+        held_out = key.startswith("eval")
+        axes.plot(x, y, label=key, marker="o" if held_out or len(x) == 1 else None, linestyle="none" if held_out else "-")
+    positive = all(value > 0 for key in stage.losses() for value in stage.curve(key)[1])
+    axes.set(title=stage.name, xlabel=stage.axis, yscale="log" if positive else "linear")
+    axes.legend(fontsize="small")
+
+
+def _draw_layers(axes: Any, stage: Curves) -> None:
+    from matplotlib import colormaps
+
+    layers = stage.layers()
+    for place, layer in enumerate(layers):
+        colour = colormaps["viridis"](place / max(1, len(layers) - 1))
+        label = layer if place in (0, len(layers) - 1) else None
+        axes.plot(*stage.curve("layers", layer), color=colour, label=label)
+    axes.set(title=f"{stage.name}: distance of each layer", xlabel=stage.axis, yscale="log")
+    axes.legend(title="layer", fontsize="small")
+
+
+def _draw_speed(axes: Any, stage: Curves) -> None:
+    axes.plot(*stage.curve("tokens_per_s"), color="tab:green")
+    axes.set(title=f"{stage.name}: tokens per second", xlabel=stage.axis)
+    axes.set_ylim(bottom=0)
+
+
+def draw(stages: Sequence[Curves], path: Path) -> None:
+    """One row per stage: losses; where measured, the distance of each layer; throughput."""
+    from matplotlib.figure import Figure  # half a second, and only for pictures
+
+    wide = 3 if any(stage.layers() for stage in stages) else 2
+    figure = Figure(figsize=(5 * wide, 3.5 * len(stages)), layout="constrained")
+    grid = figure.subplots(len(stages), wide, squeeze=False)
+    for row, stage in zip(grid, stages, strict=True):
+        _draw_losses(row[0], stage)
+        if stage.layers():
+            _draw_layers(row[1], stage)
+        elif wide == 3:
+            row[1].set_axis_off()
+        _draw_speed(row[-1], stage)
+    figure.savefig(path, dpi=110)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def table(stages: Sequence[Curves]) -> str:
+    """One line per stage: steps, tokens, first and last loss, held-out loss, median tokens per second, minutes."""
+    lines = [f"{'stage':<18}{'steps':>8}{'tokens':>16}{'loss: first':>13}{'last':>10}{'held out':>10}{'tok/s':>10}{'minutes':>9}"]
+    for stage in stages:
+        losses, held_out = (stage.curve(key)[1] for key in ("loss", "eval_loss"))
+        speed = stage.curve("tokens_per_s")[1]
+        last = {key: max((line[key] for line in stage.lines if key in line), default=None) for key in ("step", "tokens")}
+        lines.append(
+            f"{stage.name:<18}{_number(last['step'], ','):>8}{_number(last['tokens'], ','):>16}"
+            f"{_number(losses[0] if losses else None, '.4f'):>13}{_number(losses[-1] if losses else None, '.4f'):>10}"
+            f"{_number(held_out[-1] if held_out else None, '.4f'):>10}{_number(statistics.median(speed) if speed else None, ',.0f'):>10}"
+            f"{_number(None if stage.seconds is None else stage.seconds / 60, ',.1f'):>9}{'' if stage.done else '  not finished'}"
+        )
+    return "\n".join(lines)
+
+
+def report(run: str | Path) -> str:
+    """Draw `report.png` in a run folder; returns the table. Raises ValueError for a folder that is no run with metrics."""
+    stages = curves_of(Path(run))
+    draw(stages, Path(run) / PICTURE)
+    return f"{run}\n{table(stages)}\npicture: {Path(run) / PICTURE}"

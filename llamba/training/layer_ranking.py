@@ -1,0 +1,268 @@
+"""Which layers should keep attention: each is scored by the KL divergence to the teacher that its attention saves.
+
+`restore` starts from the student, every layer converted, and puts one layer's attention back: the score is the KL that goes away
+(KL-guided layer selection, arXiv 2512.20569). `swap` starts from the teacher and puts one layer's mixer in: the score is the KL that
+comes (single-swap scoring, as in HALO, arXiv 2601.22156). Both need one teacher and one student in memory; modules change places.
+
+Shapes: B batch, T time, D model width, H query heads, P head width.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llamba.data.batches import Batch
+from llamba.models.convert import kept_layers
+from llamba.models.families import family_of
+from llamba.models.hybrid import RECURRENT
+from llamba.training.losses import head_sums
+from llamba.training.trainer import model_inputs
+
+Method = Literal["restore", "swap"]
+_HEADS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores in nats per target token, higher = needs attention more: one per layer, and where asked one per layer and head.
+
+    `start` is the KL of the model that scoring started from: the student for `restore`, the teacher (0) for `swap`.
+    """
+
+    method: Method
+    start: float
+    scores: list[float]
+    heads: list[list[float]] | None
+    targets: int
+
+    def order(self) -> list[int]:
+        """Layers by falling score."""
+        return sorted(range(len(self.scores)), key=lambda layer: (-self.scores[layer], layer))
+
+    def kept(self, keep: float) -> list[int]:
+        """The best layers, as many as the fraction `keep` means for this model."""
+        return sorted(self.order()[: len(kept_layers(keep, len(self.scores)))])
+
+    def head_order(self) -> list[dict[str, float]]:
+        """Heads by falling score."""
+        found = [
+            {"layer": layer, "head": head, "score": score} for layer, row in enumerate(self.heads or []) for head, score in enumerate(row)
+        ]
+        return sorted(found, key=lambda entry: -entry["score"])
+
+
+def _layers(model: Any) -> Any:
+    return model.base_model.layers
+
+
+def _place(model: Any, layer: int, module: nn.Module, kind: str) -> None:
+    _layers(model)[layer].self_attn = module
+    model.config.layer_types[layer] = kind
+
+
+@contextmanager
+def lent(host: Any, guest: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Within it, `host` has in `layers` what stands there in `guest`: the module itself, no copy."""
+    own = [(layer, _layers(host)[layer].self_attn, host.config.layer_types[layer]) for layer in layers]
+    for layer in layers:
+        _place(host, layer, _layers(guest)[layer].self_attn, guest.config.layer_types[layer])
+    try:
+        yield
+    finally:
+        for layer, module, kind in own:
+            _place(host, layer, module, kind)
+
+
+def restore(student: Any, teacher: Any, layers: Sequence[int]) -> None:
+    """Give the student the teacher's attention in `layers`, for good. Both are hybrids of one shape; the modules are shared."""
+    for layer in layers:
+        _place(student, layer, _layers(teacher)[layer].self_attn, teacher.config.layer_types[layer])
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, every one of `modules` computes `forward`."""
+    for module in modules:
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def _hidden(model: Any, batch: Batch) -> Tensor:
+    """Last hidden states [B, T, D]."""
+    hidden: Tensor = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+    return hidden
+
+
+def _hidden_from(model: Any, batch: Batch, layer: int, state: Tensor) -> Tensor:
+    """The same where the input `state` [B, T, D] of `layer` is known: the layers below are not run again."""
+    with _forwards(_layers(model)[:layer], lambda hidden, *args, **kwargs: state):
+        return _hidden(model, batch)
+
+
+def _layer_inputs(model: Any, batch: Batch) -> tuple[list[Tensor], Tensor]:
+    """What enters each layer, and the last hidden states."""
+    inputs: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for layer in _layers(model)]
+    try:
+        hidden = _hidden(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs, hidden
+
+
+class _Scorer:
+    """KL sums of variants of `host`, one batch at a time. `guest` lends its layers."""
+
+    def __init__(self, host: Any, guest: Any, teacher: Any) -> None:
+        self.host, self.guest, self.teacher = host, guest, teacher
+
+    def start(self, batch: Batch) -> float:
+        """Take up a batch; returns the KL of the host as it is, summed over the target tokens."""
+        self.batch = batch
+        self.guide = _hidden(self.teacher, batch)
+        self.inputs, hidden = _layer_inputs(self.host, batch)
+        return self.kl(hidden)
+
+    def kl(self, hidden: Tensor) -> float:
+        """Sum over target tokens of KL(teacher || host with these last hidden states)."""
+        heads = self.host.get_output_embeddings(), self.teacher.get_output_embeddings()
+        return head_sums(hidden, self.guide, *heads, self.batch["labels"], kl=1.0, ce=0.0, temperature=1.0).kl.item()
+
+    def layer(self, layer: int) -> float:
+        """KL with the guest's module in one layer."""
+        with lent(self.host, self.guest, [layer]):
+            return self.kl(_hidden_from(self.host, self.batch, layer, self.inputs[layer]))
+
+    def _before_projection(self, layer: int) -> tuple[nn.Linear, Tensor]:
+        """The output projection that stands in a layer of the host, and what enters it [B, T, H P]."""
+        attention = _layers(self.host)[layer].self_attn
+        parts = dict(attention.named_children())
+        name = "out_proj" if self.host.config.layer_types[layer] == RECURRENT else family_of(self.host.config).out
+        if name not in parts:
+            raise ValueError(f"heads can be scored where a mixer has heads; {type(attention).__name__} in layer {layer} has none")
+        seen: list[Tensor] = []
+        hook = parts[name].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            _hidden_from(self.host, self.batch, layer, self.inputs[layer])
+        finally:
+            hook.remove()
+        projection: Any = parts[name]
+        return projection, seen[0]
+
+    def heads(self, layer: int) -> list[float]:
+        """KL with one head of a layer from the guest, for each head in turn."""
+        own, own_y = self._before_projection(layer)
+        with lent(self.host, self.guest, [layer]):
+            other, other_y = self._before_projection(layer)
+        heads = self.host.config.num_attention_heads
+        bias = 0 if other.bias is None else other.bias  # counted once: the host's
+        found = []
+        for head in range(heads):
+            chosen = own_y.new_zeros(heads, own_y.shape[-1] // heads)
+            chosen[head] = 1
+            y = own(own_y * (1 - chosen.flatten())) + other(other_y * chosen.flatten()) - bias  # [B, T, D]
+            with _forwards([_layers(self.host)[layer].self_attn], lambda *args, y=y, **kwargs: (y, None)):
+                found.append(self.kl(_hidden_from(self.host, self.batch, layer, self.inputs[layer])))
+        return found
+
+
+def _check(teacher: Any, student: Any) -> None:
+    keys = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    own, other = ([getattr(model.config, key) for key in keys] for model in (student, teacher))
+    if own != other:
+        raise ValueError(f"selection needs the teacher that the student was made of: {', '.join(keys)} are {own}, the teacher's {other}")
+    left = [layer for layer, kind in enumerate(student.config.layer_types) if kind != RECURRENT]
+    if left:
+        raise ValueError(f"selection needs a student with every layer converted (student.attention=0); attention is left in {left}")
+
+
+@torch.inference_mode()
+def rank(teacher: Any, student: Any, batches: Sequence[Batch], method: Method = "restore", heads: bool = False) -> Ranking:
+    """Score every layer, and with `heads` every query head of every layer.
+
+    `teacher` is a hybrid with attention everywhere (`convert(..., attention=1.0)`), `student` the same model with mixers everywhere;
+    both are left as they were. Costs about half a forward pass per layer (and head) and batch. Raises ValueError for other models.
+    """
+    _check(teacher, student)
+    host, guest = (student, teacher) if method == "restore" else (teacher, student)
+    scorer, layers = _Scorer(host, guest, teacher), range(len(_layers(host)))
+    start, targets = 0.0, 0
+    by_layer = torch.zeros(len(layers), dtype=torch.float64)
+    by_head = torch.zeros(len(layers), host.config.num_attention_heads if heads else 0, dtype=torch.float64)
+    for number, batch in enumerate(batches, 1):
+        start += scorer.start(batch)
+        targets += int((batch["labels"][:, 1:] >= 0).sum())
+        by_layer += torch.tensor([scorer.layer(layer) for layer in layers], dtype=torch.float64)
+        if heads:
+            by_head += torch.tensor([scorer.heads(layer) for layer in layers], dtype=torch.float64)
+        print(f"select ({method}): batch {number}/{len(batches)}, {targets} target tokens", flush=True)
+    if not targets:
+        raise ValueError("selection needs rows with target tokens, got none")
+    sign = -1 if method == "restore" else 1
+    scores, head_scores = (sign * (sums - start) / targets for sums in (by_layer, by_head))
+    return Ranking(method, start / targets, scores.tolist(), head_scores.tolist() if heads else None, targets)
+
+
+@torch.inference_mode()
+def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int]) -> float:
+    """Mean KL(teacher || student) per target token with the teacher's attention back in `layers`."""
+    scorer, targets = _Scorer(student, teacher, teacher), 0
+    with lent(student, teacher, layers):
+        total = sum(scorer.start(batch) for batch in batches)
+    targets = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+    return total / targets
+
+
+def save(ranking: Ranking, layers: list[int], path: Path, facts: dict[str, Any]) -> None:
+    """Write `path`, a JSON object that `student.attention` accepts, and the picture beside it (.png).
+
+    `layers` are those that keep attention; `facts` say what was measured on.
+    """
+    found: dict[str, Any] = {"layers": layers, "method": ranking.method, "unit": "nats per target token", "start": ranking.start}
+    found |= {"scores": ranking.scores, "order": ranking.order(), "targets": ranking.targets, **facts}
+    if ranking.heads is not None:
+        found["heads"] = ranking.head_order()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    draw(ranking, layers, path.with_suffix(".png"))
+
+
+def draw(ranking: Ranking, layers: list[int], path: Path) -> None:
+    """Bars per layer, those that keep attention in another colour; below them a map of the heads where they were scored."""
+    from matplotlib.figure import Figure  # half a second, and only for pictures
+
+    number = len(ranking.scores)
+    rows = 1 if ranking.heads is None else 2
+    figure = Figure(figsize=(max(6, number / 4), 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    colours = ["tab:orange" if layer in layers else "tab:blue" for layer in range(number)]
+    axes[0].bar(range(number), ranking.scores, color=colours)
+    what = "KL saved by one layer's attention" if ranking.method == "restore" else "KL caused by one layer's mixer"
+    axes[0].set(title=f"{what} (orange: keeps attention)", xlabel="layer", ylabel="nats per token")
+    if ranking.heads is not None:
+        image = axes[1].imshow(list(zip(*ranking.heads, strict=True)), aspect="auto", origin="lower")
+        axes[1].set(title="the same, head by head", xlabel="layer", ylabel="query head")
+        figure.colorbar(image, ax=axes[1])
+    figure.savefig(path, dpi=120)
+
+
+def table(ranking: Ranking, layers: list[int]) -> str:
+    """The ranking as text, best layer first."""
+    lines = [f"{'rank':>4} {'layer':>5} {'score':>11}  (nats per target token, {ranking.method} from KL {ranking.start:.4g})"]
+    for place, layer in enumerate(ranking.order(), 1):
+        lines.append(f"{place:>4} {layer:>5} {ranking.scores[layer]:>11.4g}  {'keeps attention' if layer in layers else ''}".rstrip())
+    if ranking.heads is not None:
+        best = (f"{head['layer']}.{head['head']} ({head['score']:.3g})" for head in ranking.head_order()[:_HEADS_SHOWN])
+        lines.append(f"heads that score highest, as layer.head: {', '.join(best)}")
+    return "\n".join(lines)
