@@ -180,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("teacher", help="run folder, model folder or hub name")
     command.add_argument("out", help="new folder for the student")
     command.add_argument(
-        "--mixer", default="mamba2", help="mamba1, mamba2 (default), discrete_mamba2; for ablations low_rank, toeplitz, none, attention"
+        "--mixer",
+        default="mamba2",
+        help="mamba1, mamba2 (default), discrete_mamba2, gated_delta, kda; for ablations low_rank, toeplitz, none, attention",
     )
     command.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     command.add_argument("--init", default="attention", help="attention (default), paper, random or linear_attention")

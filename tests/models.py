@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -39,6 +40,8 @@ TEACHERS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
 }
 MIXERS = ("mamba1", "mamba2", "discrete_mamba2")
+DELTA_RULES = ("gated_delta", "kda")
+EVERY_MIXER = (*MIXERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES))
 
 
 def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:

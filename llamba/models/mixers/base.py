@@ -18,7 +18,7 @@ from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, wri
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
-FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class Mixer(nn.Module):
     dt_bias: nn.Parameter
     D: nn.Parameter
     A_log: nn.Parameter  # not in discrete Mamba-2
+    erase_bias: nn.Parameter  # in the delta rules
     dt_proj: nn.Linear  # in Mamba-1
     in_proj: nn.Linear
     conv1d: nn.Conv1d
@@ -299,7 +300,11 @@ class Mixer(nn.Module):
             windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
         )  # fmt: skip
         x, b, c = self.heads_of(conv_out, parts)
-        inputs, firsts = layer.hold((x, b, parts["dt"]))
+        return self.hold(x, b, c, parts["dt"], layer, tree)
+
+    def hold(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+        """Output [B, T, H, P] of new tokens, whose inputs the cache holds from now on; `tree`: they are its last T nodes."""
+        inputs, firsts = layer.hold((x, b, dt))
         return self.resume(inputs, c, layer.state, firsts, tree)
 
     def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:
