@@ -1,6 +1,6 @@
 """Draws docs/figures/hybrid.svg: a teacher, the hybrid that is made of it, and where one mixer's weights come from.
 
-    python docs/figures/hybrid.py [FILE]
+python docs/figures/hybrid.py [FILE]
 """
 
 import sys
@@ -67,7 +67,8 @@ def draw(path: Path) -> None:
     middle = 2.6
     arrow(axes, (WIDTH + 0.2, middle), (4.1, middle))
     axes.text((WIDTH + 4.3) / 2, middle + 0.18, "convert", ha="center", va="bottom", color=INK)
-    axes.text((WIDTH + 4.3) / 2, middle - 0.18, "then distil:\nlearn the\nteacher's\nprobabilities", ha="center", va="top", fontsize=9, color=INK)
+    then = "then distil:\nlearn the\nteacher's\nprobabilities"
+    axes.text((WIDTH + 4.3) / 2, middle - 0.18, then, ha="center", va="top", fontsize=9, color=INK)
     arrow(axes, (4.3 + WIDTH + 0.12, 0.76), (8.0, 1.35), connectionstyle="arc3,rad=-0.15")
     weights(axes, 8.1)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

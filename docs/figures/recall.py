@@ -1,6 +1,6 @@
 """Draws docs/figures/recall.svg from the rows of `make demo-recall` in eval/results/recall_embedded.jsonl.
 
-    python docs/figures/recall.py [FILE]
+python docs/figures/recall.py [FILE]
 """
 
 import json
