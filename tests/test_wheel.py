@@ -22,7 +22,19 @@ def wheel(tmp_path_factory) -> Path:
     for name in filter(None, listed):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), str(source)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(out),
+        str(source),
+    ]
     subprocess.run(build, check=True, capture_output=True, text=True)
     return next(out.glob("*.whl"))
 
