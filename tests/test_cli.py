@@ -220,7 +220,8 @@ def test_a_defect_is_one_line_too(capsys, monkeypatch) -> None:
 
 def test_ctrl_c_is_one_line_and_status_130() -> None:
     wait = "lambda argv: (print('on', flush=True), time.sleep(60))"
-    script = f"import time; from llamba import cli; cli.COMMANDS['plan'] = {wait}; cli.main(['plan'])"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever this process does with it
+    script = f"import signal, time; {heard}; from llamba import cli; cli.COMMANDS['plan'] = {wait}; cli.main(['plan'])"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "on\n"
     process.send_signal(signal.SIGINT)
