@@ -95,7 +95,7 @@ def _projections(mixer: Mixer, weights: AttentionWeights | None, rule: Init, gen
     new_weight = new_weight if weights is None else new_weight.to(torch.promote_types(weights.q.dtype, torch.float32))
     new_bias = None if new_bias is None else new_bias.to(new_weight.dtype)
     origins, row = [], 0
-    for name, count in mixer.rows().items():
+    for name, count in mixer.layout().items():
         rows = slice(row, row + count)
         row += count
         source = _fill_rows(name, rows, new_weight, new_bias, weights, rule)
@@ -128,7 +128,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
