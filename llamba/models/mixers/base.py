@@ -82,6 +82,11 @@ class MixerConfig:
         if self.conv_width < 1:
             raise ValueError(f"mixer.conv_width must be at least 1; got {self.conv_width}")
 
+    def stored(self) -> dict[str, Any]:
+        """The values as `config.mixer` has them: of the options beside the recurrence, those that are on."""
+        beside = ("window", "sinks", "rotary", "sliding_window", "sliding_layers")
+        return {name: value for name, value in vars(self).items() if value or name not in beside}
+
     @property
     def inner(self) -> int:
         """Width of the mixer's output before out_proj, H * P."""
@@ -316,7 +321,9 @@ class Mixer(nn.Module):
         if self.sight is None and not self.config.rotary:
             return {}
         if given is None:
-            raise ValueError("a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none")
+            raise ValueError(
+                "a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none"
+            )
         return {name: part.expand(rows, tokens, -1) for name, part in zip(("cos", "sin"), given, strict=True)}
 
     def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
