@@ -131,13 +131,14 @@ class GatedDelta(Mixer):
         u, b, dt = inputs
         return delta_fold(u, self.gates(dt)[0], b, mask=mask, state=state)
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """See `llamba.kernels.delta.delta_matrix`; the values are those behind the convolution."""
-        parts = self._project(hidden_states)
-        _, keys, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
+        parts = self._project(hidden_states) | self._angles(angles, *hidden_states.shape[:2])
+        _, keys, c = self._turned_heads(self._convolve(parts, rec, None)[0], parts)
         b, length = (value.repeat_interleave(c.shape[2] // value.shape[2], 2) for value in direction(keys))
         a, erase = self.gates(parts["dt"])
-        return Mixing(tuple(value.transpose(1, 2) for value in (a, b, c, erase, length[..., 0])), partial(_matrix_rows, rec))
+        own = Mixing(tuple(value.transpose(1, 2) for value in (a, b, c, erase, length[..., 0])), partial(_matrix_rows, rec))
+        return own if self.sight is None else self._with_window(own, parts, rec)
 
 
 def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
@@ -168,6 +169,6 @@ class KimiDelta(GatedDelta):
         step = F.softplus(at_least_fp32(steps) + at_least_fp32(self.dt_bias)).unflatten(-1, (self.config.heads, -1))
         return -at_least_fp32(self.A_log).exp()[:, None] * step
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """Raises ValueError: its decays differ between the channels of a head."""
-        return Mixer.mixing(self, hidden_states, rec)
+        return Mixer.mixing(self, hidden_states, rec, angles)
