@@ -202,6 +202,9 @@ class Mixer(nn.Module):
 
     matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "q_norm", "k_norm")  # what M depends on
     reads_heads: ClassVar[bool] = True  # B and C are whole key and query heads (N = P), which can be turned and seen through a window
+    has_skip: ClassVar[bool] = True  # D
+    erases: ClassVar[bool] = False  # by a gate with a bias of its own, `erase_bias`
+    projects_steps: ClassVar[bool] = False  # from the dt rows, by `dt_proj`
     fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter

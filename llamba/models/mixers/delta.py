@@ -42,6 +42,7 @@ class GatedDelta(Mixer):
     """
 
     matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "erase_bias", "q_norm", "k_norm")
+    has_skip, erases = False, True
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.state != config.head_dim:
@@ -148,6 +149,8 @@ def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor
 
 class KimiDelta(GatedDelta):
     """Kimi Delta Attention (arXiv 2510.26692): as `GatedDelta`, with a decay for every key channel, made through `dt_rank` coordinates."""
+
+    projects_steps = True
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

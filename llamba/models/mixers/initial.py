@@ -14,7 +14,6 @@ from transformers import initialization
 from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_least_fp32
 
 NO_DECAY = -40.0
-DELTA = ("gated_delta", "kda")  # kinds that erase
 ERASED = 0.1  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
 
@@ -81,7 +80,7 @@ def _join(mixer: Mixer) -> list[Origin]:
 
 
 def _skip(mixer: Mixer, value: float) -> list[Origin]:
-    if mixer.config.kind in DELTA:
+    if not mixer.has_skip:
         return []
     _set(mixer.D, torch.full_like(mixer.D, value))
     return [Origin("D", tuple(mixer.D.shape), f"new: {value:g}")]
@@ -89,7 +88,7 @@ def _skip(mixer: Mixer, value: float) -> list[Origin]:
 
 def _erasing(mixer: Mixer, decay: str) -> list[Origin]:
     """The bias of the gate that erases: half open where decays are Mamba's own, shut where there is none, else open a little."""
-    if mixer.config.kind not in DELTA:
+    if not mixer.erases:
         return []
     share = {"paper": 0.5, "log_spaced": ERASED}.get(decay)
     bias = NO_DECAY if share is None else math.log(share / (1 - share))
@@ -217,7 +216,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
 
 
 def _step_projection(mixer: Mixer, generator: torch.Generator | None) -> list[Origin]:
-    if mixer.config.kind not in ("mamba1", "kda"):
+    if not mixer.projects_steps:
         return []
     weight = mixer.dt_proj.weight
     _set(weight, _uniform(weight, weight.shape[1] ** -0.5, generator))
