@@ -194,25 +194,15 @@ example: llamba eval judgments FastChat/data/mt_bench/model_judgment --out runs/
 
 
 def judgments(argv: list[str]) -> None:
-<<<<<<< HEAD
     """Judgments that exist already: FastChat's and AlpacaEval's files."""
-    parser = _parser("llamba eval judgments", JUDGMENTS)
+    parser = Parser("llamba eval judgments", JUDGMENTS)
     parser.add_argument(
         "path", metavar="FILE or FOLDER", help="*_single.jsonl, *_pair.jsonl, annotations.json, or a folder with such files"
     )
     parser.add_argument("--out", help="a run, or any folder, that the scores are put into (default: printed alone)")
     parser.add_argument("--data", help="folder with the benchmarks' files, for categories and length control (default: what was fetched)")
-    args = parser.parse_args(argv)
-    from llamba.eval.existing import run
-=======
-    """Averages of a FastChat judgment file."""
-    about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
-    parser = Parser("llamba eval judgments", about)
-    parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
-    parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
     args = parser.read(argv)
-    from pathlib import Path
->>>>>>> main
+    from llamba.eval.existing import run
 
     print(run(args.path, args.out, args.data))
 
@@ -314,12 +304,8 @@ def zero_shot(argv: list[str]) -> None:
     _answer_options(parser, 8, 2048)
     run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a box without files, network or neighbours"
     parser.add_argument("--run-code", action="store_true", help=run)
-<<<<<<< HEAD
     parser.add_argument("--unsafe", action="store_true", help="--run-code also where there is no such box: with limits, but without walls")
-    args = parser.parse_args(argv)
-=======
     args = parser.read(argv)
->>>>>>> main
     from llamba.eval.scores import results_folder
     from llamba.eval.zero_shot import Options
     from llamba.eval.zero_shot import run as answer
