@@ -205,7 +205,7 @@ def test_intervals_stay_on_the_scale() -> None:
     assert right.mean == 90 and 55 < right.low < right.high < 98.3 and stats.share({0: [100.0]}).high == 100
     between = stats.share({i: [99.0 + i % 2] for i in range(10)})
     assert 99 <= between.low <= between.high <= 100
-    rows = {q: [100.0 * (q > 0)] for q in map(str, range(10))}
+    rows = {str(q): [100.0 * (q > 0)] for q in range(10)}
     results = {
         "results": {"t": {"acc,none": 0.9, "acc_stderr,none": 0.1, "perplexity,none": 2.0, "perplexity_stderr,none": 5.0,
                           "bleu_acc,none": 1.0, "bleu_acc_stderr,none": 0.0, "other,none": 3, "other_stderr,none": "N/A"}},
@@ -294,7 +294,7 @@ def test_names_that_read_alike_in_file_names_stay_apart(tmp_path: Path, capsys) 
 
 
 def test_what_is_beyond_the_context_is_not_measured(tmp_path: Path, capsys) -> None:
-    asked = ["--pairs", "4", "400", "--names", "10", "300", "--lengths", "128", "1020", "9000", "--depths", "0", "--trials", "1"]
+    asked = ["--pairs", "4", "400", "--names", "10", "300", "--lengths", "128", "1100", "9000", "--depths", "0", "--trials", "1"]
     main(["recall", str(TEACHER), "--out", str(tmp_path), "--max-new-tokens", "4", *asked])
     text, rows = capsys.readouterr().out, read_lines(tmp_path / "scores.jsonl")
     assert [row["metric"] for row in rows] == ["4 pairs", "10 names", "128 tokens, depth 0.0"]
