@@ -61,7 +61,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share of n questions: within 0 and 1, and of some width at 0 and 1 too (J. Am. Stat. Assoc. 22, 1927)."""
     middle, room = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n), _Z / (1 + _Z**2 / n)
     half = room * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # a rounding away from 0 and 1 otherwise
 
 
 def share(values: Values) -> Interval:
