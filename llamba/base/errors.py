@@ -31,8 +31,8 @@ def _place(error: BaseException) -> str:
 def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     """Ends whatever goes wrong as one line on stderr; LLAMBA_TRACEBACK=1 lets it through.
 
-    Exit status 2: a user's error (ValueError, OSError) or a full memory; 130: Ctrl-C, with the line `interrupted`; 1: an error that this code ought to
-    have foreseen.
+    Exit status 2: a user's error (ValueError, OSError) or a full memory; 130: Ctrl-C, with the line `interrupted`; 1: an error that
+    this code ought to have foreseen.
     """
     try:
         yield
