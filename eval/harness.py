@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamba.base.folders import resolve_model
 from llamba.eval import fetch
 from llamba.eval.journal import read_lines
 from llamba.eval.scores import model_name, need, save, save_items, score
 from llamba.eval.stats import Interval
+from llamba.models.loading import located, require_sound
 
 PUBMEDQA = "pubmedqa_labelled"  # lm-eval's own `pubmedqa` wants a script dataset, which datasets no longer runs
 TASK_SETS: dict[str, tuple[str, ...]] = {
@@ -137,7 +137,8 @@ def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str |
     need("lm_eval")
     from lm_eval.__main__ import cli_evaluate
 
-    path, tasks = resolve_model(name), tasks_of(task_set)
+    path, tasks = located(name), tasks_of(task_set)
+    require_sound(path)  # lm-eval loads it, and would go on with random values for what is missing
     folder = out / "lm_eval"
     arguments = ["run", "--model", "hf", "--model_args", f"pretrained={path}", "--tasks", ",".join(tasks)]
     results = folder / "results" / model_name(name)

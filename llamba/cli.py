@@ -10,7 +10,6 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from llamba.base.errors import one_line_errors
-from llamba.base.folders import resolve_model
 from llamba.settings import Recipe
 
 
@@ -45,17 +44,16 @@ def _attention(text: str) -> Any:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     from llamba.models.convert import convert
+    from llamba.models.loading import load_tokenizer, located
 
-    teacher = resolve_model(args.teacher)
+    teacher = located(args.teacher)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"the output must be a new or empty folder; {args.out} has files")
     student = convert(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed)
     print(student.conversion)
     student.save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(args.out)
+    load_tokenizer(teacher).save_pretrained(args.out)
     print(f"saved: {args.out}")
 
 
