@@ -105,7 +105,11 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
 
 def load_teacher(name: str) -> PreTrainedModel:
     """The model as it is stored (its own dtype). Raises ValueError for one of another family, and as `load_model`."""
-    family_of(load_config(name))
+    config = load_config(name)
+    family_of(config)
+    if quantised := config.to_dict().get("quantization_config"):
+        method = quantised.get("quant_method")
+        raise ValueError(f"teacher: plain weights are needed, and {name} is quantised ({method}); name the model that it was made from")
     teacher: PreTrainedModel = load_model(name)
     return teacher
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as QUANTISERS
 
 from llamba.base.foreign import reading
 from llamba.models.families import FAMILIES
@@ -49,6 +50,12 @@ def check_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} must be a whole number from 1 to {largest}, got {str(value)[:40]!r}")
     if not isinstance(values.get("model_type"), str):
         raise ValueError(f"{path}: model_type must be a text like 'llama', got {values.get('model_type')!r}")
+    quantised = values.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if quantised is not None and not (isinstance(method, str) and method in QUANTISERS):
+        raise ValueError(
+            f"{path}: the model is quantised by {str(method)[:40]!r}, which transformers does not know; use the original model"
+        )
     return values
 
 
