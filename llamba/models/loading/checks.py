@@ -53,9 +53,7 @@ def check_config(path: Path) -> dict[str, Any]:
     quantised = values.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if quantised is not None and not (isinstance(method, str) and method in QUANTISERS):
-        raise ValueError(
-            f"{path}: the model is quantised by {str(method)[:40]!r}, which transformers does not know; use the original model"
-        )
+        raise ValueError(f"{path}: it is quantised by {str(method)[:40]!r}, which transformers does not know; use the original model")
     return values
 
 

@@ -57,7 +57,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def read(path: Path) -> tuple[Any, Any]:
     """A GGUF file's model, dequantised, and its tokenizer. Raises ValueError where the file is damaged or cannot be read exactly."""
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
     with reading(f"{path} cannot be read as GGUF"):
         rope = _check(path)
         config = AutoConfig.from_pretrained(**where)
@@ -69,8 +69,9 @@ def read(path: Path) -> tuple[Any, Any]:
     if "GgufConfig" in kinds:  # transformers before 5.23 always dequantises
         more["quantization_config"] = kinds["GgufConfig"](dequantize=True)
     with reading(f"{path} cannot be read as GGUF"):
-        model, info = AutoModelForCausalLM.from_pretrained(**where, **more)
+        made: Any = AutoModelForCausalLM.from_pretrained(**where, **more)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+    model, info = made
     check_loaded(str(path), info)
     check_finite(str(path), model)
     return model, tokenizer

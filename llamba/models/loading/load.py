@@ -28,8 +28,7 @@ def located(name: str | Path) -> str:
 
 def _wanted(name: str, path: str) -> str:
     """The beginning of a message about a model that cannot be loaded."""
-    here = "" if Path(path).exists() else " (no such folder here, and the hub does not give it)"
-    return f"{name}{here} cannot be loaded"
+    return f"{name} cannot be loaded" if Path(path).exists() else f"{name} must be a model folder or a hub name that can be reached"
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
@@ -70,9 +69,10 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", **more: Any)
         require_weights(Path(path))
         check_stored(Path(path), config)
     with reading(_wanted(str(name), path)), _unreported():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **more
         )
+    model, info = made
     check_loaded(str(name), info)
     check_finite(str(name), model)
     return model.eval()
