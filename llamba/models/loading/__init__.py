@@ -4,7 +4,7 @@ A name is a run folder (its last finished stage), a model folder, a GGUF file (o
 whole: every tensor that config.json asks for, no other, all of them finite numbers. Everything else is a ValueError in one line.
 """
 
-from llamba.models.loading.load import ends_of, has_tokenizer, load_config, load_model, load_tokenizer, located
+from llamba.models.loading.load import ends_of, has_tokenizer, load_config, load_generation_config, load_model, load_tokenizer, located
 from llamba.models.loading.teachers import (
     load_teacher,
     require_alike,
@@ -18,6 +18,7 @@ __all__ = [
     "ends_of",
     "has_tokenizer",
     "load_config",
+    "load_generation_config",
     "load_model",
     "load_teacher",
     "load_tokenizer",

@@ -100,11 +100,22 @@ def load_tokenizer(name: str | Path) -> Any:
     return tokenizer
 
 
+def load_generation_config(name: str | Path) -> GenerationConfig | None:
+    """A model's generation settings, None where it has none. Raises ValueError for a broken file."""
+    path = located(name)
+    if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
+        return None
+    with reading(f"the generation settings of {name} cannot be loaded"):
+        try:
+            return GenerationConfig.from_pretrained(path)
+        except OSError:
+            if Path(path).is_dir():
+                raise
+    return None  # a hub model without them
+
+
 def ends_of(name: str | Path, config: PreTrainedConfig) -> list[int]:
     """Ids that end an answer: of the model's generation settings, else of its configuration."""
-    path = located(name)
-    try:
-        given = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has no generation_config.json
-        given = config.eos_token_id
+    own = load_generation_config(name)
+    given = config.eos_token_id if own is None else own.eos_token_id
     return given if isinstance(given, list) else [] if given is None else [given]
