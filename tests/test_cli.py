@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamba import cli
@@ -201,6 +202,15 @@ def test_a_wrong_option_names_the_nearest(capsys) -> None:
     assert "did you mean --mixer?" in fails(capsys, "convert", "teacher", "out", "--mixr", "mamba1")
     assert "did you mean convert?" in fails(capsys, "convrt")
     assert "did you mean speculative?" in fails(capsys, "bench", "speculativ")
+
+
+def test_a_full_memory_is_a_users_error_with_a_remedy(capsys, monkeypatch) -> None:
+    def plan(argv: list[str]) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", plan)
+    assert "20.00 GiB" in fails(capsys, "plan")
+    assert "micro_batch" in fails(capsys, "plan")
 
 
 def test_a_defect_is_one_line_too(capsys, monkeypatch) -> None:
