@@ -186,7 +186,7 @@ def _delta(channels: bool, without: str = "") -> dict[str, Tensor]:
         state=(B, 4, P, N),
     )  # fmt: skip
     unit = torch.nn.functional.normalize(inputs["b"], dim=-1)
-    inputs |= {"a": -inputs["a"].abs(), "b": unit, "erase": inputs["erase"].sigmoid() / 2 + 0.5, "write": inputs["write"].sigmoid()}
+    inputs |= {"a": -inputs["a"].abs() * 0.1, "b": unit, "erase": inputs["erase"].sigmoid() / 2 + 0.5, "write": inputs["write"].sigmoid()}
     return {name: tensor for name, tensor in inputs.items() if name not in without.split()}
 
 
