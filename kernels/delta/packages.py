@@ -25,8 +25,9 @@ def by_fla(
 ) -> tuple[Tensor, Tensor]:
     """`chunk_gated_delta_rule`, or `chunk_kda` for decays per channel: S <- S' + beta (v - S' k) k^T, with states [N, P].
 
-    beta is `erase`, and v is write x / erase, so the gradient of `erase` is a difference of larger numbers. Its rows are whole sequences: documents are laid end to end in one row, and `state` goes to
-    those of number 0 that begin a row. Arguments as in `delta_rule`, with a = erase = write = 0 at masked tokens.
+    beta is `erase`, and v is write x / erase, so that the gradient of `erase` is a difference of larger numbers. Its rows are whole
+    sequences: documents are laid end to end in one row, and `state` goes to those of number 0 that begin a row. Arguments as in
+    `delta_rule`, with a = erase = write = 0 at masked tokens.
     """
     name = "gated_delta_rule" if a.ndim == 3 else "kda"
     run = load("delta_rule", f"fla.ops.{name}", f"chunk_{name}")
