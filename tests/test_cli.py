@@ -213,6 +213,27 @@ def test_a_full_memory_is_a_users_error_with_a_remedy(capsys, monkeypatch) -> No
     assert "micro_batch" in fails(capsys, "plan")
 
 
+def test_a_recipe_that_does_not_run(tmp_path: Path, capsys) -> None:
+    (tmp_path / "neighbour.py").write_text("from llamba import Recipe\n")
+    path = tmp_path / "recipe.py"
+    path.write_text("from neighbour import Recipe\n\nrecipe = Recipe(1 / 0)\n")
+    assert f"ZeroDivisionError: division by zero ({path}, line 3)" in fails(capsys, "plan", str(path))
+    path.write_text("recipe = (\n")
+    assert "SyntaxError" in fails(capsys, "run", str(path)) and f"{path}, line 1" in fails(capsys, "run", str(path))
+    path.write_text("import nobody_has_this\n")
+    assert "No module named 'nobody_has_this'" in fails(capsys, "plan", str(path))
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    talk = "lambda argv: [print('line', n, flush=True) for n in range(10**6)]"
+    script = f"from llamba import cli; cli.COMMANDS['plan'] = {talk}; cli.main(['plan'])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141 and process.stderr and process.stderr.read() == ""
+    process.stderr.close()
+
+
 def test_a_defect_is_one_line_too(capsys, monkeypatch) -> None:
     def plan(argv: list[str]) -> None:
         raise KeyError("a\nkey")
