@@ -1,6 +1,7 @@
 """How a command ends: a user's error, an interruption and a defect of ours as one line each."""
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -29,11 +30,9 @@ def _place(error: BaseException) -> str:
 
 def _nobody_reads() -> bool:
     """Whether the other end of standard output has gone, as `head` does."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 @contextmanager
