@@ -6,6 +6,7 @@ from typing import Any
 
 from llamba.base.arguments import Parser
 from llamba.base.folders import resolve_model
+from llamba.settings.overrides import read_options
 
 
 def _attention(text: str) -> Any:
@@ -21,7 +22,11 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("teacher", help="run folder, model folder or hub name")
     parser.add_argument("out", help="new folder for the student")
     parser.add_argument(
-        "--mixer", default="mamba2", help="mamba1, mamba2 (default), discrete_mamba2; for ablations low_rank, toeplitz, none, attention"
+        "--mixer", default="auto", help="auto (default: the best that we know), mamba1, mamba2, discrete_mamba2; for ablations low_rank, "
+        "toeplitz, none, attention"
+    )  # fmt: skip
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer, e.g. window=64 (repeat for more)"
     )
     parser.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     parser.add_argument("--init", default="attention", help="attention (default), paper, mohawk, random or linear_attention")
@@ -31,10 +36,10 @@ def convert(argv: list[str]) -> None:
 
     from llamba.models.convert import convert as make
 
-    teacher = resolve_model(args.teacher)
+    teacher, options = resolve_model(args.teacher), read_options(args.option)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"the output must be a new or empty folder; {args.out} has files")
-    student = make(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed)
+    student = make(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed, options=options)
     print(student.conversion)
     student.save_pretrained(args.out)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(args.out)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from llamba.settings.typed import fits, name_of
 
 Attention = float | list[int] | str
+Option = bool | int | float | str | None  # of a mixer
 
 
 def require(condition: bool, key: str, needed: str, got: object) -> None:
