@@ -173,7 +173,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     """
     if mixer.config.kind in ("low_rank", "toeplitz"):
         return []
-    bias, discrete = mixer.dt_bias, mixer.config.kind == "discrete_mamba2"
+    bias, discrete = mixer.dt_bias, "A_log" not in dict(mixer.named_parameters())
     a_log = None if discrete else torch.zeros_like(mixer.A_log)
     if decay == "log_spaced":
         step = 1 / _memories(mixer)
