@@ -23,17 +23,11 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("teacher", help="run folder, model folder, GGUF file or hub name")
     parser.add_argument("out", help="new folder for the student")
     parser.add_argument(
-<<<<<<< HEAD
-        "--mixer", default="auto", help="auto (default: the best that we know), mamba1, mamba2, discrete_mamba2; for ablations low_rank, "
-        "toeplitz, none, attention"
+        "--mixer", default="auto", help="auto (default: the best that we know), mamba1, mamba2, discrete_mamba2, gated_delta, kda; for "
+        "ablations low_rank, toeplitz, none, attention"
     )  # fmt: skip
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer, e.g. window=64 (repeat for more)"
-=======
-        "--mixer",
-        default="mamba2",
-        help="mamba1, mamba2 (default), discrete_mamba2, gated_delta, kda; for ablations low_rank, toeplitz, none, attention",
->>>>>>> main
     )
     parser.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     parser.add_argument("--init", default="attention", help="attention (default), paper, mohawk, random or linear_attention")

@@ -3,12 +3,8 @@
 from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
-<<<<<<< HEAD
 from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, drop_window, without_recurrence
-=======
-from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, without_recurrence
 from llamba.models.mixers.delta import GatedDelta, KimiDelta
->>>>>>> main
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
