@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from llamba.models.cache import KEPT, RecurrentLayer, adopt
+from llamba.models.adoption import RECURRENT, adopt, check_rows, fresh_cache
+from llamba.models.cache import KEPT, RecurrentLayer
 from llamba.models.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.models.mixers.base import FP32_PARAMETERS
 
-RECURRENT = "linear_attention"
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -141,7 +141,7 @@ class HybridBackbone(PreTrainedModel):
         """The cache, and what each layer is called with beside the hidden states [B, T, D] and the cache."""
         mask = padding_mask(attention_mask, hidden.shape[1])
         documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
-        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden.shape[1])
+        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden)
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
         masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
@@ -149,18 +149,19 @@ class HybridBackbone(PreTrainedModel):
         shared = {"position_ids": position_ids, "position_embeddings": rotary}
         return past_key_values, [shared | {"attention_mask": masks[kind]} for kind in self.config.layer_types]
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, tokens: int) -> Cache | None:
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, hidden: Tensor) -> Cache | None:
         if cache is not None:
             if documents is not None:
                 raise ValueError(
                     "packed documents (seq_idx, or position_ids that restart) cannot be combined with a cache; pass use_cache=False"
                 )
             seen = next((layer.seen for layer in adopt(cache, self.config).layers if isinstance(layer, RecurrentLayer)), 0)
-            check_room(cache, seen + tokens)
+            check_room(cache, seen + hidden.shape[1])
+            check_rows(cache, hidden.shape[0])
             return cache
         if not use_cache or self.training or documents is not None:
             return None
-        return adopt(DynamicCache(config=self.config), self.config)
+        return fresh_cache(self.config)
 
     def _positions(self, hidden: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
         seen = 0 if cache is None else cache.get_seq_length()
