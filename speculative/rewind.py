@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from llamba.models.cache import RecurrentLayer, check_places, gather
 from llamba.models.hybrid import RECURRENT, HybridBackbone
 from llamba.models.mixers import Recurrence
+from llamba.models.offloaded import reading_device
 from llamba.models.tree import Tree
 
 KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -160,6 +161,7 @@ class Rewindable:
         if implementation not in ("sdpa", "eager") and set(self.kinds) != {RECURRENT}:
             raise ValueError(f'speculative decoding needs attn_implementation="sdpa" (or "eager"); got {implementation!r}')
         self.model, self.place, self.lengths = model, Place(capacity), [0]
+        self.device = reading_device(model)
         self.windows = {"full_attention": None, "sliding_attention": vars(model.config).get("sliding_window")}
         layers: list[Any] = [
             RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind]) for kind in self.kinds
@@ -172,7 +174,7 @@ class Rewindable:
         lengths = [len(prompt) for prompt in prompts]
         self.lengths = [0] * len(prompts)
         if max(lengths):
-            tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.model.device)
+            tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.device)
             real = torch.arange(tokens.shape[1], device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
             self._run(tokens, 1, Recurrence(real if min(lengths) < max(lengths) else None))
         self.lengths = lengths
