@@ -114,7 +114,10 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
     """Fill the named rows in place and return their source; rows that nothing claims stay as drawn."""
     if name in TAKEN and weights is not None:
         short = TAKEN[name]
-        weight[rows] = getattr(weights, short)
+        taken = getattr(weights, short)
+        if len(taken) != len(weight[rows]):
+            raise ValueError(f"K and Q become B and C where state = head_dim; got {len(weight[rows])} rows for {len(taken)}")
+        weight[rows] = taken
         short_bias = getattr(weights, f"{short}_bias")
         if short_bias is not None:
             if bias is None:
