@@ -53,3 +53,22 @@ def documents(seq_idx: Tensor | None, mask: Tensor | None) -> Tensor | None:
 def document_before(docs: Tensor) -> Tensor:
     """The document number [B, T] that the state before each token belongs to: 0 at the first token."""
     return torch.cat([torch.zeros_like(docs[:, :1]), docs[:, :-1]], 1)
+
+
+def traced(length: int) -> bool:
+    """Whether a graph is being traced that is to hold for other lengths too: then no loop and no branch may depend on them."""
+    return torch.compiler.is_dynamo_compiling() or not isinstance(length, int)
+
+
+def doubled(kept: Tensor, values: Tensor, steps: int) -> Tensor:
+    """h_k = kept_k h_(k-1) + values_k along dimension 1, with h_(-1) = 0, for up to 2^steps places.
+
+    By doubling: after step i each place holds what the 2^(i + 1) places up to it give. The steps do not depend on the length.
+    """
+    place = torch.arange(values.shape[1], device=values.device)
+    for step in range(steps):
+        source = (place - (1 << step)).clamp_min(0)
+        there = (place >= 1 << step).view(-1, *[1] * (values.ndim - 2))
+        values = values + kept * values[:, source] * there
+        kept = kept * kept[:, source] * there
+    return values

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..choice import Obstacle, choose
-from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
 from .blocked import blocked
 from .packages import by_mamba_ssm, obstacles
+from .parallel import parallel
 from .reference import sequential
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -58,6 +59,8 @@ def selective_scan(
             y, last = fused(x, dt, A, b, c, D, state, docs, chunk)
         elif form == "mamba_ssm":
             y, last = by_mamba_ssm(x, dt, A, b, c, D)
+        elif traced(x.shape[1]):
+            y, last = parallel(x, dt, A, b, c, D, state, docs)
         else:
             y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None], 0)), last

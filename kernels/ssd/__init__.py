@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..choice import Obstacle, choose
-from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
 from .chunked import chunked
 from .matrix import matrix
 from .packages import by_fla, by_mamba_ssm, obstacles
+from .parallel import parallel
 from .reference import sequential
 from .resume import fold, resume
 
@@ -88,7 +89,7 @@ def _run(
         from .triton_op import fused
 
         return fused(x, a, b, c, dt, D, state, docs, chunk)
-    return chunked(x, a, b, c, dt, D, state, docs, chunk)
+    return (parallel if traced(x.shape[1]) else chunked)(x, a, b, c, dt, D, state, docs, chunk)
 
 
 def ssd_step(
