@@ -30,10 +30,13 @@ class WholeCrop:
         """Take back the last `-tokens_to_remove` tokens of every row, in all layers. Raises ValueError where a layer cannot."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
-        before = [dict(vars(layer)) for layer in self.layers]  # no layer's crop writes into its tensors
+        before = [dict(vars(layer)) for layer in self.layers]  # no layer of transformers writes into its tensors
         try:
             for layer in self.layers:
-                _check_attention(layer, -tokens_to_remove)
+                if isinstance(layer, RecurrentLayer):
+                    layer.check_crop(tokens_to_remove)
+                else:
+                    _check_attention(layer, -tokens_to_remove)
             super().crop(tokens_to_remove)  # type: ignore[misc]
         except (ValueError, RuntimeError):
             for layer, values in zip(self.layers, before, strict=True):

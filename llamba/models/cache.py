@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from llamba.kernels.window import Sight
+from llamba.models.ring import KeyRing
+from llamba.models.tree import Tree
+
 KEPT = 32  # tokens that can be taken back
 SLOTS = 2 * KEPT
 
@@ -99,6 +103,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.pinned: list[int] = []
         self.absent: list[list[int]] = []  # of each row, which of the tokens seen while recording were padding
         self.seen = 0
+        self.ring: KeyRing | None = None  # of a mixer with window or sinks
 
     @property
     def is_recording(self) -> bool:
@@ -145,6 +150,16 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.counts, self.seen = [count + tokens for count in firsts], self.seen + tokens
         used = max(self.counts)
         return tuple(buffer[:, :used] for buffer in self.held), firsts
+
+    def look(
+        self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, mask: Tensor | None = None, tree: Tree | None = None
+    ) -> Tensor:
+        """What queries [B, T, H, P] see through window and sinks of all keys and values so far; see `llamba.models.ring`."""
+        if self.ring is None:
+            self.ring = KeyRing(sight, SLOTS if self.is_recording else 0, k, v)
+        elif self.is_recording and not self.ring.spare:
+            self.ring.spare_more(SLOTS)
+        return self.ring.look(q, k, v, scale, mask, tree)
 
     def skip(self, real: Tensor) -> None:
         """Of the tokens held last, those that are absent (real [B, T] False) were put behind the others: forget them."""
@@ -203,7 +218,12 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Take back the last tokens[b] tokens of each row. Raises ValueError, and changes nothing, for more than are held."""
         self.check_back(tokens)
         if any(tokens):
-            self.counts = [count - back for count, back in zip(self.counts, tokens, strict=True)]
+            self._shorten(tokens)
+            if self.ring is not None:
+                self.ring.take_back(tokens)
+
+    def _shorten(self, tokens: list[int]) -> None:
+        self.counts = [count - back for count, back in zip(self.counts, tokens, strict=True)]
 
     def keep(self, tokens: int, places: list[list[int]]) -> None:
         """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others.
@@ -213,7 +233,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         check_places(tokens, places)
         self.check_back([tokens] * len(places))
         firsts = [count - tokens for count in self.counts]
-        self.take_back([tokens - len(path) for path in places])
+        self._shorten([tokens - len(path) for path in places])
+        if self.ring is not None:
+            self.ring.keep(tokens, places)
         assert self.raw is not None and self.held is not None
         for buffer in self.held:
             gather(buffer, firsts, places)
@@ -224,14 +246,21 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
         Raises ValueError, and changes nothing, for more than are held.
         """
+        self.take_back(self.check_crop(tokens_to_remove))
+        self.seen += tokens_to_remove
+        self.absent = [[time for time in row if time < self.seen] for row in self.absent]
+
+    def check_crop(self, tokens_to_remove: int) -> list[int]:
+        """Of each row, the tokens that `crop` would take back, absent ones left out. Raises ValueError where it would refuse."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
+        if tokens_to_remove and not self.counts:
+            raise ValueError(f"cannot take back {-tokens_to_remove} tokens: the cache holds none")
         seen = self.seen + tokens_to_remove
         gone = [sum(time >= seen for time in row) for row in self.absent or [[]] * len(self.counts)]
-        if tokens_to_remove and not gone:
-            raise ValueError(f"cannot take back {-tokens_to_remove} tokens: the cache holds none")
-        self.take_back([-tokens_to_remove - absent for absent in gone])
-        self.seen, self.absent = seen, [[time for time in row if time < seen] for row in self.absent]
+        back = [-tokens_to_remove - absent for absent in gone]
+        self.check_back(back)
+        return back
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, as attention layers count them."""
@@ -255,6 +284,8 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.raw = change(self.raw)
         self.state = None if self.state is None else change(self.state)
         self.held = None if self.held is None else tuple(map(change, self.held))
+        if self.ring is not None:
+            self.ring.map(change)
         rows = change(torch.arange(len(self.counts))).tolist()
         self.counts, self.pinned = [self.counts[row] for row in rows], [self.pinned[row] for row in rows]
         self.absent = [list(self.absent[row]) for row in rows] if self.absent else []
