@@ -56,19 +56,5 @@ def document_before(docs: Tensor) -> Tensor:
 
 
 def traced(length: int) -> bool:
-    """Whether a graph is being traced that is to hold for other lengths too: then no loop and no branch may depend on them."""
+    """Whether a graph is being traced that may have to hold for other lengths too: then no loop and no branch may depend on them."""
     return torch.compiler.is_dynamo_compiling() or not isinstance(length, int)
-
-
-def doubled(kept: Tensor, values: Tensor, steps: int) -> Tensor:
-    """h_k = kept_k h_(k-1) + values_k along dimension 1, with h_(-1) = 0, for up to 2^steps places.
-
-    By doubling: after step i each place holds what the 2^(i + 1) places up to it give. The steps do not depend on the length.
-    """
-    place = torch.arange(values.shape[1], device=values.device)
-    for step in range(steps):
-        source = (place - (1 << step)).clamp_min(0)
-        there = (place >= 1 << step).view(-1, *[1] * (values.ndim - 2))
-        values = values + kept * values[:, source] * there
-        kept = kept * kept[:, source] * there
-    return values

@@ -246,7 +246,7 @@ class Rewindable:
         check_places(tokens, paths)
         self._check([tokens] * len(paths))
         for recurrent in self.recurrent:
-            recurrent.check_back([tokens] * len(paths))
+            recurrent.check_keep(tokens, paths)
         firsts = [length - tokens for length in self.lengths]
         for layer in self.cache.layers:
             if isinstance(layer, RecurrentLayer):

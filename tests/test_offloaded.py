@@ -104,6 +104,7 @@ def test_the_loss_reads_the_head_of_an_offloaded_teacher() -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for it
 def test_adapters_on_the_convolution_are_refused_and_a_trained_copy_of_it_trains() -> None:
     with pytest.raises(ValueError, match=r"Target module CausalConv\(\) is not supported"):
         get_peft_model(student(dtype=torch.float32), LoraConfig(r=64, target_modules=["conv1d"], task_type="CAUSAL_LM"))

@@ -71,8 +71,11 @@ _MADE: dict[type[Cache], Any] = {}
 def whole(kind: type[Cache]) -> Any:
     """The class of caches `kind` with a crop that changes all layers or none."""
     if kind not in _MADE:
-        _MADE[kind] = type(kind.__name__, (WholeCrop, kind), {})
+        _MADE[kind] = type(kind.__name__, (WholeCrop, kind), {"__module__": __name__})
     return _MADE[kind]
+
+
+GROWING = whole(DynamicCache)
 
 
 def _empty(kind: type[Cache]) -> Cache:
@@ -82,7 +85,7 @@ def _empty(kind: type[Cache]) -> Cache:
 
 def fresh_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache that grows, for a model of this configuration."""
-    return adopt(whole(DynamicCache)(config=config), config)
+    return adopt(GROWING(config=config), config)
 
 
 def adopt(cache: Cache, config: PreTrainedConfig) -> Cache:

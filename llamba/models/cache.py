@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from llamba.kernels.window import Sight
@@ -65,6 +66,8 @@ def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Ten
 def _own(values: Tensor) -> Tensor:
     """The values, detached, and copied where they are a part of a larger tensor that they would keep alive."""
     values = values.detach()
+    if is_compiling():
+        return values.clone()
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
@@ -225,13 +228,19 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _shorten(self, tokens: list[int]) -> None:
         self.counts = [count - back for count, back in zip(self.counts, tokens, strict=True)]
 
+    def check_keep(self, tokens: int, places: list[list[int]]) -> None:
+        """Raise ValueError where `keep` would refuse. Changes nothing."""
+        check_places(tokens, places)
+        self.check_back([tokens - len(path) for path in places])
+        if tokens > min(self.counts, default=0):
+            raise ValueError(f"cannot take back or keep {tokens} tokens: rows hold {self.counts}")
+
     def keep(self, tokens: int, places: list[list[int]]) -> None:
         """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others.
 
         Raises ValueError, and changes nothing, where so many are not held or places do not rise.
         """
-        check_places(tokens, places)
-        self.check_back([tokens] * len(places))
+        self.check_keep(tokens, places)
         firsts = [count - tokens for count in self.counts]
         self._shorten([tokens - len(path) for path in places])
         if self.ring is not None:
