@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from llamba.base.folders import resolve_model
 from llamba.models.families import Family, family_of
 from llamba.models.hybrid import RECURRENT, mixer_layers
-from llamba.models.mixers import ATTENTION, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
+from llamba.models.mixers import ATTENTION, AUTO, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
 
 Attention = float | Sequence[int]
 
@@ -78,6 +78,8 @@ def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, 
     family = family_of(teacher)
     values = teacher.to_dict()
     kept = kept_layers(attention, teacher.num_hidden_layers)
+    if mixer == AUTO and values.get("mixer"):
+        mixer = values["mixer"]["kind"]
     if attention == 1 and mixer_layers(teacher):  # a student already, and no layer of it is to be converted further
         kept, mixer = [i for i in kept if i not in mixer_layers(teacher)], values["mixer"]["kind"]
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
@@ -134,10 +136,11 @@ def convert(
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
-    "mamba1", "mamba2" or "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2" or
+    "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
-    e.g. {"conv_activation": None}. Source: Mamba-in-Llama, Algorithm 1.
+    e.g. {"window": 64, "sinks": 4, "rotary": True}. Source: Mamba-in-Llama, Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
     """

@@ -66,10 +66,17 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     origins += _convolution(mixer, rule, generator) + _decay(mixer, rule.decay, generator)
     _set(mixer.D, torch.full_like(mixer.D, rule.skip))
     origins.append(Origin("D", tuple(mixer.D.shape), f"new: {rule.skip:g}"))
-    if mixer.norm is not None:
-        _set(mixer.norm.weight, torch.ones_like(mixer.norm.weight))
-        origins.append(Origin("norm.weight", tuple(mixer.norm.weight.shape), "new: 1"))
-    return origins + _qk_norms(mixer, taken)
+    return origins + _join(mixer) + _qk_norms(mixer, taken)
+
+
+def _join(mixer: Mixer) -> list[Origin]:
+    """What the recurrence's channels count behind the gate: 1, and beside a window 0, where attention alone starts as it was."""
+    name, weight = ("join", mixer.join) if mixer.norm is None else ("norm.weight", mixer.norm.weight)
+    if weight is None:
+        return []
+    value = 0.0 if mixer.sight else 1.0
+    _set(weight, torch.full_like(weight, value))
+    return [Origin(name, tuple(weight.shape), f"new: {value:g}")]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:

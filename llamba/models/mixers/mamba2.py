@@ -100,15 +100,16 @@ class Mamba2(Mixer):
         a, step = self.decay(dt)
         return ssd_step(x, a, b, c, dt=step, D=self.D, state=state)
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """M[i, j] = C_i . B_j e^(a_(j+1) + ... + a_i) dt_j, and D on the diagonal (MOHAWK, arXiv 2408.10189, section 4.1)."""
-        parts = self._project(hidden_states)
-        _, b, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
+        parts = self._project(hidden_states) | self._angles(angles, *hidden_states.shape[:2])
+        _, b, c = self._turned_heads(self._convolve(parts, rec, None)[0], parts)
         a, step = self.decay(parts["dt"])
         b = b.repeat_interleave(c.shape[2] // b.shape[2], 2)  # [B, T, H, N]
         by_token = [a, b, c] + ([] if step is None else [step])
         skip = at_least_fp32(self.D).expand(len(a), -1)  # [B, H]
-        return Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        own = Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        return own if self.sight is None else self._with_window(own, parts, rec)
 
 
 def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
