@@ -56,6 +56,17 @@ def write_chats(source: str, folder: Path, most: int = 20_000) -> tuple[Path, Pa
     return train, held
 
 
+def write_prompts(train: Path, count: int, turns: int) -> Path:
+    """The beginnings of so many training conversations, up to so many of the user's turns, for the teacher to answer; made once."""
+    path = train.with_name("prompts.jsonl")
+    if not path.exists():
+        begun = [sources.messages(row)[: 2 * turns - 1] for _, row in islice(sources.rows(str(train)), count)]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"messages": row}) + "\n" for row in begun), encoding="utf-8")
+        partial.replace(path)
+    return path
+
+
 def held_out_windows(path: Path, tokenizer: Any, length: int, count: int) -> list[list[int]]:
     """The first `length` tokens of so many held-out chats that are as long, in the tokenizer's own template.
 

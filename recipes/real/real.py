@@ -27,11 +27,12 @@ from llamba.base.errors import one_line_errors
 from llamba.base.progress import quiet_libraries
 from llamba.chat.conversation import Chat, Sampling, load, load_draft
 from llamba.models.mixers import without_recurrence
-from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats
+from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats, write_prompts
 from llamba.recipes.real.measures import CONTEXTS, LATE, cache_mib, distance, pictures, recalled, save, speed, table
 
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH = 512
+ANSWERED = 32  # conversations that the teacher answers
 HELD_OUT = 12  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 TOKENS_A_MINUTE = {"hidden": 50_000, "half": 45_000, "none": 40_000}  # on two cores with bf16 products
@@ -94,12 +95,13 @@ def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
     """The runs: with attention in half of the layers, and, from the same aligned layers, without any."""
     first = min(choices.minutes, FIRST_MINUTES)
     prompts = Data(train=str(train), length=LENGTH)
-    answers = PseudoLabel(data=prompts, rows=96, turns="all", batch=24, max_new_tokens=64, max_prompt=400, unfinished="keep")
+    asked_about = Data(train=str(write_prompts(train, ANSWERED, turns=3)), length=LENGTH)
+    answers = PseudoLabel(data=asked_about, turns="all", batch=ANSWERED, max_new_tokens=48, max_prompt=300, unfinished="keep")
     hidden = Hidden(
         tokens=tokens("hidden", first), lr=3e-3, warmup=0.05, floor=0.05, batch=4, micro_batch=4, save_every=50, log_every=5
     )  # fmt: skip
     select = Select(data=prompts, keep=0.5, method="swap", rows=8, micro_batch=4, targets="all")
-    data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.5, 0.5], length=LENGTH, packing=True)
+    data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.8, 0.2], length=LENGTH, packing=True)
     half = Recipe(
         teacher=choices.teacher, student=Student(mixer="auto", attention=0), data=data,
         stages=[answers, hidden, select, *distillations("half", choices.minutes)], output=choices.output,
