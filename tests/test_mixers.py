@@ -181,6 +181,8 @@ def test_bad_configurations_say_what_was_needed(change: dict, words: str) -> Non
 
 def test_state_width_must_fit_the_kind() -> None:
     with pytest.raises(ValueError, match="state = head_dim"):
-        build_mixer(vars(config("mamba2", state=4)), 0)
+        convert(teacher(), options={"state": 4})
+    with pytest.raises(ValueError, match="state = head_dim"):
+        build_mixer(vars(config("mamba2", state=4, qk_norm="rms")), 0)
     with pytest.raises(ValueError, match="multiple of state"):
         build_mixer(vars(config("mamba1", state=3)), 0)

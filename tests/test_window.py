@@ -47,7 +47,9 @@ def test_packed_and_padded_rows_equal_single_documents(how: str, sight: Sight) -
     mask = None
     if how != "documents":
         mask = torch.rand(B, 140, generator=torch.Generator().manual_seed(1)).argsort(1) < 99  # holes anywhere
-        packed = [torch.full((B, 140, *part.shape[2:]), 9.0, dtype=part.dtype).masked_scatter(mask[..., None, None], part) for part in packed]
+        packed = [
+            torch.full((B, 140, *part.shape[2:]), 9.0, dtype=part.dtype).masked_scatter(mask[..., None, None], part) for part in packed
+        ]
         numbers = torch.zeros(B, 140, dtype=torch.long).masked_scatter(mask, numbers).cummax(1).values
     for impl in ("sequential", "torch"):
         got = window_attention(*packed, sight, scale=SCALE, mask=mask, seq_idx=None if how == "mask" else numbers, impl=impl)

@@ -71,7 +71,9 @@ def window_attention(
     return y if packed is None else packed.back(y)
 
 
-def window_rows(q: Tensor, k: Tensor, sight: Sight, scale: float, seq_idx: Tensor | None, mask: Tensor | None, rows: slice | Tensor) -> Tensor:
+def window_rows(
+    q: Tensor, k: Tensor, sight: Sight, scale: float, seq_idx: Tensor | None, mask: Tensor | None, rows: slice | Tensor
+) -> Tensor:
     """The rows [B, H, I, T] of the matrix that `window_attention` multiplies v by; arguments as there, absent tokens' rows 0."""
     T, R = q.shape[1], q.shape[2] // k.shape[2]
     real = torch.ones(len(q), T, dtype=torch.bool, device=q.device) if mask is None else mask

@@ -30,8 +30,11 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: 
     at = sinks[:, :1] if start is None else sinks  # one document: the same sinks for all blocks
     rows = torch.arange(len(at), device=q.device)[:, None, None]
     front = (0, 0, 0, 0, Q, more[-1])
-    k, v = ((heads[rows, at.clamp_max(T - 1)] if len(at) > 1 else heads[:, at[0].clamp_max(T - 1)], pad(heads, front)) for heads in (k, v))
-    return _in_blocks(pad(q, more), *k, *v, sight, scale, place, first, sinks, Q)[:, :T]
+    (far_keys, k), (far_values, v) = (
+        (heads[rows, at.clamp_max(T - 1)] if len(at) > 1 or start is not None else heads[:, at[0].clamp_max(T - 1)], pad(heads, front))
+        for heads in (k, v)
+    )
+    return _in_blocks(pad(q, more), far_keys, k, far_values, v, sight, scale, place, first, sinks, Q)[:, :T]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:

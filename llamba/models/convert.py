@@ -88,7 +88,7 @@ def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, 
     if lost:
         raise ValueError(f"student.attention keeps layers {_listing(lost)}, but they are recurrent in this model already; name others")
     values["layer_types"] = [kind if i in kept or mixer == ATTENTION else RECURRENT for i, kind in enumerate(types)]
-    values["mixer"] = vars(_mixer_config(family, teacher, mixer, options or {}))
+    values["mixer"] = _mixer_config(family, teacher, mixer, options or {}).stored()
     if mixer == ATTENTION:
         values["mixer"]["layers"] = [i for i in range(teacher.num_hidden_layers) if i not in kept]
     for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version"):
@@ -100,9 +100,10 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
     stored = teacher.to_dict().get("mixer")
     if not stored:
         return mixer_config(mixer, family.shape(teacher), **options)
-    if stored["kind"] != mixer or any(stored.get(name) != value for name, value in options.items()):
-        raise ValueError(f"student.mixer must stay what the model has ({stored['kind']}); got {mixer} with options {options}")
-    return MixerConfig(**stored)
+    own = MixerConfig(**stored)
+    if own.kind != mixer or any(vars(own).get(name) != value for name, value in options.items()):
+        raise ValueError(f"student.mixer must stay what the model has ({own.kind}); got {mixer} with options {options}")
+    return own
 
 
 def _loaded(load: Callable[..., Any], name: str, **more: Any) -> Any:

@@ -95,8 +95,8 @@ class KeyRing:
         k, v, M, L = k.detach(), v.detach(), self.sight.sinks, self.slots - self.sight.sinks
         if k.shape[1] == 1 and counts == [1] * len(counts) and min(self.lengths) == max(self.lengths):
             n = self.lengths[0]
-            slot = n if n < M else M + (n - M) % L
-            self.keys[:, slot], self.values[:, slot] = k[:, 0], v[:, 0]
+            at = n if n < M else M + (n - M) % L
+            self.keys[:, at], self.values[:, at] = k[:, 0], v[:, 0]
             self.lengths = [n + 1] * len(counts)
             return
         if k.shape[1] <= L and counts == [k.shape[1]] * len(counts):

@@ -66,6 +66,6 @@ def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
 
 
 __all__ = [
-    "ATTENTION", "AUTO", "BEST", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin", "Recurrence",
-    "build_mixer", "initialise", "mixer_config", "resolved", "without_recurrence",
+    "ATTENTION", "AUTO", "BEST", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin",
+    "Recurrence", "build_mixer", "initialise", "mixer_config", "resolved", "without_recurrence",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ class NoMixer(Mixer):
         return {}
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Recurrence | None = None, past_key_values=None, **kwargs
+        self, hidden_states: Tensor, attention_mask: Recurrence | None = None, past_key_values=None, position_embeddings=None, **kwargs
     ) -> tuple[Tensor, None]:
         """Zeros [B, T, D]; a cache learns how many tokens there were."""
         if past_key_values is not None:

@@ -82,6 +82,11 @@ class MixerConfig:
         if self.conv_width < 1:
             raise ValueError(f"mixer.conv_width must be at least 1; got {self.conv_width}")
 
+    def stored(self) -> dict[str, Any]:
+        """The values as `config.mixer` has them: of the options beside the recurrence, those that are on."""
+        beside = ("window", "sinks", "rotary", "sliding_window", "sliding_layers")
+        return {name: value for name, value in vars(self).items() if value or name not in beside}
+
     @property
     def inner(self) -> int:
         """Width of the mixer's output before out_proj, H * P."""
@@ -216,7 +221,7 @@ class Mixer(nn.Module):
         self.sight = sight_of(config, layer_idx)
         if (config.rotary or self.sight) and not self.reads_heads:
             raise ValueError(f"mixer.window, mixer.sinks and mixer.rotary need keys and queries of whole heads; {config.kind} has none")
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows().values()), bias=config.proj_bias)
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.layout().values()), bias=config.proj_bias)
         channels = self.conv_channels()
         self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
         self.out_proj = nn.Linear(config.inner, config.hidden_size, bias=config.out_bias)
@@ -229,6 +234,10 @@ class Mixer(nn.Module):
     def rows(self) -> dict[str, int]:
         """Rows of in_proj by name, in order; "x", "B" and "C" hold the teacher's V, K and Q."""
         raise NotImplementedError
+
+    def layout(self) -> dict[str, int]:
+        """`rows`, and beside a window "mass", one row for each head."""
+        return self.rows() | ({"mass": self.config.heads} if self.sight else {})
 
     def conv_channels(self) -> int:
         """Channels of the convolution."""
@@ -288,16 +297,20 @@ class Mixer(nn.Module):
             y = self._cached_run(parts, rec, layer)
         y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
         if self.sight is not None:
-            y = self._joined(y, self._look(parts, rec, layer))
+            y = self._joined(y, self._look(parts, rec, layer), parts["mass"])
         elif self.recurrence_off:
             y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None
 
-    def _joined(self, recurrent: Tensor, seen: Tensor) -> Tensor:
-        """The recurrence's output [B, T, H P], gated, and what attention saw [B, T, H, P] together."""
-        seen = seen.flatten(-2)
+    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor) -> Tensor:
+        """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
+
+        `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
+        weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen.
+        """
         if self.recurrence_off:
-            return seen
+            return seen.flatten(-2)
+        seen = torch.addcmul(seen, seen, mass[..., None], value=-1).flatten(-2)
         if self.training and self.drop_window:
             kept = torch.rand(len(seen), 1, 1, device=seen.device) >= self.drop_window
             seen = seen * kept.to(seen.dtype)
@@ -308,7 +321,9 @@ class Mixer(nn.Module):
         if self.sight is None and not self.config.rotary:
             return {}
         if given is None:
-            raise ValueError("a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none")
+            raise ValueError(
+                "a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none"
+            )
         return {name: part.expand(rows, tokens, -1) for name, part in zip(("cos", "sin"), given, strict=True)}
 
     def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,7 +353,7 @@ class Mixer(nn.Module):
     def _project(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """The rows of in_proj by name; those that pass the convolution stay together under "conv"."""
         merged: dict[str, int] = {}
-        for name, count in self.rows().items():
+        for name, count in self.layout().items():
             key = "conv" if name in self.conv_rows() else name
             merged[key] = merged.get(key, 0) + count
         parts = dict(zip(merged, self.in_proj(hidden_states).split(list(merged.values()), -1), strict=True))

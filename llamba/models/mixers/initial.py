@@ -95,7 +95,7 @@ def _projections(mixer: Mixer, weights: AttentionWeights | None, rule: Init, gen
     new_weight = new_weight if weights is None else new_weight.to(torch.promote_types(weights.q.dtype, torch.float32))
     new_bias = None if new_bias is None else new_bias.to(new_weight.dtype)
     origins, row = [], 0
-    for name, count in mixer.rows().items():
+    for name, count in mixer.layout().items():
         rows = slice(row, row + count)
         row += count
         source = _fill_rows(name, rows, new_weight, new_bias, weights, rule)
@@ -121,14 +121,17 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
     """Fill the named rows in place and return their source; rows that nothing claims stay as drawn."""
     if name in TAKEN and weights is not None:
         short = TAKEN[name]
-        weight[rows] = getattr(weights, short)
+        taken = getattr(weights, short)
+        if len(taken) != len(weight[rows]):
+            raise ValueError(f"K and Q become B and C where state = head_dim; got {len(weight[rows])} rows for {len(taken)}")
+        weight[rows] = taken
         short_bias = getattr(weights, f"{short}_bias")
         if short_bias is not None:
             if bias is None:
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -170,7 +173,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     """
     if mixer.config.kind in ("low_rank", "toeplitz"):
         return []
-    bias, discrete = mixer.dt_bias, mixer.config.kind == "discrete_mamba2"
+    bias, discrete = mixer.dt_bias, "A_log" not in dict(mixer.named_parameters())
     a_log = None if discrete else torch.zeros_like(mixer.A_log)
     if decay == "log_spaced":
         step = 1 / _memories(mixer)
