@@ -183,20 +183,28 @@ def mt_bench(argv: list[str]) -> None:
     print(run(args.model, out, _settings(args), _judge(args), options))
 
 
+JUDGMENTS = """Judgments that exist already, as scores with intervals: FastChat's single and pairwise files, AlpacaEval's annotations.json.
+
+Every judge has a table of its own; two are never averaged. Rows without a rating from 0 to 10, or a preference from 1 to 2, are
+counted and said; of duplicates the last that can be read counts. With --out the scores are kept beside one's own, and models are
+compared question by question.
+
+example: llamba eval judgments FastChat/data/mt_bench/model_judgment --out runs/llama3_50pct
+"""
+
+
 def judgments(argv: list[str]) -> None:
-    """Averages of a FastChat judgment file."""
-    about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
-    parser = Parser("llamba eval judgments", about)
-    parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
-    parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
+    """Judgments that exist already: FastChat's and AlpacaEval's files."""
+    parser = Parser("llamba eval judgments", JUDGMENTS)
+    parser.add_argument(
+        "path", metavar="FILE or FOLDER", help="*_single.jsonl, *_pair.jsonl, annotations.json, or a folder with such files"
+    )
+    parser.add_argument("--out", help="a run, or any folder, that the scores are put into (default: printed alone)")
+    parser.add_argument("--data", help="folder with the benchmarks' files, for categories and length control (default: what was fetched)")
     args = parser.read(argv)
-    from pathlib import Path
+    from llamba.eval.existing import run
 
-    from llamba.eval.judged import read_judgments, report_single
-    from llamba.eval.mt_bench import load_questions
-
-    categories = {row["question_id"]: row["category"] for row in load_questions(args.data, None)}
-    print(report_single(read_judgments(Path(args.file)), categories, Path(args.file).stem)[1])
+    print(run(args.path, args.out, args.data))
 
 
 def alpaca(argv: list[str]) -> None:
@@ -243,6 +251,9 @@ RECALL = """What chat scores hide: recall by the number of facts and the length 
   phone   a phone book of N names, one is asked for
   needle  one sentence in a text of T tokens, at a depth from 0 (start) to 1 (end); drawn as a heat map
 
+Each is also told by the distance between fact and question, and for mixers with a window by facts wholly beyond window and sinks.
+--recurrence both measures again with the recurrence off: what window and attention do alone.
+
 example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 16384 --trials 10 --batch 1
 """
 
@@ -258,30 +269,52 @@ def recall(argv: list[str]) -> None:
     parser.add_argument("--depths", type=float, nargs="+", help="needle: depths from 0 to 1")
     parser.add_argument("--trials", type=int, default=20, help="per cell (default 20)")
     parser.add_argument("--haystack", metavar="FILE", help="plain text to hide the needle in (default: a filler)")
+    _recurrence_option(parser)
     args = parser.read(argv)
     from llamba.eval.recall import Options, run
     from llamba.eval.scores import results_folder
 
-    given = {key: tuple(value) for key in ("tasks", "pairs", "names", "lengths", "depths") if (value := getattr(args, key))}
-    options = Options(**given, trials=args.trials, haystack=args.haystack)
+    given: dict[str, Any] = {key: tuple(value) for key in ("tasks", "pairs", "names", "lengths", "depths") if (value := getattr(args, key))}
+    options = Options(**given, trials=args.trials, haystack=args.haystack, recurrence=args.recurrence)
     print(run(args.model, results_folder(args.model, args.out), _settings(args), options))
 
 
+PERPLEXITY = """Perplexity of a model on a plain text or on the answers of chats, and with --teacher its distance to the teacher.
+
+A text is read in windows that do not overlap, each after BOS. Chats are written in the checkpoint's own template; the tokens of the
+assistant's answers alone count, and a chat that is too long is cut after its last whole answer. Everything is also told by position.
+--recurrence both measures again with the recurrence off: what window and attention do alone.
+
+examples: llamba eval perplexity runs/llama3_50pct --text book.txt --teacher meta-llama/Meta-Llama-3-8B-Instruct
+          llamba eval perplexity runs/llama3_50pct --chat held_out.jsonl --length 512 --recurrence both
+"""
+
+
+def _recurrence_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--recurrence", default="on", choices=("on", "off", "both"), help="measure with the mixers' recurrence, without, both"
+    )
+
+
 def perplexity(argv: list[str]) -> None:
-    """Perplexity on a text, and KL to the teacher."""
-    parser = Parser("llamba eval perplexity", "Perplexity of a model on plain text, and with --teacher its distance to the teacher.")
+    """Perplexity on a text or on chats, and KL to the teacher."""
+    parser = Parser("llamba eval perplexity", PERPLEXITY)
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
-    parser.add_argument("--text", required=True, metavar="FILE", help="plain text")
+    parser.add_argument("--text", metavar="FILE", help="plain text")
+    parser.add_argument("--chat", metavar="DATA", help="conversations: .jsonl, .jsonl.gz or .parquet, a folder of those, or a hub set")
     parser.add_argument("--teacher", metavar="MODEL", help="also KL(teacher || model) in nats per token, and how often both choose alike")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default 1024)")
-    parser.add_argument("--windows", type=int, help="at most so many windows")
+    parser.add_argument("--length", type=int, default=1024, help="most tokens of a window or a chat (default 1024)")
+    parser.add_argument("--windows", type=int, help="at most so many windows or chats")
+    parser.add_argument("--positions", type=int, nargs="*", default=[256], help="where ranges of positions end (default: 256)")
+    _recurrence_option(parser)
     device_options(parser)
     parser.add_argument("--out", help="where scores.jsonl goes (default: MODEL/eval, or runs/eval/NAME)")
     args = parser.read(argv)
     from llamba.eval.perplexity import Options, run
     from llamba.eval.scores import results_folder
 
-    options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device)
+    measured = (args.chat, args.recurrence, tuple(args.positions))
+    options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device, *measured)
     print(run(args.model, results_folder(args.model, args.out), options))
 
 
@@ -294,14 +327,15 @@ def zero_shot(argv: list[str]) -> None:
     parser = Parser("llamba eval zero_shot", about)
     parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
     _answer_options(parser, 8, 2048)
-    run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a limited process (off by default)"
+    run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a box without files, network or neighbours"
     parser.add_argument("--run-code", action="store_true", help=run)
+    parser.add_argument("--unsafe", action="store_true", help="--run-code also where there is no such box: with limits, but without walls")
     args = parser.read(argv)
     from llamba.eval.scores import results_folder
     from llamba.eval.zero_shot import Options
     from llamba.eval.zero_shot import run as answer
 
-    options = Options(args.benchmark, args.data, args.limit, args.run_code)
+    options = Options(args.benchmark, args.data, args.limit, args.run_code, args.unsafe)
     print(answer(args.model, results_folder(args.model, args.out), _settings(args), options))
 
 

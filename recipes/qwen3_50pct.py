@@ -13,7 +13,9 @@ recipe = Recipe(
     student=Student(mixer="auto", attention=0),
     data=Data(train=[WEB, CHAT], weights=[0.5, 0.5], length=2048, packing=True, streaming=True),
     stages=[
-        Hidden(data=Data(train=WEB, length=512, packing=True, streaming=True), tokens=50_000_000, lr=1e-3, warmup=0.02, batch=64, micro_batch=8),
+        Hidden(
+            data=Data(train=WEB, length=512, packing=True, streaming=True), tokens=50_000_000, lr=1e-3, warmup=0.02, batch=64, micro_batch=8
+        ),
         Select(keep=0.5, method="swap", rows=64, targets="all"),
         Distill(
             tokens=200_000_000, kl=1.0, ce=0.0, targets="all", train="all", lr=3e-4, rest_lr=1e-5, betas=(0.9, 0.95), clip=1.0,

@@ -117,8 +117,9 @@ def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
 
 def with_draft(half: Recipe, minutes: float) -> Recipe:
     """The run goes on to a draft of two layers whose head has the most frequent tokens."""
+    learnt = int(200_000 * min(1, minutes / FIRST_MINUTES))
     draft = Draft(
-        layers=2, head=8192, kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.05, tokens=int(200_000 * min(1, minutes / FIRST_MINUTES)), batch=8,
+        layers=2, head=8192, kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.05, tokens=learnt, batch=8,
         micro_batch=4, save_every=50, log_every=10,
     )  # fmt: skip
     return replace(half, stages=[*half.stages, draft])
