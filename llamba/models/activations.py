@@ -114,6 +114,18 @@ def record(model: Any, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), 
     return made
 
 
+def input_of_layer(model: Any, layer: int, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What `run` returns, and what enters the model's `layer` [B, T, D] meanwhile; None where layer 0 is asked for."""
+    if layer == 0:
+        return run(), None
+    made = Record()
+    hook = model.base_model.layers[layer].register_forward_pre_hook(partial(_before, made), with_kwargs=True)
+    try:
+        return run(), made.streams[0]
+    finally:
+        hook.remove()
+
+
 def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
