@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import MIXERS, TEACHERS, rms_error, teacher
+from models import DELTA_RULES, MIXERS, TEACHERS, rms_error, teacher
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamba.models.convert import convert
 from llamba.models.families import family_of
@@ -18,14 +19,23 @@ def exact_norm(norm: nn.Module, heads: Tensor) -> Tensor:
     return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
 
 
-def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int) -> Tensor:
-    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unrotated, unscaled."""
+def turned(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """heads [B, H, T, P], of which the first coordinates are turned, as transformers does it."""
+    cos, sin = angles
+    part, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    return torch.cat((apply_rotary_pos_emb(part, part, cos, sin)[0], rest), -1)
+
+
+def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unscaled, turned by `angles` if there are any."""
     parts = dict(attention.named_children())
     q, k, v = (parts[name](u).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
     for name in ("q_norm", "q_layernorm"):
         q = exact_norm(parts[name], q) if name in parts else q
     for name in ("k_norm", "k_layernorm"):
         k = exact_norm(parts[name], k) if name in parts else k
+    if angles is not None:
+        q, k = turned(q, angles), turned(k, angles)
     outputs = []
     for h in range(heads):
         g = h * groups // heads
@@ -34,7 +44,7 @@ def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int) -
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["H=G", "H>G"])
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", (*MIXERS, *DELTA_RULES))
 @pytest.mark.parametrize("name", TEACHERS)
 def test_without_decay_a_mixer_is_the_teachers_linear_attention(name: str, mixer: str, groups: int) -> None:
     source = teacher(name, groups)
@@ -60,7 +70,7 @@ def test_the_families_above_cover_what_they_should() -> None:
     assert sources["qwen2"].model.layers[0].self_attn.q_proj.bias is not None
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", (*MIXERS, *DELTA_RULES))
 def test_a_wrong_key_value_head_is_noticed(mixer: str) -> None:
     """The oracle above can fail: with the key rows of the two groups exchanged it does."""
     source = teacher("llama", 2)
@@ -171,6 +181,8 @@ def test_bad_configurations_say_what_was_needed(change: dict, words: str) -> Non
 
 def test_state_width_must_fit_the_kind() -> None:
     with pytest.raises(ValueError, match="state = head_dim"):
-        build_mixer(vars(config("mamba2", state=4)), 0)
+        convert(teacher(), options={"state": 4})
+    with pytest.raises(ValueError, match="state = head_dim"):
+        build_mixer(vars(config("mamba2", state=4, qk_norm="rms")), 0)
     with pytest.raises(ValueError, match="multiple of state"):
         build_mixer(vars(config("mamba1", state=3)), 0)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamba.base.folders import resolve_model
 from llamba.base.provenance import append_row
 from llamba.data.sources import rows
 from llamba.data.tokens import Tokenizer
 from llamba.models.activations import HEARD, record
+from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.models.mixers import Recurrence
 from llamba.settings import Data
 from llamba.training import structured_matrices as structured
@@ -113,15 +112,15 @@ def main(args: argparse.Namespace) -> None:
     """Fit, print the table and its remarks; `--picture` draws, `--out` appends the rows to a .jsonl file with what made them."""
     if not args.model or not args.data:
         raise ValueError("llamba bench matrices needs --model and --data, whose attention on which texts is approximated")
-    if args.matrices < 1 or args.length <= max(STATES) or args.steps < 2:
+    if args.matrices < 2 or args.length <= max(STATES) or args.steps < 2:
         raise ValueError(
-            f"llamba bench matrices needs --matrices >= 1, --length > {max(STATES)} and --steps >= 2; "
+            f"llamba bench matrices needs --matrices >= 2 (for an error of the mean), --length > {max(STATES)} and --steps >= 2; "
             f"got {args.matrices}, {args.length} and {args.steps}"
         )
     torch.manual_seed(0)
-    folder = resolve_model(args.model)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pieces = _pieces(args.data, AutoTokenizer.from_pretrained(folder), args.length, -(-args.matrices // model.config.num_hidden_layers))
+    folder = located(args.model)
+    model = load_model(folder, torch.float32)
+    pieces = _pieces(args.data, load_tokenizer(folder), args.length, -(-args.matrices // model.config.num_hidden_layers))
     found = measure(attention_matrices(model, pieces, args.matrices, seed=0), STATES, args.steps, SWEEPS)
     print("\n".join([f"{args.matrices} attention matrices, T = {args.length}", table(found), *remarks(found)]), flush=True)
     if args.picture:

@@ -16,19 +16,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
-from llamba.base.errors import one_line_errors
-from llamba.base.folders import DONE, finished, resolve_model
+from llamba.base.folders import DONE, finished
 from llamba.base.provenance import versions
 from llamba.data import pairs
 from llamba.data import tokens as data
 from llamba.data.tokens import Prepared
+from llamba.models.loading import load_tokenizer, located
 from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
 from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
 from llamba.training import checkpoints
@@ -104,7 +101,7 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     choice = recipe.student
     student = convert(source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed)
     student.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+    load_tokenizer(source).save_pretrained(partial)
     conversion: Any = student.conversion
     _write(partial / "conversion.json", conversion.to_json())
     _describe(partial, "convert", overrides.to_dict(recipe)["student"] | {"attention": attention}, started, {})
@@ -126,9 +123,9 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
         if folder.exists():
             data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
         elif stage.targets == "pairs":
-            pairs.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder)
+            pairs.prepare(config, load_tokenizer(source), stage.targets, folder)
         else:
-            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit, starts)
+            data.prepare(config, load_tokenizer(source), stage.targets, folder, limit, starts)
 
     _once(folder, work)
     return Prepared(config, recipe.seed, folder)
@@ -157,11 +154,11 @@ def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
     if not (folder / DONE).exists():
         prepared = _prepare(recipe, number, str(previous), out)
         started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
-        results = STAGES[stage.name](stage, str(previous), resolve_model(recipe.teacher), prepared, folder)
+        results = STAGES[stage.name](stage, str(previous), located(recipe.teacher), prepared, folder)
 
         def finish() -> None:
             if (folder / "config.json").exists():
-                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+                load_tokenizer(previous).save_pretrained(folder)
             stopped = {} if prepared.folder is None else data.stopped(prepared.config, prepared.folder)
             _describe(folder, stage.name, settings, started, results, **({"stopped_at": stopped} if stopped else {}))
 
@@ -179,7 +176,7 @@ def run(recipe: Recipe) -> Path:
     """
     from llamba.running import preflight
 
-    out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
+    out, teacher = Path(recipe.output), located(recipe.teacher)
     with checkpoints.disk_errors(out):
         if _rank() == 0:
             _claim(recipe, out)
@@ -190,39 +187,3 @@ def run(recipe: Recipe) -> Path:
         for number in [number for number, stage in enumerate(recipe.stages, 1) if not stage.skip]:
             last = _stage(recipe, number, last, out)
     return last
-
-
-def _help(recipe: Recipe, source: str) -> str:
-    listed = "\n".join(f"  {key}={json.dumps(value)}" for key, (value, _) in overrides.keys(recipe).items())
-    return (
-        f"python {source} [--plan] [key=value ...]\naccelerate launch [--config_file FILE] {source} [key=value ...]\n\n"
-        f"--plan prints what the run would do and does nothing. LLAMBA_TRACEBACK=1 shows where an error came from.\n\n{listed}"
-    )
-
-
-def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        return print(_help(recipe, source))
-    if set(flags) - {"--plan"}:
-        raise ValueError(f"needed --plan, --help or key=value, got {flags[0]}")
-    recipe = overrides.override(recipe, [argument for argument in arguments if argument not in flags], source)
-    if flags:
-        from llamba.running.plan import plan
-
-        return print(plan(recipe))
-    last = run(recipe)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if _rank() == 0:
-        print(f"done: {last}")
-
-
-def launch(recipe: Recipe) -> None:
-    """Run a recipe file's recipe with the command line's overrides; the last line of every recipe file.
-
-    A user's error ends as one line on stderr and exit status 2.
-    """
-    with one_line_errors():
-        _main(recipe, sys.argv[1:], sys.argv[0])

@@ -1,5 +1,4 @@
-"""What does not learn costs less: frozen weights in the numbers that are computed in, once for student and teacher together, and the
-layers below the first that differs run once.
+"""What does not learn costs less: frozen matrices in bf16, in one memory for student and teacher, and first layers that run once.
 
 All of it is what autocast computes anyway, number for number. Letters: B batch, T time, D model width.
 """

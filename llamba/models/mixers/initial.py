@@ -14,6 +14,7 @@ from transformers import initialization
 from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_least_fp32
 
 NO_DECAY = -40.0
+ERASED = 0.1  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
 
 
@@ -64,12 +65,35 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     taken = weights if rule.copy_attention else None
     origins = _projections(mixer, taken, rule, generator)
     origins += _convolution(mixer, rule, generator) + _decay(mixer, rule.decay, generator)
-    _set(mixer.D, torch.full_like(mixer.D, rule.skip))
-    origins.append(Origin("D", tuple(mixer.D.shape), f"new: {rule.skip:g}"))
-    if mixer.norm is not None:
-        _set(mixer.norm.weight, torch.ones_like(mixer.norm.weight))
-        origins.append(Origin("norm.weight", tuple(mixer.norm.weight.shape), "new: 1"))
-    return origins + _qk_norms(mixer, taken)
+    origins += _skip(mixer, rule.skip) + _erasing(mixer, rule.decay)
+    return origins + _join(mixer) + _qk_norms(mixer, taken)
+
+
+def _join(mixer: Mixer) -> list[Origin]:
+    """What the recurrence's channels count behind the gate: 1, and beside a window 0, where attention alone starts as it was."""
+    name, weight = ("join", mixer.join) if mixer.norm is None else ("norm.weight", mixer.norm.weight)
+    if weight is None:
+        return []
+    value = 0.0 if mixer.sight else 1.0
+    _set(weight, torch.full_like(weight, value))
+    return [Origin(name, tuple(weight.shape), f"new: {value:g}")]
+
+
+def _skip(mixer: Mixer, value: float) -> list[Origin]:
+    if not mixer.has_skip:
+        return []
+    _set(mixer.D, torch.full_like(mixer.D, value))
+    return [Origin("D", tuple(mixer.D.shape), f"new: {value:g}")]
+
+
+def _erasing(mixer: Mixer, decay: str) -> list[Origin]:
+    """The bias of the gate that erases: half open where decays are Mamba's own, shut where there is none, else open a little."""
+    if not mixer.erases:
+        return []
+    share = {"paper": 0.5, "log_spaced": ERASED}.get(decay)
+    bias = NO_DECAY if share is None else math.log(share / (1 - share))
+    _set(mixer.erase_bias, torch.full_like(mixer.erase_bias, bias))
+    return [Origin("erase_bias", tuple(mixer.erase_bias.shape), "new: shut" if share is None else f"new: {share:g} erased")]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:
@@ -88,7 +112,7 @@ def _projections(mixer: Mixer, weights: AttentionWeights | None, rule: Init, gen
     new_weight = new_weight if weights is None else new_weight.to(torch.promote_types(weights.q.dtype, torch.float32))
     new_bias = None if new_bias is None else new_bias.to(new_weight.dtype)
     origins, row = [], 0
-    for name, count in mixer.rows().items():
+    for name, count in mixer.layout().items():
         rows = slice(row, row + count)
         row += count
         source = _fill_rows(name, rows, new_weight, new_bias, weights, rule)
@@ -114,14 +138,17 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
     """Fill the named rows in place and return their source; rows that nothing claims stay as drawn."""
     if name in TAKEN and weights is not None:
         short = TAKEN[name]
-        weight[rows] = getattr(weights, short)
+        taken = getattr(weights, short)
+        if len(taken) != len(weight[rows]):
+            raise ValueError(f"K and Q become B and C where state = head_dim; got {len(weight[rows])} rows for {len(taken)}")
+        weight[rows] = taken
         short_bias = getattr(weights, f"{short}_bias")
         if short_bias is not None:
             if bias is None:
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name in ("dt", "erase") and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -163,7 +190,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     """
     if mixer.config.kind in ("low_rank", "toeplitz"):
         return []
-    bias, discrete = mixer.dt_bias, mixer.config.kind == "discrete_mamba2"
+    bias, discrete = mixer.dt_bias, "A_log" not in dict(mixer.named_parameters())
     a_log = None if discrete else torch.zeros_like(mixer.A_log)
     if decay == "log_spaced":
         step = 1 / _memories(mixer)
@@ -189,7 +216,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
 
 
 def _step_projection(mixer: Mixer, generator: torch.Generator | None) -> list[Origin]:
-    if mixer.config.kind != "mamba1":
+    if not mixer.projects_steps:
         return []
     weight = mixer.dt_proj.weight
     _set(weight, _uniform(weight, weight.shape[1] ** -0.5, generator))

@@ -1,10 +1,11 @@
 """Mamba-2 and discrete Mamba-2 mixers: one recurrence, two rules for decay and write strength.
 
-Shapes: B batch, T time, H query heads, G key/value heads, P head width, N = P state width.
+Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width (P where K and Q became B and C).
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,26 @@ from llamba.models.tree import Tree
 class Mamba2(Mixer):
     """Mamba-2 (arXiv 2405.21060) with one state per query head: h <- e^(dt A) h + dt x B^T, y = h C + D x, dt = softplus(dt + bias)."""
 
+    has_rate: ClassVar[bool] = True  # A, beside the step
+
     def __init__(self, config: MixerConfig, layer_idx: int):
-        if config.state != config.head_dim:
-            raise ValueError(f"{config.kind} needs state = head_dim (K and Q become B and C); got {config.state} and {config.head_dim}")
+        if config.state != config.head_dim and config.qk_norm is not None:
+            raise ValueError(f"norms of keys and queries need state = head_dim; got {config.state} and {config.head_dim}")
         super().__init__(config, layer_idx)
         self.dt_bias = nn.Parameter(torch.zeros(config.heads))
         self.D = nn.Parameter(torch.zeros(config.heads))
-        if config.kind == "mamba2":
+        if self.has_rate:
             self.A_log = nn.Parameter(torch.zeros(config.heads))
 
     def rows(self) -> dict[str, int]:
         """z | x | B | C | dt, the order of Mamba-2 and Bamba."""
         c = self.config
-        return {"z": c.inner, "x": c.shared, "B": c.shared, "C": c.inner, "dt": c.heads}
+        return {"z": c.inner, "x": c.shared, "B": c.groups * c.state, "C": c.heads * c.state, "dt": c.heads}
 
     def conv_channels(self) -> int:
         """x, B and C, before or (compatibility) behind the GQA repeat."""
         c = self.config
-        return 3 * c.inner if c.conv_after_repeat else 2 * c.shared + c.inner
+        return (c.heads if c.conv_after_repeat else c.groups) * (c.head_dim + c.state) + c.heads * c.state
 
     def conv_rows(self) -> tuple[str, ...]:
         """x, B and C pass the convolution."""
@@ -52,20 +55,19 @@ class Mamba2(Mixer):
         c, together = self.config, parts["conv"]
         if not c.conv_after_repeat:
             return together
-        x, b, q = together.split([c.shared, c.shared, c.inner], -1)
+        x, b, q = together.split([c.shared, c.groups * c.state, c.heads * c.state], -1)
         return torch.cat((self._repeat(x), self._repeat(b), q), -1)
 
     def _repeat(self, shared: Tensor) -> Tensor:  # [..., G P] -> [..., H P]
         c = self.config
-        return shared.unflatten(-1, (c.groups, c.head_dim)).repeat_interleave(c.heads // c.groups, -2).flatten(-2)
+        return shared.unflatten(-1, (c.groups, -1)).repeat_interleave(c.heads // c.groups, -2).flatten(-2)
 
     def heads_of(self, conv_out: Tensor, rest: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x, B [..., G, P] (H heads behind the repeat) and C [..., H, P]."""
+        """x [..., G, P], B [..., G, N] (H heads behind the repeat) and C [..., H, N]."""
         c = self.config
-        heads = conv_out.unflatten(-1, (-1, c.head_dim))
         shared = c.heads if c.conv_after_repeat else c.groups
-        x, b, q = heads.split([shared, shared, c.heads], -2)
-        return x, b, q
+        x, b, q = conv_out.split([shared * c.head_dim, shared * c.state, c.heads * c.state], -1)
+        return x.unflatten(-1, (shared, c.head_dim)), b.unflatten(-1, (shared, c.state)), q.unflatten(-1, (c.heads, c.state))
 
     def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the raw step, what `ssd` takes as a and dt: here the rate [H] and the step [..., H], both at least fp32."""
@@ -100,15 +102,16 @@ class Mamba2(Mixer):
         a, step = self.decay(dt)
         return ssd_step(x, a, b, c, dt=step, D=self.D, state=state)
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """M[i, j] = C_i . B_j e^(a_(j+1) + ... + a_i) dt_j, and D on the diagonal (MOHAWK, arXiv 2408.10189, section 4.1)."""
-        parts = self._project(hidden_states)
-        _, b, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
+        parts = self._project(hidden_states) | self._angles(angles, *hidden_states.shape[:2])
+        _, b, c = self._turned_heads(self._convolve(parts, rec, None)[0], parts)
         a, step = self.decay(parts["dt"])
         b = b.repeat_interleave(c.shape[2] // b.shape[2], 2)  # [B, T, H, N]
         by_token = [a, b, c] + ([] if step is None else [step])
         skip = at_least_fp32(self.D).expand(len(a), -1)  # [B, H]
-        return Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        own = Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        return own if self.sight is None else self._with_window(own, parts, rec)
 
 
 def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
@@ -122,6 +125,8 @@ def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor
 
 class DiscreteMamba2(Mamba2):
     """Discrete Mamba-2 of Phi-Mamba (arXiv 2408.10189): h <- e^(-softplus(a + bias)) h + x B^T; the input is not scaled by the step."""
+
+    has_rate = False
 
     def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay -softplus(a + bias); write strength 1 (None)."""
