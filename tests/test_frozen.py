@@ -59,11 +59,11 @@ def test_by_document(name):
     packed = {"input_ids": ids(2, 24), "position_ids": torch.stack([torch.cat([torch.arange(9), torch.arange(15)]), torch.arange(24)])}
     padded = {"input_ids": ids(2, 24), "attention_mask": (torch.arange(24) < torch.tensor([[24], [17]])).long()}
     assert documents_of(packed["position_ids"], None, packed["input_ids"].shape).lengths == [[9, 15], [24]]
-    want = [model.base_model(**batch).last_hidden_state for batch in (packed, padded)]
+    want = [model.base_model(**batch, use_cache=False).last_hidden_state for batch in (packed, padded)]
     assert by_document(model, packed) == {}
     attend_by_document(model)
     assert model.config._attn_implementation == BY_DOCUMENT and by_document(model, padded)["documents"].lengths == [[24], [17, 7]]
-    got = [model.base_model(**batch, **by_document(model, batch)).last_hidden_state for batch in (packed, padded)]
+    got = [model.base_model(**batch, **by_document(model, batch), use_cache=False).last_hidden_state for batch in (packed, padded)]
     torch.testing.assert_close(got[0], want[0], rtol=1e-9, atol=1e-9)
     real = padded["attention_mask"].bool()
     torch.testing.assert_close(got[1][real], want[1][real], rtol=1e-9, atol=1e-9)
