@@ -113,7 +113,7 @@ def _of_four(attention_mask: Tensor, rows: int, tokens: int, seen: int) -> Said:
     sees = _seen(attention_mask)[:, 0].expand(rows, -1, -1)  # [B, T, S + T or more]
     _refuse(sees[:, :, seen + tokens :], "it shows tokens that are not there yet")
     past, own = sees[:, :, :seen], sees[:, :, seen : seen + tokens]
-    opened = own.all(-1) & own.new_ones(tokens).index_fill(0, torch.tensor(tokens - 1, device=own.device), False)
+    opened = own.all(-1) & (torch.arange(tokens, device=own.device) < tokens - 1)
     real = (own & ~opened[..., None]).any(1) & ~opened  # rows without anything to see are sometimes opened as a whole
     previous = _previous(real)
     before = own[:, 1:].gather(2, previous.clamp_min(0)[..., None])[..., 0]  # [B, T - 1] whether a token sees the real one before it
