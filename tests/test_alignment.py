@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from llamba.models.activations import HEARD, record
-from llamba.models.hybrid import document_numbers
+from llamba.models.masks import document_numbers
 from llamba.models.mixers import Mixing, Recurrence
 from llamba.training import layer_distances as alignment
 from llamba.training.layer_distances import Part, norm, one_graph_at_a_time, squared_distance

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from llamba.models.convert import convert, kept_layers, student_config
-from llamba.models.hybrid import document_numbers
+from llamba.models.masks import document_numbers
 
 T = 131
 DTYPES = {"fp64": (torch.float64, 1e-10), "fp32": (torch.float32, 2e-5)}

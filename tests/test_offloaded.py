@@ -18,7 +18,7 @@ from llamba.models.offloaded import reading_device
 from llamba.training.losses import head_sums
 
 CPU = torch.device("cpu")
-EVERY_MIXER = (*MIXERS, "toeplitz", "low_rank", "none")
+EVERY_MIXER = (*MIXERS, "gated_delta", "kda", "toeplitz", "low_rank", "none")
 PLACES = {
     "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
     **{f"model.layers.{i}": "disk" if i < 2 else "cpu" for i in range(4)},

@@ -8,7 +8,8 @@ from models import ids, student
 from torch import Tensor, nn
 from torch.export import Dim
 
-MIXERS = ("mamba1", "mamba2", "discrete_mamba2", "toeplitz", "low_rank", "none")
+slow = pytest.mark.slow
+MIXERS = ["mamba1", "mamba2", *(pytest.param(name, marks=slow) for name in ("gated_delta", "kda", "toeplitz", "none"))]
 
 
 class Logits(nn.Module):
@@ -39,8 +40,8 @@ def forms(tokens: Tensor) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("form", ["mask", "padded", "positions", "packed", "seq_idx"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
+@pytest.mark.parametrize("form", ["padded", *(pytest.param(name, marks=slow) for name in ("mask", "positions", "packed", "seq_idx"))])
 def test_a_graph_of_one_length(form: str, strict: bool) -> None:
     model, tokens = student(dtype=torch.float32), ids(2, 12)
     graph = torch.export.export(Logits(model), (tokens,), forms(tokens)[form], strict=strict).module()
@@ -64,7 +65,7 @@ def test_one_graph_for_every_length(mixer: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"window": 16, "sinks": 2, "rotary": True}, {"rotary": True}])
+@pytest.mark.parametrize("options", [{"window": 16, "sinks": 2, "rotary": True}, pytest.param({"rotary": True}, marks=slow)])
 def test_one_graph_with_window_sinks_and_rotation(options: dict[str, Any]) -> None:
     model, example = student(options=options), ids(2, 12)
     free, more = {0: Dim("B"), 1: Dim("T", min=3, max=4096)}, forms(example)["padded"]
@@ -75,8 +76,8 @@ def test_one_graph_with_window_sinks_and_rotation(options: dict[str, Any]) -> No
         assert (graph(tokens, **given) - Logits(model)(tokens, **given)).abs().max() < 1e-9, tokens.shape
 
 
-@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
-@pytest.mark.parametrize("attention", [0.0, 0.5])
+@pytest.mark.parametrize("mixer", ["mamba2", pytest.param("mamba1", marks=slow), pytest.param("gated_delta", marks=slow)])
+@pytest.mark.parametrize("attention", [0.5, pytest.param(0.0, marks=slow)])
 def test_a_forward_pass_compiles_without_a_break(mixer: str, attention: float) -> None:
     """With every argument, at several lengths, with the gradient; and with the cache that it returns by default."""
     torch._dynamo.reset()

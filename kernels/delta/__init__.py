@@ -5,11 +5,14 @@ Sources: Yang et al., "Gated Delta Networks", 2024 (arXiv 2412.06464); "Kimi Lin
 There erase = write = beta; with erase = 0 and no decay this is linear attention.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..choice import choose
-from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
+from ..graph import operation
 from .chunked import chunked
 from .matrix import matrix
 from .packages import by_fla, obstacles
@@ -21,6 +24,14 @@ __all__ = ["delta_fold", "delta_matrix", "delta_resume", "delta_rule", "delta_st
 FORMS = ("torch", "sequential", "fla")
 CHUNKS = {"cpu": 32}  # tokens of a chunk, by kind of device, as measured
 CHUNK_ELSEWHERE = 64
+
+
+def _made(x: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    (B, T, H, N), P = c.shape, x.shape[3]
+    return x.new_empty(B, T, H, P), x.new_empty(B, H, P, N, dtype=accumulator(x.dtype))
+
+
+_CHUNKED = operation("delta_rule", chunked, _made)
 
 
 def delta_rule(
@@ -57,7 +68,7 @@ def delta_rule(
         a = a.masked_fill(~mask.view(*mask.shape, *[1] * (a.ndim - 2)), 0)
         erase = erase.masked_fill(~mask[..., None], 0)
         write = (torch.ones_like(erase) if write is None else write).masked_fill(~mask[..., None], 0)
-    run = {"sequential": sequential, "fla": by_fla, "torch": chunked}[form]
+    run = {"sequential": sequential, "fla": by_fla, "torch": _CHUNKED if traced(x.shape[1]) else chunked}[form]
     with no_autocast(x):
         y, last = run(x, a, b, c, erase, write, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None, None], 0)), last

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llamba.models.adoption import RECURRENT, adopt, check_rows, fresh_cache
 from llamba.models.cache import KEPT, RecurrentLayer
+from llamba.models.masks import Said, said
 from llamba.models.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.models.mixers.base import FP32_PARAMETERS
 
@@ -44,49 +45,6 @@ def mixer_layers(config: PreTrainedConfig) -> list[int]:
     values = config.to_dict()
     anew = (values.get("mixer") or {}).get("layers") or []
     return [index for index, kind in enumerate(values.get("layer_types") or []) if kind == RECURRENT or index in anew]
-
-
-def document_numbers(seq_idx: Tensor | None, position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Document number of each token [B, T], counted from 0, or None where there is one document.
-
-    `seq_idx` [B, T] labels documents directly. Otherwise a document starts where `position_ids` [B, T] does not go on rising
-    over real tokens; padded positions (`mask` [B, T] False) say nothing. While a graph is traced no value is looked at: one document
-    is numbered too.
-    """
-    if seq_idx is not None:
-        starts = seq_idx[:, 1:] != seq_idx[:, :-1]
-    elif position_ids is not None:
-        real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.expand(position_ids.shape)
-        last = torch.where(real, position_ids, -1).cummax(1).values if mask is not None else position_ids
-        starts = real[:, 1:] & (position_ids[:, 1:] <= last[:, :-1])
-        if mask is not None and (is_compiling() or bool(starts.any())):
-            starts = _restarts(position_ids, real)
-    else:
-        return None
-    if not is_compiling() and not bool(starts.any()):
-        return None
-    return nn.functional.pad(starts, (1, 0)).cumsum(1)
-
-
-def _restarts(position_ids: Tensor, real: Tensor) -> Tensor:
-    """True [B, T - 1] at real tokens whose position does not exceed that of the real token before."""
-    index = torch.arange(position_ids.shape[1], device=position_ids.device)
-    previous = torch.where(real, index, -1).cummax(1).values[:, :-1]  # [B, T - 1] index of the last real token so far
-    before = position_ids.gather(1, previous.clamp_min(0))
-    return real[:, 1:] & (previous >= 0) & (position_ids[:, 1:] <= before)
-
-
-def padding_mask(attention_mask: Tensor | dict | None, length: int) -> Tensor | None:
-    """True = real [B, T] for the last `length` tokens, or None where nothing is padded (or the mask is 4-D and cannot say).
-
-    While a graph is traced no value is looked at: a mask of ones stays one.
-    """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get(RECURRENT)
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    mask = attention_mask[:, -length:].bool()
-    return None if not is_compiling() and bool(mask.all()) else mask
 
 
 class HybridBackbone(PreTrainedModel):
@@ -125,9 +83,10 @@ class HybridBackbone(PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """As the family's own forward, and `seq_idx` [B, T]: document numbers of a packed row.
 
-        `stream` [B, T, D] is what enters layer `first`, where that is known; the layers below are not run. Documents also come
-        from `position_ids` that restart. Neither attention, state nor convolution reaches over a boundary.
-        Raises ValueError for packed documents together with a cache that already holds tokens.
+        `stream` [B, T, D] is what enters layer `first`, where that is known; the layers below are not run. Documents also come from a
+        4-D mask, from `cu_seq_lens_q`, and from `position_ids` that restart. Neither attention, state nor convolution reaches over a
+        boundary.
+        Raises ValueError for packed documents together with a cache, and for a mask that recurrent layers cannot obey; see `masks.said`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
@@ -135,7 +94,8 @@ class HybridBackbone(PreTrainedModel):
             hidden = stream
         else:
             hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
-        past_key_values, calls = self.prepare(hidden, attention_mask, position_ids, seq_idx, past_key_values, use_cache)
+        lengths = _packed_lengths(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+        past_key_values, calls = self.prepare(hidden, attention_mask, position_ids, seq_idx, past_key_values, use_cache, lengths)
         if self.parts.embed_dropout is not None and stream is None:
             hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
         for layer, call in zip(self.layers[first:], calls[first:], strict=True):
@@ -151,32 +111,46 @@ class HybridBackbone(PreTrainedModel):
         seq_idx: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Cache | None, list[dict[str, Any]]]:
         """The cache, and what each layer is called with beside the hidden states [B, T, D] and the cache."""
-        mask = padding_mask(attention_mask, hidden.shape[1])
-        documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
-        if is_compiling() and use_cache and not self.training and seq_idx is None and documents is not None:
+        explicit = position_ids is not None and (seq_idx is not None or lengths is not None)
+        seen = self._adopt(past_key_values, hidden)
+        mask, documents = self._said(attention_mask, position_ids, seq_idx, lengths, hidden, seen)
+        caches = past_key_values is not None or (use_cache and not self.training)
+        if is_compiling() and caches and documents is not None and seq_idx is None and lengths is None:
             torch._assert_async(documents[:, -1].max() == 0, PACKED)
             documents = None
-        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden)
+        if past_key_values is not None and documents is not None:
+            raise ValueError(PACKED)
+        if past_key_values is None and caches and documents is None:
+            past_key_values = fresh_cache(self.config)
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
-        masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
+        masks = self._masks(hidden, attention_mask, Said(mask, documents), past_key_values, position_ids, explicit)
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
         shared = {"position_ids": position_ids, "position_embeddings": rotary}
         return past_key_values, [shared | {"attention_mask": masks[kind]} for kind in self.config.layer_types]
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, hidden: Tensor) -> Cache | None:
-        if cache is not None:
-            if documents is not None:
-                raise ValueError(PACKED)
-            seen = next((layer.seen for layer in adopt(cache, self.config).layers if isinstance(layer, RecurrentLayer)), 0)
-            check_room(cache, seen + hidden.shape[1])
-            check_rows(cache, hidden.shape[0])
-            return cache
-        if not use_cache or self.training or documents is not None:
-            return None
-        return fresh_cache(self.config)
+    def _adopt(self, cache: Cache | None, hidden: Tensor) -> int:
+        """How many tokens the cache holds, which is made ours. Raises ValueError where it does not fit the model or the tokens."""
+        if cache is None:
+            return 0
+        check_rows(adopt(cache, self.config), hidden.shape[0])
+        recurrent = next((layer.seen for layer in cache.layers if isinstance(layer, RecurrentLayer)), None)
+        check_room(cache, (recurrent or 0) + hidden.shape[1])
+        return int(cache.get_seq_length()) if recurrent is None else recurrent
+
+    def _said(
+        self, given: Any, position_ids: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None, hidden: Tensor, seen: int
+    ) -> Said:
+        if isinstance(given, dict):
+            given = given[RECURRENT] if RECURRENT in given else given.get("full_attention")
+        if RECURRENT not in self.config.layer_types and isinstance(given, Tensor) and given.ndim == 4:
+            return Said(None, None)
+        B, T = hidden.shape[:2]
+        mask, documents = said(given, position_ids, seq_idx, lengths, B, T, seen)
+        return Said(None if mask is None else mask.expand(B, -1), None if documents is None else documents.expand(B, -1))
 
     def _positions(self, hidden: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
         seen = 0 if cache is None else cache.get_seq_length()
@@ -187,22 +161,19 @@ class HybridBackbone(PreTrainedModel):
         return positions - first
 
     def _masks(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | dict | None,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        cache: Cache | None,
-        position_ids: Tensor,
+        self, hidden: Tensor, attention_mask: Tensor | dict | None, heard: Said, cache: Cache | None, position_ids: Tensor, explicit: bool
     ) -> dict[str, Any]:
+        """The mask of each kind of layer. explicit: the documents stand in more than the positions, which need not restart."""
+        mask, documents = heard
         made: dict[str, Any] = {RECURRENT: Recurrence(mask, documents)}
         if isinstance(attention_mask, dict):
             return {**attention_mask, **made}
         together, traced = None, False
-        if documents is not None:
+        if documents is not None and (attention_mask is None or attention_mask.ndim == 2):
             attention_mask = attention_mask if mask is not None else None  # all ones would hide the documents from transformers
             traced = is_compiling()  # transformers would build a mask with documents by vmap, which cannot be exported
-            together = packed_sequence_mask_function(documents) if attention_mask is not None and not traced else None
+            wanted = (attention_mask is not None or explicit) and not traced
+            together = packed_sequence_mask_function(documents) if wanted else None
         static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)  # its empty slots must be masked
         for kind in set(self.config.layer_types) - {RECURRENT}:
             made[kind] = MASKS[kind](
@@ -213,6 +184,13 @@ class HybridBackbone(PreTrainedModel):
             if traced and documents is not None:
                 made[kind] = _cut(made[kind], documents)
         return made
+
+
+def _packed_lengths(queries: Tensor | None, keys: Tensor | None) -> Tensor | None:
+    """cu_seq_lens of queries, which must be those of keys."""
+    if queries is not None and keys is not None and not is_compiling() and not torch.equal(queries, keys):
+        raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be the same; got {queries.tolist()} and {keys.tolist()}")
+    return keys if queries is None else queries
 
 
 def _cut(mask: Any, documents: Tensor) -> Tensor:

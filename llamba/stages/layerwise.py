@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from llamba.data.batches import Batch
-from llamba.models.hybrid import HybridCausalLM, document_numbers, mixer_layers, padding_mask
+from llamba.models.hybrid import HybridCausalLM, mixer_layers
 from llamba.models.loading import require_alike
+from llamba.models.masks import document_numbers, padding_mask
 from llamba.models.mixers import Recurrence
 from llamba.settings import TokenTraining
 from llamba.stages.shared import Pair, load_pair

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamba.kernels.common import documents
+from llamba.kernels.common import documents, traced
 from llamba.models.cache import RecurrentLayer
 from llamba.models.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
 from llamba.models.mixers.mamba2 import Mamba2
@@ -143,7 +143,9 @@ class Toeplitz(Mixer):
             return x.new_zeros(B, T, H, P), after
         kernel = held[..., 1 : 1 + H].transpose(1, 2)  # [B, H, L + T]
         values = held[..., 1 + H :].unflatten(-1, (G, P)).repeat_interleave(H // G, 2).transpose(1, 2)  # [B, H, L + T, P]
-        blocks = [slice(first, min(first + ROWS_AT_ONCE, L + T)) for first in range(L, L + T, ROWS_AT_ONCE)]
+        blocks = [slice(L, L + T)]
+        if not traced(T):
+            blocks = [slice(first, min(first + ROWS_AT_ONCE, L + T)) for first in range(L, L + T, ROWS_AT_ONCE)]
         y = torch.cat([toeplitz_rows(kernel, docs, mask, rows) @ values for rows in blocks], 2)
         y = (y + at_least_fp32(self.D)[:, None, None] * values[:, :, L:]) * real[:, None, :, None]
         return y.transpose(1, 2).to(x.dtype), after
