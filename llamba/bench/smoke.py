@@ -100,7 +100,8 @@ def _captured(device: str) -> dict[str, float]:
     inputs = {name: value[:, 0] if value.ndim > 3 or name in ("a", "dt") else value for name, value in
               _ssd_inputs(1, 1, 8, 2, 128, torch.float32, device).items() if name != "state"}  # fmt: skip
     state = torch.zeros(1, 8, 128, 128, device=device)
-    run = partial(ssd_step, **inputs, state=state)
+    x, a, b, c, dt, D = (inputs[name] for name in ("x", "a", "b", "c", "dt", "D"))
+    run = partial(ssd_step, x, a, b, c, dt=dt, D=D, state=state)
     with torch.no_grad():
         want = run()[0].clone()
         torch.cuda.synchronize()
@@ -118,7 +119,7 @@ def cases(dtype: torch.dtype, device: str) -> dict[str, Callable[[], dict[str, f
     B, T, H, G, P = (1, 20, 2, 1, 16) if small else (2, 257, 8, 2, 128)
     size = {"H": H, "G": G, "P": P}
     C, N = (32, 16) if small else (256, 16)
-    return {
+    made: dict[str, Callable[[], dict[str, float]]] = {
         "ssd": partial(_errors, ssd, _ssd_inputs(B, T, H, G, P, dtype, device), True),
         "selective_scan": partial(_errors, selective_scan, _scan_inputs(B, T, C, N, dtype, device), True),
         "conv1d": partial(_errors, partial(causal_conv1d, activation="silu"), _conv_inputs(B, T, C, dtype, device), True),
@@ -128,7 +129,8 @@ def cases(dtype: torch.dtype, device: str) -> dict[str, Callable[[], dict[str, f
             _errors, partial(add_norm, eps=1e-5), _randn({"x": (1, 5, C), "residual": (1, 5, C), "weight": (C,)}, dtype, device), False
         ),
         "gate": partial(_errors, gated, _randn({"gate": (1, 5, C), "up": (1, 5, C)}, dtype, device), False),
-    } | ({} if small else {"graph": partial(_captured, device)})
+    }
+    return made if small else made | {"graph": partial(_captured, device)}
 
 
 def check(name: str, case: Callable[[], dict[str, float]], budget: float) -> dict[str, Any]:
