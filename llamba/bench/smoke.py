@@ -75,7 +75,8 @@ def _decode_errors(dtype: torch.dtype, device: str, size: dict[str, int]) -> dic
     H, G, P, T, W = size["H"], size["G"], size["P"], 5, 4
     C = 2 * G * P + H * P
     wide = _randn({"conv": (C, W), "bias": (C,), "norm": (H * P,)}, torch.float32, device)
-    weights = Weights(wide["conv"], wide["bias"], *torch.ones(3, H, device=device), wide["norm"])
+    one, two, three = torch.ones(3, H, device=device)
+    weights = Weights(wide["conv"], wide["bias"], one, two, three, wide["norm"])
     tokens = _randn({"z": (1, T, H * P + C + H)}, dtype, device)["z"]
     made = {}
     for impl in ("triton", "torch"):
