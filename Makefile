@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo real demo-recall test test-slow lint clean
+.PHONY: demo gpu real demo-recall test test-slow lint clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/tiny/demo.py
@@ -14,6 +14,9 @@ real: .venv/ready
 demo-recall: .venv/ready
 	test -d runs/demo || $(BIN)/python recipes/tiny/demo.py
 	$(BIN)/python recipes/tiny/recall.py
+
+gpu: .venv/ready-dev
+	$(BIN)/llamba bench gpu $(if $(DRY),--dry --out runs/gpu-dry.jsonl)
 
 test: .venv/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -30,6 +30,17 @@ def decode(argv: list[str]) -> None:
     main(args)
 
 
+def gpu(argv: list[str]) -> None:
+    """everything that only a GPU can say, part by part, in a few minutes"""
+    parser = _parser("gpu", "What only a GPU can say of this project, in the order of its value; goes on where it was stopped.")
+    parser.add_argument("--dry", action="store_true", help="pass through every part on the CPU, with shrunken shapes")
+    parser.add_argument("--minutes", type=float, default=6.0, help="at most, in all (default 6)")
+    args = parser.read(argv)
+    from llamba.bench.gpu import main
+
+    main(args)
+
+
 def losses(argv: list[str]) -> None:
     """distillation's loss in chunks against whole logits"""
     args = _parser("losses", "Distillation's loss in chunks against whole logits: time and memory, on a CPU.").read(argv)
@@ -103,6 +114,16 @@ def speculative(argv: list[str]) -> None:
     main(args)
 
 
+def smoke(argv: list[str]) -> None:
+    """does it run: every Triton kernel against PyTorch, and one captured graph"""
+    parser = _parser("smoke", "Every Triton kernel, forward and backward, against PyTorch in fp64, and one captured graph.")
+    _on_device(parser)
+    args = parser.read(argv)
+    from llamba.bench.smoke import main
+
+    main(args)
+
+
 def train(argv: list[str]) -> None:
     """a training step of a mixer's recurrence: Triton against PyTorch and other packages"""
     parser = _parser("train", "A training step of a mixer's recurrence: Triton against PyTorch, mamba-ssm and flash-linear-attention.")
@@ -115,8 +136,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-    "decode": decode, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep, "ops": ops, "speculative": speculative,
-    "train": train,
+    "decode": decode, "gpu": gpu, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke,
+    "speculative": speculative, "train": train,
 }  # fmt: skip
 
 
