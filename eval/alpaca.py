@@ -143,12 +143,11 @@ def _check_instructions(file: str, given: Sequence[str], reference: Sequence[dic
 
 def has_verdict(reply: Reply) -> bool:
     """Whether a reply says how likely m and M are."""
-    content = (reply["logprobs"] or {}).get("content") or []
-    return bool(content) and any(top["token"] in ("m", "M") for top in content[0]["top_logprobs"])
+    return reply["logprobs"] is not None and any(top["token"] in ("m", "M") for top in reply["logprobs"]["content"][0]["top_logprobs"])
 
 
 def _preflight(reply: Reply) -> str | None:
-    if (reply["logprobs"] or {}).get("content"):
+    if reply["logprobs"] is not None:
         return None
     return "this judge returns no log-probabilities, which AlpacaEval's preferences are made of; choose a judge or a server that does"
 
@@ -171,8 +170,9 @@ class Completions:
             if self.estimate_only:
                 raise _NothingAsked
             self.failed = asker.ask(requests, has_verdict, _preflight)
-            self.took = asker.took(len(self.failed))
-            replies = [asker.known.get(request.key(self.judge)) for request in requests]
+            self.took = asker.took(self.failed)
+            keys = [request.key(self.judge) for request in requests]
+            replies = [asker.known.get(key) if key not in self.failed else None for key in keys]
         if all(reply is None or not has_verdict(reply) for reply in replies):
             reason = next(iter(self.failed.values())).reason
             raise ValueError(f"none of {len(requests)} judgments can be used ({reason}); run again to ask once more")

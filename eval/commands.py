@@ -6,7 +6,9 @@ import json
 import sys
 from typing import Any
 
+from llamba.base.arguments import Main, Parser, device_options, dispatch
 from llamba.base.errors import one_line_errors
+from llamba.base.progress import quiet_libraries
 
 JUDGE_HELP = """
 the judge:
@@ -112,13 +114,7 @@ def _parameters(text: str) -> dict[str, Any]:
     return found
 
 
-def _parser(name: str, about: str, epilog: str = "") -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=name, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-
-def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int, questions: bool = True) -> None:
+def _answer_options(parser: Parser, batch: int, most: int, questions: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
     parser.add_argument("--out", help="where everything goes (default: MODEL/eval, or runs/eval/NAME)")
     parser.add_argument(
@@ -126,10 +122,7 @@ def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int, ques
     )
     parser.add_argument("--max-new-tokens", type=int, default=most, help=f"longest answer (default {most})")
     parser.add_argument("--seed", type=int, default=0, help="of the answers' random numbers (default 0)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: as saved; float32 on a CPU"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    device_options(parser)
     parser.add_argument(
         "--draft", metavar="MODEL", help='a smaller model of the same vocabulary that speculates, or "lookup"; only rounding may differ'
     )
@@ -139,7 +132,7 @@ def _answer_options(parser: argparse.ArgumentParser, batch: int, most: int, ques
         parser.add_argument("--limit", type=_count, help="only so many questions: a try, not a score")
 
 
-def _judge_options(parser: argparse.ArgumentParser) -> None:
+def _judge_options(parser: Parser) -> None:
     parser.add_argument("--judge", help="the judge's model name, as its endpoint knows it")
     parser.add_argument("--judge-url", default="https://api.openai.com/v1", help="its endpoint, or local:FOLDER (default OpenAI)")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key (default OPENAI_API_KEY)")
@@ -172,13 +165,13 @@ def _judge(args: argparse.Namespace) -> Any:
 
 def mt_bench(argv: list[str]) -> None:
     """MT-Bench (`run_mtbench.sh`)."""
-    parser = _parser("run_mtbench.sh", MT_BENCH, JUDGE_HELP + MT_BENCH_FILES)
+    parser = Parser("run_mtbench.sh", MT_BENCH, JUDGE_HELP + MT_BENCH_FILES)
     _answer_options(parser, 8, 1024)
     _judge_options(parser)
     parser.add_argument("--mode", default="single", choices=("single", "pairwise"), help="grade answers, or compare with --against")
     parser.add_argument("--against", metavar="MODEL", help="pairwise: the other model, or a FastChat answer file (.jsonl)")
     parser.add_argument("--judge-repeats", type=int, default=1, help="judge everything so many times, and report the spread")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from pathlib import Path
 
     from llamba.eval.mt_bench import Options, run
@@ -193,10 +186,10 @@ def mt_bench(argv: list[str]) -> None:
 def judgments(argv: list[str]) -> None:
     """Averages of a FastChat judgment file."""
     about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
-    parser = _parser("llamba eval judgments", about)
+    parser = Parser("llamba eval judgments", about)
     parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
     parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from pathlib import Path
 
     from llamba.eval.judged import read_judgments, report_single
@@ -208,13 +201,13 @@ def judgments(argv: list[str]) -> None:
 
 def alpaca(argv: list[str]) -> None:
     """AlpacaEval 2 (`run_alpaca.sh`)."""
-    parser = _parser("run_alpaca.sh", ALPACA, JUDGE_HELP + ALPACA_FILES)
+    parser = Parser("run_alpaca.sh", ALPACA, JUDGE_HELP + ALPACA_FILES)
     _answer_options(parser, 8, 2048)
     _judge_options(parser)
     parser.add_argument("--temperature", type=float, default=0.7, help="of the answers (default 0.7; 0 is greedy)")
     parser.add_argument("--outputs", metavar="FILE", help="outputs in alpaca_eval's format, in the place of MODEL's; MODEL is then a name")
     parser.add_argument("--win-rate-only", action="store_true", help="no length control: for subsets, and without df_gamed.csv")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from pathlib import Path
 
     from llamba.eval.alpaca import Options, run
@@ -227,18 +220,20 @@ def alpaca(argv: list[str]) -> None:
 
 def lm_eval(argv: list[str]) -> None:
     """lm-evaluation-harness (`run_lm_eval.sh`)."""
-    from llamba.eval.harness import ABOUT, run
-    from llamba.eval.scores import results_folder
+    from llamba.eval.task_sets import ABOUT
 
     if not argv or {"-h", "--help"} & set(argv):
         sets = "\n".join(f"  {name:<22} {about}" for name, about in ABOUT.items())
         return print(LM_EVAL.format(sets=sets))
-    parser = argparse.ArgumentParser(prog="run_lm_eval.sh", add_help=False, allow_abbrev=False)
+    parser = Parser("run_lm_eval.sh", "", add_help=False)
     parser.add_argument("model")
     parser.add_argument("--out")
     parser.add_argument("--data")
     tasks = argv[1:2] if argv[1:] and not argv[1].startswith("-") else []
     args, rest = parser.parse_known_args([argv[0], *argv[1 + len(tasks) :]])
+    from llamba.eval.harness import run
+    from llamba.eval.scores import results_folder
+
     print(run(args.model, results_folder(args.model, args.out), (tasks or ["mohawk_table1"])[0], rest, args.data))
 
 
@@ -254,7 +249,7 @@ example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 1638
 
 def recall(argv: list[str]) -> None:
     """Associative recall, phone book, needle in a haystack."""
-    parser = _parser("llamba eval recall", RECALL)
+    parser = Parser("llamba eval recall", RECALL)
     _answer_options(parser, 4, 24, questions=False)
     parser.add_argument("--tasks", nargs="+", default=["mqar", "phone", "needle"], help="mqar, phone, needle (default: all)")
     parser.add_argument("--pairs", type=int, nargs="+", help="mqar: numbers of pairs")
@@ -263,7 +258,7 @@ def recall(argv: list[str]) -> None:
     parser.add_argument("--depths", type=float, nargs="+", help="needle: depths from 0 to 1")
     parser.add_argument("--trials", type=int, default=20, help="per cell (default 20)")
     parser.add_argument("--haystack", metavar="FILE", help="plain text to hide the needle in (default: a filler)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from llamba.eval.recall import Options, run
     from llamba.eval.scores import results_folder
 
@@ -274,16 +269,15 @@ def recall(argv: list[str]) -> None:
 
 def perplexity(argv: list[str]) -> None:
     """Perplexity on a text, and KL to the teacher."""
-    parser = _parser("llamba eval perplexity", "Perplexity of a model on plain text, and with --teacher its distance to the teacher.")
+    parser = Parser("llamba eval perplexity", "Perplexity of a model on plain text, and with --teacher its distance to the teacher.")
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
     parser.add_argument("--text", required=True, metavar="FILE", help="plain text")
     parser.add_argument("--teacher", metavar="MODEL", help="also KL(teacher || model) in nats per token, and how often both choose alike")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default 1024)")
     parser.add_argument("--windows", type=int, help="at most so many windows")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
+    device_options(parser)
     parser.add_argument("--out", help="where scores.jsonl goes (default: MODEL/eval, or runs/eval/NAME)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from llamba.eval.perplexity import Options, run
     from llamba.eval.scores import results_folder
 
@@ -297,12 +291,12 @@ def zero_shot(argv: list[str]) -> None:
         "GSM8K or CRUXEval in ZeroEval's zero-shot greedy form. Data: `llamba eval fetch gsm8k cruxeval`, or --data DIR.\n"
         "CRUXEval's home publishes no checksum: its file is used as it comes."
     )
-    parser = _parser("llamba eval zero_shot", about)
+    parser = Parser("llamba eval zero_shot", about)
     parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
     _answer_options(parser, 8, 2048)
     run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a limited process (off by default)"
     parser.add_argument("--run-code", action="store_true", help=run)
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from llamba.eval.scores import results_folder
     from llamba.eval.zero_shot import Options
     from llamba.eval.zero_shot import run as answer
@@ -313,15 +307,14 @@ def zero_shot(argv: list[str]) -> None:
 
 def lengths(argv: list[str]) -> None:
     """Memory and tokens per second by context length."""
-    parser = _parser("llamba eval lengths", "Memory and tokens per second by context length, e.g. of a student and its teacher.")
+    parser = Parser("llamba eval lengths", "Memory and tokens per second by context length, e.g. of a student and its teacher.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folders, model folders or hub names")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens (default: 1k to 64k)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded after each (default 32)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
+    device_options(parser)
     parser.add_argument("--out", help="where scores.jsonl and the picture go (default: the first model's)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     from llamba.eval.lengths import Options, run
     from llamba.eval.scores import results_folder
 
@@ -334,12 +327,12 @@ def fetch(argv: list[str]) -> None:
     from llamba.eval.fetch import FILES
     from llamba.eval.fetch import fetch as get
 
-    parser = _parser("llamba eval fetch", "Get benchmark data from its public homes into the cache, checked by size and SHA-256.")
+    parser = Parser("llamba eval fetch", "Get benchmark data from its public homes into the cache, checked by size and SHA-256.")
     parser.add_argument("names", nargs="*", help=f"{', '.join(FILES)} (default: all)")
-    print("\n".join(get(parser.parse_args(argv).names or tuple(FILES))))
+    print("\n".join(get(parser.read(argv).names or tuple(FILES))))
 
 
-COMMANDS = {
+COMMANDS: dict[str, Main] = {
     "mt_bench": mt_bench,
     "judgments": judgments,
     "alpaca": alpaca,
@@ -352,26 +345,22 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one command. A user's error ends as one line on stderr and exit status 2."""
-    from transformers.utils.logging import disable_progress_bar
-
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        known = "\n".join(f"  {name:<12} {(action.__doc__ or '').strip()}" for name, action in COMMANDS.items())
-        print(f"llamba eval COMMAND …   (COMMAND --help tells more)\n\n{known}")
-        sys.exit(0 if argv in (["-h"], ["--help"]) else 2)
-    disable_progress_bar()
-    with one_line_errors():
+def evaluate(argv: list[str]) -> None:
+    """benchmarks: MT-Bench, AlpacaEval, lm-eval, recall, perplexity and more"""
+    with one_line_errors(interrupted="stopped; what was answered and judged so far is kept, and the same command goes on from here"):
         try:
-            COMMANDS[argv[0]](argv[1:])
-        except KeyboardInterrupt:
-            sys.exit("stopped; what was answered and judged so far is kept, and the same command goes on from here")
+            dispatch("llamba eval", "What a model is worth.", COMMANDS, argv)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 done = "what was answered and judged so far is kept: make room and give the same command again"
                 raise ValueError(f"the disk is full ({error}); {done}") from error
             raise
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command: what the shell scripts of this folder call."""
+    quiet_libraries()
+    evaluate(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -24,14 +26,15 @@ from urllib.request import getproxies, proxy_bypass
 from tqdm import tqdm
 
 from llamba.eval.journal import Journal
+from llamba.eval.replies import Reply, has_no_money, parse, read_reply, short, sound
 
 CHARACTERS_PER_TOKEN = 4
 ALONE = 3  # requests that may go one by one until there is a reply to look at
+UNREADABLE = 20  # replies that cannot be read, after which a run in which none can be read stops
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CONTROL = re.compile(r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start_of_turn|end_of_turn|bos|eos|unk|pad)>")  # noqa: RUF001
 _HALVES = re.compile("[\ud800-\udfff]")
 
-Reply = dict[str, Any]  # text, logprobs, input_tokens, output_tokens, served_by
 Messages = list[dict[str, str]]
 
 
@@ -99,10 +102,11 @@ class Request:
 
 @dataclass
 class Failure:
-    """A request without a usable reply, and why."""
+    """A request without a usable reply, and why. `fatal`: it concerns all requests; `alone`: the server answered, and to this one only."""
 
     reason: str
     fatal: bool = False
+    alone: bool = False
 
 
 class Transport(Protocol):
@@ -148,39 +152,54 @@ class Endpoint:
         key = judge.key()
         _check_that_something_listens(judge.url)
         self.judge, self.workers, self.openai = judge, judge.concurrency, openai
-        self.client = openai.OpenAI(base_url=judge.url, api_key=key or "none", max_retries=judge.retries, timeout=judge.timeout)
+        http = openai.DefaultHttpxClient(event_hooks={"response": [_no_second_try_without_money]})
+        self.client = openai.OpenAI(
+            base_url=judge.url, api_key=key or "none", max_retries=judge.retries, timeout=judge.timeout, http_client=http
+        )
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply | Failure]:
         """One request, asked; errors that concern every request are fatal."""
         (request,) = requests
         arguments = {k: v for k, v in {**request.parameters, **self.judge.parameters}.items() if v is not None}
         messages: Any = request.messages
-        openai = self.openai
+        openai, ask = self.openai, self.client.chat.completions.with_raw_response.create
         try:
-            got = self.client.chat.completions.create(model=self.judge.model, messages=messages, **arguments)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            return [Failure(f"the judge refused the key in {self.judge.key_env} ({error.status_code}); set a valid one", fatal=True)]
-        except openai.NotFoundError as error:
-            reason = f"{self.judge.url} knows no model {self.judge.model!r} or no chat completions (404: {_short(error)}); correct both"
-            return [Failure(reason, fatal=True)]
-        except openai.RateLimitError as error:
-            return [Failure(f"429 {_short(error)}", fatal="insufficient_quota" in str(error))]
-        except (openai.OpenAIError, json.JSONDecodeError) as error:
-            return [Failure(f"{type(error).__name__}: {_short(error)}")]
-        if not isinstance(got, openai.types.chat.ChatCompletion):
-            reason = f"{self.judge.url} answers, but not as a judge ({_short(got)!r}); correct --judge-url, it often ends in /v1"
-            return [Failure(reason, fatal=True)]
-        if not got.choices or got.choices[0].message.content is None:
-            return [Failure("the reply holds no text")]
-        choice, usage = got.choices[0], got.usage
-        logprobs = choice.logprobs.model_dump() if choice.logprobs else None
-        reply = {"text": choice.message.content, "logprobs": logprobs, "served_by": got.model}
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-        return [reply | dict(zip(("input_tokens", "output_tokens"), counts, strict=True))]
+            got = ask(model=self.judge.model, messages=messages, extra_body=arguments)
+            reply = read_reply(got.http_response.text)
+        except openai.APIStatusError as error:
+            return [self._refused(error)]
+        except openai.OpenAIError as error:
+            return [Failure(f"{type(error).__name__}: {short(error)}")]
+        return [Failure(self._no_money(reply["why"]), fatal=True) if reply.get("no_money") else reply]
+
+    def _refused(self, error: Any) -> Failure:
+        """What a status of 400 or above means: for this request, for all of them, or for now."""
+        status, said = error.status_code, short(error)
+        if has_no_money(error.body) or status == 402:
+            return Failure(self._no_money(said), fatal=True)
+        if status == 401:
+            return Failure(f"the judge refused the key in {self.judge.key_env} (401: {said}); set a valid one", fatal=True)
+        if status == 404:
+            return Failure(
+                f"{self.judge.url} knows no model {self.judge.model!r} or no chat completions (404: {said}); correct both", fatal=True
+            )
+        return Failure(f"{status}: {said}", alone=status < 500 and status not in (408, 409, 429))
+
+    def _no_money(self, said: str) -> str:
+        return f"the account behind {self.judge.key_env} cannot pay ({said}); add credit"
 
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
+
+
+def _no_second_try_without_money(response: Any) -> None:
+    """Tells the openai client not to try again where the account is empty; it would, ten times, since the status is 429."""
+    if response.status_code == 429:
+        response.read()
+        found = parse(response.text)
+        if isinstance(found, dict) and has_no_money(found.get("error", found)):
+            response.headers["x-should-retry"] = "false"
 
 
 def _check_that_something_listens(url: str) -> None:
@@ -194,10 +213,6 @@ def _check_that_something_listens(url: str) -> None:
         raise ValueError(f"nothing answers at --judge-url {url} ({error}); start the server or correct the URL") from error
 
 
-def _short(said: object) -> str:
-    return " ".join(str(said).split())[:160]
-
-
 class Asker:
     """Asks a judge through a journal. `usable` says whether a reply can be read; one that cannot be is asked again by the next run.
 
@@ -206,8 +221,9 @@ class Asker:
 
     def __init__(self, judge: Judge, journal: Journal, transport: Callable[[], Transport], output_tokens: float) -> None:
         self.judge, self.journal, self.make_transport, self.output_tokens = judge, journal, transport, output_tokens
-        self.known: dict[str, Reply] = {row["key"]: row["reply"] for row in journal.rows}
+        self.known: dict[str, Reply] = {row["key"]: sound(row.get("reply")) for row in journal.rows if isinstance(row.get("key"), str)}
         self.asked, self.spent, self.in_a_row = 0, 0.0, 0
+        self.readable = self.unreadable = 0  # of the requests in hand
         self.lock, self.stopped = threading.Lock(), ""
         self.full: OSError | None = None
 
@@ -230,9 +246,15 @@ class Asker:
             f"{self.judge.model}: {len(todo)} of {len(requests)} judgments to ask for, about {inputs:,.0f} + {outputs:,.0f} tokens{price}"
         )
 
-    def took(self, failed: int) -> str:
-        """A line on what asking took."""
-        return f"{self.asked} judgments asked for, {failed} failed" + (f", ${self.spent:.2f}" if self.judge.price else "")
+    def took(self, failures: Mapping[str, Failure]) -> str:
+        """A line on what asking took, and why what failed did."""
+        kinds = Counter(failure.reason.partition(":")[0] for failure in failures.values())
+        why = "; ".join(f"{kind} ({number})" for kind, number in kinds.most_common(3))
+        return (
+            f"{self.asked} judgments asked for, {len(failures)} failed"
+            + (f", ${self.spent:.2f}" if self.judge.price else "")
+            + (f"\n  failures: {why}" + (" and others" if len(kinds) > 3 else "") if failures else "")
+        )
 
     def ask(
         self,
@@ -242,10 +264,10 @@ class Asker:
     ) -> dict[str, Failure]:
         """Ask what is missing. Replies are in `known`; returned are the failures by key.
 
-        `preflight` says what is wrong with the judge, from its first reply.
+        `preflight` says what is wrong with the judge, from a reply; it is believed when the first few replies agree.
 
         Raises ValueError before the first request where the estimate exceeds `max_cost`, and after what was paid for is safe: where
-        the judge refuses every request or fails the preflight, or the disk is full.
+        the judge refuses every request or fails the preflight, where no reply of the first 20 can be read, or the disk is full.
         """
         todo = self.missing(requests, usable)
         if not todo:
@@ -253,6 +275,7 @@ class Asker:
         *_, dollars = self.estimate(todo)
         if self.judge.max_cost is not None and dollars > self.judge.max_cost:
             raise ValueError(f"asking {len(todo)} requests would cost about ${dollars:.2f}, above --max-cost {self.judge.max_cost}")
+        self.readable, self.unreadable = len({request.key(self.judge) for request in requests}) - len(todo), 0
         transport, failures = self.make_transport(), dict[str, Failure]()
         chunks = [todo[:1]] + [todo[i : i + transport.batch] for i in range(1, len(todo), transport.batch)]  # the first alone
         with closing(transport), tqdm(total=len(todo), desc=f"judge {self.judge.model}", unit="reply", disable=None) as bar:
@@ -264,21 +287,37 @@ class Asker:
                     bar.set_postfix(failed=len(failures))
                     bar.update(len(chunk))
 
-            alone = 0
-            for chunk in chunks[:ALONE]:
-                work(chunk)
-                alone += 1
-                replies = [self.known[key] for request in chunk if (key := request.key(self.judge)) in self.known]
-                if replies and (wrong := preflight(replies[0])):
-                    raise ValueError(wrong)
-                if replies or self.stopped:
-                    break
-            self._through(work, chunks[alone:], transport.workers)
+            alone = self._one_by_one(work, chunks[:ALONE], preflight)
+            few = sum(total <= UNREADABLE for total in accumulate(map(len, chunks)))  # chunks of the first 20 requests
+            self._through(work, chunks[alone:few], transport.workers)
+            self._through(work, chunks[few:], transport.workers)
         if self.full is not None:
             raise ValueError(f"the disk is full at {self.journal.path} ({self.full}); every reply so far is kept: make room and run again")
         if self.stopped:
             raise ValueError(f"{self.stopped}; {self.asked} requests were made and their replies are kept: run again to go on")
         return failures
+
+    def _one_by_one(
+        self, work: Callable[[list[Request]], None], chunks: list[list[Request]], preflight: Callable[[Reply], str | None]
+    ) -> int:
+        """Ask until there is a reply that a judge would give; returns the number of chunks. Raises ValueError where no reply is."""
+        wrong = ""
+        for number, chunk in enumerate(chunks, 1):
+            work(chunk)
+            replies = [self.known[key] for request in chunk if (key := request.key(self.judge)) in self.known]
+            fine = [reply for reply in replies if reply["why"] is None and preflight(reply) is None]
+            if fine or self.stopped:
+                return number
+            wrong = next((self._what_is_wrong(reply, preflight) for reply in replies), "") or wrong
+        if wrong:
+            raise ValueError(wrong)
+        return len(chunks)
+
+    def _what_is_wrong(self, reply: Reply, preflight: Callable[[Reply], str | None]) -> str:
+        if reply.get("stranger"):
+            said = short(reply.get("body"), 80)
+            return f"{self.judge.url} answers, but not as a judge ({said!r}); correct --judge-url, it often ends in /v1"
+        return (preflight(reply) or "") if reply["why"] is None else ""
 
     def _through(self, work: Callable[[list[Request]], None], chunks: list[list[Request]], workers: int) -> None:
         with ThreadPoolExecutor(workers) as pool:
@@ -305,18 +344,32 @@ class Asker:
                 failures[key] = reply
                 self._note_failure(reply)
                 continue
+            reply = _reply_of(reply)
             self._keep(key, request, reply, started)
-            if not usable(reply):
-                failures[key] = Failure(f"unreadable reply {reply['text'][:80]!r}")
+            readable = reply["why"] is None and usable(reply)
+            if not readable:
+                cut = " (cut at its limit of tokens)" if reply["finish"] == "length" else ""
+                failures[key] = Failure(reply["why"] or f"unreadable reply{cut}: {short(reply['text'], 80)!r}", alone=True)
+            self._note_reply(failures.get(key))
         return failures
 
     def _note_failure(self, failure: Failure) -> None:
         with self.lock:
-            self.in_a_row += 1
+            self.in_a_row = 0 if failure.alone else self.in_a_row + 1
             if failure.fatal or self.in_a_row >= max(5, 2 * self.judge.concurrency):
                 self.stopped = self.stopped or failure.reason
+        if failure.alone:
+            self._note_reply(failure)
+
+    def _note_reply(self, failure: Failure | None) -> None:
+        """Count what can be read and what cannot; stop where nothing can."""
+        with self.lock:
+            self.readable, self.unreadable = self.readable + (failure is None), self.unreadable + (failure is not None)
+            if failure is not None and not self.readable and self.unreadable >= UNREADABLE:
+                self.stopped = self.stopped or f"of {self.unreadable} replies none can be read (the last: {failure.reason})"
 
     def _keep(self, key: str, request: Request, reply: Reply, started: float) -> None:
+        """Into the journal, before anybody looks at it; the money is spent, whatever it says."""
         used = (reply["input_tokens"], reply["output_tokens"])
         tokens = (request.tokens, self.output_tokens) if None in used else used
         with self.lock:
@@ -329,3 +382,8 @@ class Asker:
             self.journal.append({"key": key, "judge": self.judge.identity, "repeat": request.repeat, "reply": reply, "time": started})
         except OSError as error:
             self.full, self.stopped = error, "the disk is full"
+
+
+def _reply_of(reply: Reply) -> Reply:
+    """A transport's reply with all its keys; what `read_reply` says of a body that is none stays."""
+    return sound(reply) | {key: reply[key] for key in ("stranger", "body") if key in reply}

@@ -26,6 +26,7 @@ from llamba.eval.journal import Journal, read_lines, write_lines
 from llamba.eval.judge import Asker, Failure, Judge, Messages, Reply, Request, escape
 from llamba.eval.judged import Judged, report_pairs, report_single
 from llamba.eval.local_judge import transport
+from llamba.eval.replies import plain_ratings, without_thoughts
 from llamba.eval.scores import model_name, save, save_items
 
 PARAMETERS: dict[str, Any] = {"temperature": 0, "max_tokens": 2048, "n": 1}  # FastChat's
@@ -83,9 +84,12 @@ class Play:
         return Request(asked[0], PARAMETERS, self.repeat)
 
     def verdict(self, common: Any, text: str) -> tuple[Any, str, str]:
-        """What FastChat reads in a judgment: a rating from 0 to 10 or -1; in pairwise mode A, B, tie or error."""
-        found, prompt, judgment = self.judge(common, lambda messages: text)
-        return (-1 if isinstance(found, (int, float)) and not 0 <= found <= 10 else found), prompt, judgment
+        """What FastChat reads in a judgment: a rating from 0 to 10 or -1; in pairwise mode A, B, tie or error.
+
+        Two things it would not do: thoughts are cut off first, and digits of other scripts and leading zeros are read.
+        """
+        found, prompt, _ = self.judge(common, lambda messages: plain_ratings(without_thoughts(text)))
+        return (-1 if isinstance(found, (int, float)) and not 0 <= found <= 10 else found), prompt, text
 
 
 def load_questions(data: str | None, limit: int | None) -> list[dict[str, Any]]:
@@ -169,7 +173,17 @@ def judge_all(wanted: Sequence[Play], judge: Judge, out: Path, estimate_only: bo
             return [], ""
         failures = asker.ask(requests, usable)
         found = [failures[key] if key in failures else asker.known[key] for key in keys]
-        return found, asker.took(len(failures))
+        return found, asker.took(failures) + _thoughts(found)
+
+
+def _thoughts(replies: Sequence[Reply | Failure]) -> str:
+    """A line on replies in which the judge thought aloud."""
+    thought = sum(not isinstance(reply, Failure) and without_thoughts(reply["text"]) != reply["text"] for reply in replies)
+    return (
+        f"\n  in {thought} replies the judge's thoughts were cut off before its verdict was looked for; FastChat would read them"
+        if thought
+        else ""
+    )
 
 
 def _row(common: Any, play: Play, reply: Reply | Failure) -> dict[str, Any]:

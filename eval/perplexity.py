@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.base.progress import progress
 from llamba.chat.conversation import load
 from llamba.eval import stats
 from llamba.eval.scores import model_name, save, save_items, score
@@ -93,7 +94,8 @@ def run(name: str, out: Path, options: Options) -> str:
     if not path.is_file():
         raise ValueError(f"--text must be a file of plain text, got {path}")
     text = path.read_text(encoding="utf-8")
-    found = [measure(model, teacher, ids) for ids in windows_of(tokenizer, text, options.length, options.windows)]
+    windows = windows_of(tokenizer, text, options.length, options.windows)
+    found = [measure(model, teacher, ids) for ids in progress(windows, "perplexity", "windows")]
     nll = stats.bootstrap({i: [w.nll] for i, w in enumerate(found)})
     shown = model_name(name)
     more: dict[str, Any] = {"text": path.name, "length": options.length}

@@ -16,8 +16,7 @@ alone or DPO alone hardly helps a distilled student, SFT and then DPO raises MT-
 * beta = 0.01 for one epoch is the published recipe "ep1"; "ep3" is `stages.dpo.beta=0.1 stages.dpo.epochs=3`.
 """
 
-from llamba.running.run import launch
-from llamba.settings import Data, Dpo, Recipe, Sft, Student
+from llamba import Data, Dpo, Recipe, Sft, Student, launch
 
 recipe = Recipe(
     teacher="meta-llama/Meta-Llama-3-8B-Instruct",

@@ -16,8 +16,7 @@ The budget of the last stage, its data and the share of chat are our choice. `st
 
 from typing import Any
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Hidden, Recipe, Select, Student
+from llamba import Data, Distill, Hidden, Recipe, Select, Student, launch
 
 WEB, CHAT, BOOKS = "HuggingFaceFW/fineweb-edu@sample-10BT:train", "HuggingFaceH4/ultrachat_200k:train_sft", "emozilla/pg19:train"
 KL: dict[str, Any] = dict(

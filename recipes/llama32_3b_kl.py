@@ -13,8 +13,7 @@ The published models with DPO (beta 0.01, 5e-7, 10% warm-up, 32 pairs, one epoch
 Zero-shot mean with it: 60.78 with Mamba-2, 60.88 with Mamba-1.
 """
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Dpo, Recipe, Student
+from llamba import Data, Distill, Dpo, Recipe, Student, launch
 
 PAIRS = Data(
     train=[

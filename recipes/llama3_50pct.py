@@ -25,8 +25,7 @@ stages.dpo.data.train=JunxiongWang/llama3-ultrafeedback-armorm:train`. Here pair
 cut at 1,024, prompts at 512. Packed documents do not see each other here; there they did.
 """
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
+from llamba import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student, launch
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="llama3")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="llama3")

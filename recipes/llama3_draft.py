@@ -11,9 +11,8 @@ as fast as plain decoding on an RTX 3090 (2.7 tokens a round with 3 drafted). Tw
 
 from dataclasses import replace
 
+from llamba import Data, Draft, launch
 from llamba.recipes.llama3_50pct import recipe as distilled
-from llamba.running.run import launch
-from llamba.settings import Data, Draft
 
 recipe = replace(
     distilled,

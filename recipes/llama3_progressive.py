@@ -18,8 +18,7 @@ tokens, here those of more than 2,048 are left out. The rest as `llama3_50pct.py
 
 from typing import Any
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
+from llamba import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student, launch
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="llama3")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="llama3")

@@ -12,9 +12,8 @@ SFT and DPO as in `llama3_50pct.py` follow the last step; no scores of theirs af
 by ratios: MT-Bench 5.64, AlpacaEval 2 length-controlled 14.49). To stop at half: `stages.17.skip=true` ... `stages.32.skip=true`.
 """
 
+from llamba import Data, Distill, PseudoLabel, Recipe, Student, launch
 from llamba.recipes.llama3_50pct import recipe as published
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, PseudoLabel, Recipe, Student
 
 ORDER = [*range(0, 32, 2), *range(1, 32, 4), *range(3, 32, 8), 7, 23, 15, 31]
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="llama3")

@@ -16,8 +16,7 @@ training code. For Mamba-2: `student.mixer=mamba2`.
 
 from typing import Any
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Hidden, Matrix, Recipe, Student
+from llamba import Data, Distill, Hidden, Matrix, Recipe, Student, launch
 
 MOHAWK: dict[str, Any] = dict(
     targets="all", lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, schedule="wsd", warmup=0.1, decay=0.1, floor=1e-4

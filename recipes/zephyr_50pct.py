@@ -16,8 +16,7 @@ three epochs is `stages.dpo.beta=0.1 stages.dpo.epochs=3`). Here pairs of more t
 prompts at 512. Packed documents do not see each other here; there they did.
 """
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
+from llamba import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student, launch
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="zephyr")

@@ -8,9 +8,8 @@ The draft learns from the student here (`kl=1`); `stages.draft.kl=0 stages.draft
 
 from dataclasses import replace
 
+from llamba import Data, Draft, launch
 from llamba.recipes.zephyr_50pct import recipe as distilled
-from llamba.running.run import launch
-from llamba.settings import Data, Draft
 
 recipe = replace(
     distilled,

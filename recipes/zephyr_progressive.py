@@ -10,8 +10,7 @@ Cost there: conversions to 50% about 10 hours, each fine-tuning about 3 days, DP
 
 from typing import Any
 
-from llamba.running.run import launch
-from llamba.settings import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student
+from llamba import Data, Distill, Dpo, PseudoLabel, Recipe, Sft, Student, launch
 
 PROMPTS = Data(train=["HuggingFaceH4/ultrachat_200k:train_gen", "HuggingFaceH4/ultrafeedback_binarized:train_gen"], template="zephyr")
 CHATS = Data(train="JunxiongWang/sftdataset:train", length=2048, packing=True, template="zephyr")

@@ -122,8 +122,7 @@ def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
 
 
 RECIPE_FILE = """
-from llamba.settings import Data, Distill, Recipe, Student
-from llamba.running.run import launch
+from llamba import Data, Distill, Recipe, Student, launch
 
 recipe = Recipe(
     teacher={teacher!r},

@@ -1,7 +1,7 @@
 """A deterministic OpenAI-compatible judge on loopback, with fault injection.
 
 Its verdict depends on the prompt alone. Faults are drawn from the prompt and how often it was seen, so that a retry may succeed;
-unreadable answers are drawn from the prompt alone, so that they stay.
+unreadable answers and odd ones are drawn from the prompt alone, so that they stay.
 """
 
 import hashlib
@@ -32,8 +32,12 @@ class Faults:
     broken: float = 0.0
     unreadable: float = 0.0
     fatal: int | None = None
+    code: str | None = None  # the error's
     logprobs: bool = True
     page: bool = False  # answers with a page in the place of JSON
+    odd: float = 0.0  # share of prompts that get one of `ODD`
+    kinds: dict[str, str] = field(default_factory=dict)  # prompt: which of `ODD` it gets
+    met: Counter = field(default_factory=Counter)  # which of `ODD` were sent
     seen: Counter = field(default_factory=Counter)
     served: int = 0
     requests: int = 0
@@ -78,6 +82,89 @@ def reply(messages: list[dict[str, str]], faults: Faults) -> dict[str, Any]:
     return {"id": "x", "object": "chat.completion", "created": 0, "model": "fake-1", "choices": [choice], "usage": usage}
 
 
+def _full_width(text: str) -> str:
+    return text.translate({ord("0") + n: 0xFF10 + n for n in range(10)})
+
+
+def _said(body: dict[str, Any], **message: Any) -> dict[str, Any]:
+    choice = body["choices"][0]
+    return body | {"choices": [choice | {"logprobs": None, "message": choice["message"] | {"content": None} | message}]}
+
+
+def _entry(body: dict[str, Any], **change: Any) -> dict[str, Any]:
+    """The body with its entry of log-probabilities changed; None takes a key out."""
+    choice = body["choices"][0]
+    entry = {"token": "m", "logprob": -0.1, "top_logprobs": []} | change
+    return body | {"choices": [choice | {"logprobs": {"content": [{key: v for key, v in entry.items() if v is not None}]}}]}
+
+
+def _text(body: dict[str, Any]) -> str:
+    return body["choices"][0]["message"]["content"]
+
+
+def _with_text(body: dict[str, Any], content: Any) -> dict[str, Any]:
+    """Another content, log-probabilities as they were."""
+    choice = body["choices"][0]
+    return body | {"choices": [choice | {"message": choice["message"] | {"content": content}}]}
+
+
+# Odd replies that can be read all the same: a good reply's body -> the odd one's.
+READABLE: dict[str, Any] = {
+    "full-width digits": lambda body: _with_text(body, _full_width(_text(body))),
+    "leading zero": lambda body: _with_text(body, _text(body).replace("[[", "[[0") if "Rating" in _text(body) else _text(body)),
+    "parts": lambda body: _with_text(body, [{"type": "thinking", "thinking": "[[1]]"}, {"type": "text", "text": _text(body)}, 3]),
+    "thoughts": lambda body: _with_text(body, f"<think>Perhaps [[1]] or [[C]]? [[A]], [[B]]</think>\n{_text(body)}"),
+    "thoughts begun in the prompt": lambda body: _with_text(body, f"Perhaps [[1]]? [[A]] [[B]] [[C]]</think>{_text(body)}"),
+    "numbers as text": lambda body: body | {"usage": {"prompt_tokens": "7", "completion_tokens": None}, "model": 5},
+    "no usage": lambda body: {key: value for key, value in body.items() if key != "usage"},
+    "an error that is none": lambda body: body | {"error": None},
+}
+# Those that can be read as text, but not as log-probabilities.
+AS_TEXT: dict[str, Any] = {
+    "no top_logprobs": lambda body: _entry(body, top_logprobs=None),
+    "top_logprobs that are none": lambda body: _entry(body, top_logprobs="none"),
+    "log-probabilities as text": lambda body: _entry(body, top_logprobs=[{"token": "m", "logprob": "-0.1"}, 3]),
+    "log-probabilities that are no numbers": lambda body: _entry(body, top_logprobs=[{"token": "m", "logprob": math.nan}]),
+    "an empty list": lambda body: body | {"choices": [body["choices"][0] | {"logprobs": {"content": []}}]},
+    "no log-probabilities": lambda body: body | {"choices": [body["choices"][0] | {"logprobs": None}]},
+}
+# Odd replies that cannot, with a word of the cause that is told: a good reply's body -> (status, the odd body), or text.
+UNREADABLE: dict[str, tuple[str, Any]] = {
+    "thoughts alone": ("thought", lambda body: (200, _said(body, reasoning_content="Hm. [[7]]"))),
+    "thoughts without an end": ("unreadable", lambda body: (200, _said(body, content="<think>Perhaps [[7]], [[A]]"))),
+    "a refusal": ("refused", lambda body: (200, _said(body, refusal="I cannot."))),
+    "a refusal among parts": ("refused", lambda body: (200, _said(body, content=[{"type": "refusal", "refusal": "No."}]))),
+    "an error under 200": ("an error", lambda body: (200, {"error": {"message": "overloaded", "code": 503}})),
+    "an error as text": ("an error", lambda body: (200, {"error": "overloaded"})),
+    "no choices": ("no choices", lambda body: (200, body | {"choices": []})),
+    "choices that are none": ("no choices", lambda body: (200, body | {"choices": "none"})),
+    "no message": ("no text", lambda body: (200, body | {"choices": [{"index": 0, "message": None}]})),
+    "a tool": ("tool", lambda body: (200, _said(body, tool_calls=[{"id": "1", "type": "function", "function": {"name": "f"}}]))),
+    "a filter": ("filter", lambda body: (200, body | {"choices": [_said(body)["choices"][0] | {"finish_reason": "content_filter"}]})),
+    "endless digits": ("unreadable", lambda body: (200, _said(body, content=f"[[{'9' * 5000}]]"))),
+    "half a character": ("unreadable", lambda body: (200, _said(body, content="\ud83d no"))),
+    "forbidden": ("403", lambda body: (403, {"error": {"message": "flagged", "code": "content_policy"}})),
+    "a bad request": ("400", lambda body: (400, {"error": {"message": "filtered", "code": "content_filter"}})),
+    "a page": ("no JSON", lambda body: (200, "<html>busy</html>")),
+    "nothing": ("no JSON", lambda body: (200, "")),
+    "a list": ("no JSON", lambda body: (200, "[1, 2]")),
+    "deep": ("no JSON", lambda body: (200, "[" * 100_000)),
+}  # fmt: skip
+ODD = (*READABLE, *AS_TEXT, *UNREADABLE)
+
+
+def odd_of(prompt: str, faults: Faults) -> str | None:
+    """Which odd reply a prompt gets, if any: one after the other, and the same again for the same prompt."""
+    if share(prompt, "odd") >= faults.odd:
+        return None
+    return faults.kinds.setdefault(prompt, ODD[len(faults.kinds) % len(ODD)])
+
+
+def made_odd(kind: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and body of an odd reply."""
+    return UNREADABLE[kind][1](body) if kind in UNREADABLE else (200, (READABLE | AS_TEXT)[kind](body))
+
+
 @contextmanager
 def fake_judge(**faults: Any) -> Iterator[tuple[str, Faults]]:
     """Serve; yields the base URL and the faults, which also count what was asked."""
@@ -90,8 +177,8 @@ def fake_judge(**faults: Any) -> Iterator[tuple[str, Faults]]:
         def log_message(self, *args: Any) -> None:
             pass
 
-        def _send(self, status: int, body: dict[str, Any]) -> None:
-            content = b"<html>Welcome</html>" if state.page else json.dumps(body).encode()
+        def _send(self, status: int, body: Any) -> None:
+            content = b"<html>Welcome</html>" if state.page else (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "text/html" if state.page else "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -110,7 +197,7 @@ def fake_judge(**faults: Any) -> Iterator[tuple[str, Faults]]:
             if state.key is not None and self.headers.get("Authorization") != f"Bearer {state.key}":
                 return self._send(401, {"error": {"message": "bad key"}})
             if state.fatal is not None:
-                return self._send(state.fatal, {"error": {"message": "no"}})
+                return self._send(state.fatal, {"error": {"message": "no", "type": state.code, "code": state.code}})
             drawn = share(prompt, attempt, "fault")
             if drawn < state.too_many:
                 return self._send(429, {"error": {"message": "rate limit"}})
@@ -121,7 +208,12 @@ def fake_judge(**faults: Any) -> Iterator[tuple[str, Faults]]:
             with lock:
                 state.served += 1
                 state.prompts.append(body)
-            self._send(200, reply(body["messages"], state))
+            with lock:
+                kind = odd_of(prompt, state)
+                state.met.update([kind] if kind else [])
+            if kind is None:
+                return self._send(200, reply(body["messages"], state))
+            self._send(*made_odd(kind, reply(body["messages"], state)))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

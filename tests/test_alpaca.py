@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_judge import Faults, fake_judge, reply
+from fake_judge import ODD, READABLE, Faults, fake_judge, reply
 from test_mt_bench import TEACHER, fails, kill_and_rerun, stable, student
 
 from llamba.eval import alpaca
@@ -178,7 +178,7 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
     more = ["--win-rate-only", "--limit", "40"]
     with fake_judge(logprobs=False) as (url, state):
         assert "returns no log-probabilities" in fails(capsys, arguments(data, tmp_path / "none", part, *more, url=url))
-        assert state.requests == 1
+        assert state.requests == 3  # one alone might be odd
     with fake_judge() as (url, state):
         main(arguments(data, tmp_path / "clean", shortened, *more, url=url))  # of all outputs, those of the first 40
     with fake_judge(too_many=0.3, broken=0.2, unreadable=0.2) as (url, state):
@@ -196,6 +196,25 @@ def test_faults_and_a_judge_without_logprobs(data: Path, shortened: Path, tmp_pa
     others = json.loads(next((tmp_path / "others/items").iterdir()).read_text())["values"]
     assert len(others) == 30 and len(set(others) & set(values[0])) == 20
     assert all(others[q] == values[0][q] for q in set(others) & set(values[0]))
+
+
+def test_odd_replies_are_read_or_counted_and_spoil_nothing_else(data: Path, shortened: Path, tmp_path: Path, capsys) -> None:
+    more = ["--win-rate-only", "--limit", "160", "--max-failed", "1"]
+
+    def values(out: str) -> dict:
+        return json.loads(next((tmp_path / out / "items").iterdir()).read_text())["values"]
+
+    with fake_judge() as (url, state):
+        main(arguments(data, tmp_path / "clean", shortened, *more, url=url))
+    with fake_judge(odd=0.8) as (url, state):
+        main(arguments(data, tmp_path / "odd", shortened, *more, url=url))
+        bad = sum(number for name, number in state.met.items() if name not in READABLE)
+        assert set(state.met) == set(ODD) and score(tmp_path / "odd")["win rate"]["failed"] == bad
+        assert f"{state.requests} judgments asked for, {bad} failed" in capsys.readouterr().out
+        assert len(values("odd")) == len(values("clean")) - bad and values("odd").items() <= values("clean").items()
+        state.odd, before = 0.0, state.requests
+        main(arguments(data, tmp_path / "odd", shortened, *more, url=url))
+        assert state.requests - before == bad and values("odd") == values("clean")
 
 
 def undated(path: Path) -> list[dict]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llamba import cli
+from llamba.base import progress
 from llamba.chat.conversation import Chat, Sampling, talk
 from llamba.cli import main
 
@@ -105,3 +107,132 @@ def test_generate(student: Path, capsys) -> None:
     first = capsys.readouterr().out
     main(["generate", str(student), "hello", "--max-new-tokens", "6", "--temperature", "1.5", "--seed", "1"])
     assert capsys.readouterr().out == first
+
+
+COMMANDS_WITHOUT_WORK = """
+import contextlib, io, sys
+from llamba import cli
+from llamba.commands.bench import BENCHES
+from llamba.eval.commands import COMMANDS
+lines = [[], ["--help"], ["--version"], ["nothing"], ["bench"], ["eval"], ["bench", "--help"], ["eval", "--help"], ["plan", "nowhere.py"]]
+lines += [[name, word] for name in cli.COMMANDS for word in ("--help", "--wrong")]
+groups = [("bench", BENCHES), ("eval", COMMANDS)]
+lines += [[group, name, word] for group, names in groups for name in names for word in ("--help", "--wrong")]
+for line in lines:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main(line)
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    if line[1:2] == ["lm_eval"] and line[2] == "--wrong":
+        continue  # a model's name as far as this parser knows
+    asked = line[-1:] in (["--help"], ["--version"])
+    assert status == (0 if asked else 2), (line, status, err.getvalue())
+    assert len(err.getvalue().splitlines()) == (0 if asked else 1) and bool(out.getvalue()) == asked, (line, err.getvalue())
+slow = {"torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib"} & set(sys.modules)
+assert not slow, slow
+"""
+
+
+def test_help_and_usage_errors_import_nothing_slow() -> None:
+    done = subprocess.run([sys.executable, "-c", COMMANDS_WITHOUT_WORK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+FIRST = """
+import pickle, sys
+import llamba
+assert llamba.Recipe and llamba.Distill and not {"torch", "transformers", "numpy"} & set(sys.modules), "the recipe's values are light"
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(sys.argv[1])
+assert type(config).__name__ == "LlamaHybridConfig", config
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+pickle.dump((config, model), open(sys.argv[2], "wb"))
+assert llamba.convert and llamba.generate and llamba.speculative and llamba.launch and llamba.plan and llamba.run and llamba.__version__
+"""
+SECOND = """
+import sys
+from transformers import AutoModelForCausalLM
+import llamba
+assert "llamba.models.families" not in sys.modules
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__ == "LlamaHybridForCausalLM"
+"""
+THIRD = """
+import pickle, sys
+config, model = pickle.load(open(sys.argv[2], "rb"))
+assert type(model).__name__ == "LlamaHybridForCausalLM" and config.to_dict() == model.config.to_dict()
+"""
+
+
+def test_hybrids_load_whichever_is_imported_first(student: Path, tmp_path: Path) -> None:
+    """llamba before transformers, transformers before llamba, and a pickle that imports neither by name."""
+    for script in (FIRST, SECOND, THIRD):
+        done = subprocess.run([sys.executable, "-c", script, str(student), str(tmp_path / "pickle")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_what_they_say() -> None:
+    import llamba
+
+    assert set(llamba.__all__) <= set(dir(llamba)) and all(getattr(llamba, name) is not None for name in llamba.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        llamba.nothing  # noqa: B018
+
+
+def test_options_may_stand_anywhere(student: Path, capsys) -> None:
+    main(["generate", str(student), "--chat", "--max-new-tokens", "3", "hello"])
+    first = capsys.readouterr().out
+    main(["generate", "--max-new-tokens", "3", str(student), "hello", "--chat"])
+    assert capsys.readouterr().out == first
+    main(["generate", str(student), "--max-new-tokens", "3", "--", "--hello"])
+    assert capsys.readouterr().out
+
+
+def test_a_wrong_option_names_the_nearest(capsys) -> None:
+    assert "did you mean --mixer?" in fails(capsys, "convert", "teacher", "out", "--mixr", "mamba1")
+    assert "did you mean convert?" in fails(capsys, "convrt")
+    assert "did you mean speculative?" in fails(capsys, "bench", "speculativ")
+
+
+def test_a_defect_is_one_line_too(capsys, monkeypatch) -> None:
+    def plan(argv: list[str]) -> None:
+        raise KeyError("a\nkey")
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", plan)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan"])
+    (line,) = capsys.readouterr().err.splitlines()
+    status = stopped.value.code
+    assert status == 1 and line.startswith("internal error: KeyError: ") and "test_cli.py:" in line and "LLAMBA_TRACEBACK=1" in line
+    monkeypatch.setenv("LLAMBA_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        main(["plan"])
+
+
+def test_ctrl_c_is_one_line_and_status_130() -> None:
+    wait = "lambda argv: (print('on', flush=True), time.sleep(60))"
+    script = f"import time; from llamba import cli; cli.COMMANDS['plan'] = {wait}; cli.main(['plan'])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and err.strip() == "stopped"
+
+
+def test_python_m_llamba() -> None:
+    done = subprocess.run([sys.executable, "-m", "llamba", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and "llamba 0." in done.stdout and "torch 2." in done.stdout
+
+
+def test_progress_is_a_line_now_and_then_outside_a_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    assert list(progress.progress([1, 2, 3], "counting", "numbers")) == [1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["counting: 1 of 3 numbers", "counting: 2 of 3 numbers"]
+    assert list(progress.progress(iter("ab"), "counting", "letters")) == ["a", "b"]
+    assert "of" not in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert list(progress.progress([1, 2], "counting", "numbers")) == [1, 2] and not capsys.readouterr().err

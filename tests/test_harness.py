@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llamba
-from llamba.eval import harness
+from llamba.eval import harness, task_sets
 from llamba.eval.commands import main
 from llamba.eval.journal import read_lines, write_lines
 from llamba.eval.report import differences
@@ -275,6 +275,6 @@ def test_every_set_names_tasks_that_lm_eval_has() -> None:
     from lm_eval.tasks import TaskManager
 
     known = set(TaskManager().all_tasks) | {harness.PUBMEDQA}
-    assert set(harness.TASK_SETS) == set(harness.ABOUT)
+    assert set(harness.TASK_SETS) == set(task_sets.ABOUT)
     for tasks in harness.TASK_SETS.values():
         assert set(tasks) <= known

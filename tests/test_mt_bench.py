@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from fake_judge import fake_judge
+from fake_judge import ODD, UNREADABLE, Faults, fake_judge
+from fake_judge import reply as good_reply
 from transformers import AutoTokenizer
 
 import llamba
@@ -24,6 +26,7 @@ from llamba.eval.journal import Journal, read_lines, write_lines
 from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
 from llamba.eval.judged import read_judgments, report_single
 from llamba.eval.local_judge import transport
+from llamba.eval.replies import plain_ratings, read_reply, sound, without_thoughts
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "recipes" / "tiny" / "teacher"
@@ -178,7 +181,9 @@ def test_bad_input_is_one_sentence(public_data: Path, answered: Path, tmp_path: 
     with fake_judge(fatal=404) as (url, state):
         assert "knows no model 'fake'" in fails(capsys, arguments(public_data, tmp_path, url))
     with fake_judge(page=True) as (url, state):
-        assert "answers, but not as a judge ('<html>" in fails(capsys, arguments(public_data, tmp_path, url)) and state.requests == 1
+        assert "answers, but not as a judge ('<html>" in fails(capsys, arguments(public_data, tmp_path, url)) and state.requests == 3
+    with fake_judge(fatal=429, code="insufficient_quota") as (url, state):
+        assert "cannot pay (" in fails(capsys, arguments(public_data, tmp_path, url)) and state.requests == 1  # and no second try
     with pytest.raises(SystemExit):
         main(arguments(public_data, tmp_path, "http://127.0.0.1:9/v1", "--judge-parameters", "3"))
     assert "must be a JSON object such as" in capsys.readouterr().err
@@ -188,6 +193,138 @@ def test_bad_input_is_one_sentence(public_data: Path, answered: Path, tmp_path: 
     path = next((tmp_path / "data/mt_bench/model_answer").iterdir())
     write_lines(path, [row | {"made_by": {"model": "another"}} for row in read_lines(path)])
     assert "answers of another model" in fails(capsys, arguments(public_data, tmp_path, "http://127.0.0.1:9/v1"))
+
+
+@pytest.fixture(scope="module")
+def all_answers(public_data: Path, tmp_path_factory) -> Path:
+    """Short answers to all eighty questions, in FastChat's format."""
+    path = tmp_path_factory.mktemp("answers") / "short.jsonl"
+    questions = read_lines(public_data / "mt_bench/question.jsonl")
+    write_lines(
+        path, [{"question_id": q["question_id"], "choices": [{"index": 0, "turns": ["Yes.", f"No {i}."]}]} for i, q in enumerate(questions)]
+    )
+    return path
+
+
+def by_question(out: Path, kind: str = "single") -> dict[tuple, float]:
+    return {(row["question_id"], row["turn"]): row["score"] for row in read_lines(judgments(out, kind))}
+
+
+@pytest.mark.parametrize("mode", ["single", "pairwise"])
+def test_odd_replies_are_read_or_counted_and_spoil_nothing_else(
+    public_data: Path, all_answers: Path, tmp_path: Path, capsys, mode: str
+) -> None:
+    """All of `ODD` among good replies: the others' scores are those of a run without, and a rerun asks for the failures alone."""
+    other = tmp_path / "other.jsonl"
+    write_lines(other, [row | {"choices": [{"index": 0, "turns": ["No, never.", "Yes, always."]}]} for row in read_lines(all_answers)])
+    more = ["--mode", "pairwise", "--against", str(other)] if mode == "pairwise" else []
+
+    def argv(out: str, url: str) -> list[str]:
+        asked = ["--judge", "fake", "--judge-url", url, "--data", str(public_data), "--out", str(tmp_path / out), "--max-failed", "1"]
+        return ["mt_bench", str(all_answers), *asked, *more]
+
+    kind, verdict = ("pair", ("g1_winner", "g2_winner")) if more else ("single", ("score",))
+
+    def found(out: str, failed: str = "") -> dict:
+        return {(r["question_id"], r["turn"]): [r[key] for key in verdict] for r in read_lines(judgments(tmp_path / out, kind + failed))}
+
+    with fake_judge() as (url, state):
+        main(argv("clean", url))
+    capsys.readouterr()
+    with fake_judge(odd=0.7) as (url, state):
+        main(argv("odd", url))
+        assert set(state.met) == set(ODD)
+        printed, asked, bad = capsys.readouterr().out, state.requests, sum(state.met[name] for name in UNREADABLE)
+        assert f"{asked} judgments asked for, {bad} failed" in printed and "FastChat would read them" in printed
+        if mode == "single":
+            assert len(found("odd", "_failed")) == bad
+        assert found("odd").items() <= found("clean").items() and len(found("odd")) + len(found("odd", "_failed")) == 160
+        reasons = " ".join(row["reason"] for row in read_lines(judgments(tmp_path / "odd", f"{kind}_failed")))
+        assert all(word in reasons for word, _ in UNREADABLE.values())
+        state.odd, before = 0.0, state.requests
+        main(argv("odd", url))
+        assert state.requests - before == bad
+    assert found("odd") == found("clean") and not found("odd", "_failed")
+
+
+def test_every_body_is_a_reply() -> None:
+    """Bodies with every part replaced by every other type; none stops the reader, and what is read can be kept and read again."""
+    outputs = "".join(f'"model_identifier": "{name}",\n "output": """{name * 3}"""\n}}' for name in "mM")
+    body = good_reply([{"role": "user", "content": outputs}], Faults())
+    whole = json.dumps(body)
+    odd: list = [None, True, -1, 1e400, math.nan, "", "x", "\ud83d", [], [[]], {}, {"content": [None]}, [{"type": "text"}], {"text": 1}]
+
+    def variants(value: object) -> list:
+        """The value with each of its parts, at any depth, replaced."""
+        made = [*odd]
+        places = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for place, part in places:
+            for other in variants(part):
+                copy = json.loads(json.dumps(value))
+                copy[place] = other
+                made.append(copy)
+        return made
+
+    bodies = [json.dumps(one) for one in variants(body)] + ["", "[", "{", whole[:-9], "9" * 5000, "[" * 10**5, '{"choices": ' * 10**4]
+    assert len(bodies) > 400
+    for one in bodies:
+        reply = read_reply(one)
+        assert isinstance(reply["text"], str) and (reply["why"] or reply["text"] or reply["logprobs"])
+        assert sound(json.loads(json.dumps(reply))) == {key: value for key, value in reply.items() if key not in ("stranger", "no_money")}
+        assert isinstance(plain_ratings(without_thoughts(reply["text"])), str)
+    assert sum(read_reply(one)["why"] is None for one in bodies) > 50
+
+
+def test_thoughts_are_cut_and_verdicts_stay() -> None:
+    good = "Fine. Rating: [[7]]"
+    blocks = ["<think>[[1]]</think>", "<THINK>[[1]]</think >\n", "[[1]] </think>", "[THINK][[1]][/THINK]", "◁think▷[[1]]◁/think▷"]
+    blocks += ["<thinking>a</thinking><think>[[1]]</think>", "<|channel|>analysis<|message|>[[1]]<|end|><|channel|>final<|message|>"]
+    for before in blocks:
+        assert without_thoughts(before + good).strip().endswith(good) and "[[1]]" not in without_thoughts(before + good)
+    assert without_thoughts("<think>[[1]]") == "" and without_thoughts(good) == good
+    assert without_thoughts("I think a < b and [think] of <thin> [[5]]") == "I think a < b and [think] of <thin> [[5]]"
+    assert plain_ratings("[[٧.٥]] [[007]] [[0]] [[10]] [8.] x[1_0]") == "[[7.5]] [[7]] [[0]] [[10]] [8.] x[1_0]"
+
+
+def test_a_run_in_which_nothing_can_be_read_stops_after_twenty(tmp_path: Path) -> None:
+    """But not one that asks for its failures again, nor one in which a single reply can be read."""
+    with fake_judge(unreadable=1.0) as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge("fake", url, concurrency=8, price=(0.0, 1e6))
+
+        def ask(number: int) -> Asker:
+            asker = Asker(judge, journal, lambda: Endpoint(judge), 1)
+            try:
+                asker.ask(requests(number), lambda reply: "Rating" in reply["text"])
+            finally:
+                ask.spent = asker.spent  # type: ignore[attr-defined]
+            return asker
+
+        with pytest.raises(ValueError, match="of 20 replies none can be read .the last: unreadable reply: 'I would rather not say.'"):
+            ask(100)
+        assert state.requests == 20 == len(journal.rows) and ask.spent == 20 * 6  # type: ignore[attr-defined]
+        state.unreadable = 0.0
+        assert ask(1).asked == 1  # request 0 can be read now
+        state.unreadable = 1.0
+        assert ask(50).asked == 49
+    for status in (403, 400):
+        with fake_judge(fatal=status) as (url, state), Journal(tmp_path / f"{status}.jsonl") as journal:
+            judge = Judge("fake", url, concurrency=8)
+            with pytest.raises(ValueError, match=f"of 20 replies none can be read .the last: {status}"):
+                Asker(judge, journal, partial(Endpoint, judge), 1).ask(requests(100), lambda reply: True)
+            assert state.requests == 20
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(429, "insufficient_quota"), (200, "insufficient_quota"), (402, "payment"), (403, "insufficient_quota")]
+)
+def test_an_empty_account_stops_at_once(tmp_path: Path, status: int, code: str) -> None:
+    with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge("fake", url, concurrency=1)
+        Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(4), lambda reply: True)
+        state.fatal, state.code = status, code
+        with pytest.raises(ValueError, match="OPENAI_API_KEY cannot pay .*add credit"):
+            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(40), lambda reply: True)
+        assert state.requests == 5 and len(journal.rows) == 4
 
 
 def requests(number: int) -> list[Request]:
@@ -229,13 +366,14 @@ def test_the_preflight_waits_for_a_reply(tmp_path: Path) -> None:
         assert asker.asked == 3
 
 
-def test_a_stop_by_hand_is_a_sentence(monkeypatch) -> None:
+def test_a_stop_by_hand_is_a_sentence(monkeypatch, capsys) -> None:
     def stop(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(commands.COMMANDS, "mt_bench", stop)
-    with pytest.raises(SystemExit, match="the same command goes on from here"):
+    with pytest.raises(SystemExit) as stopped:
         main(["mt_bench"])
+    assert stopped.value.code == 130 and "the same command goes on from here" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_what_was_paid_for(tmp_path: Path, monkeypatch) -> None:

@@ -99,8 +99,7 @@ def test_two_processes_train_as_one(recipe_file):
 
 ALIGNING = """
 from llamba.settings import Data, Recipe, Student
-from llamba.running.run import launch
-from llamba.settings import Dpo, Sft
+from llamba import Dpo, Sft, launch
 
 short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=5)
 pairs = Data(train={pairs!r}, eval={pairs!r}, length=48)

@@ -319,8 +319,7 @@ def test_stages_that_cannot_be_are_refused(make, words: str) -> None:
 
 
 ALIGN_RECIPE = """
-from llamba.settings import Data, Hidden, Matrix, Recipe, Student
-from llamba.running.run import launch
+from llamba import Data, Hidden, Matrix, Recipe, Student, launch
 
 short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=6)
 recipe = Recipe(

@@ -118,8 +118,7 @@ def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
 
 RECIPE = """
 from llamba.settings import Data, Recipe, Student
-from llamba.running.run import launch
-from llamba.settings import Dpo, Sft
+from llamba import Dpo, Sft, launch
 
 recipe = Recipe(
     teacher={teacher!r}, student=Student(), data=Data(train={chats!r}, length=48, packing=True),

@@ -1,20 +1,49 @@
-"""A user's error as one line."""
+"""How a command ends: a user's error, an interruption and a defect of ours as one line each."""
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+USER_ERROR, DEFECT, INTERRUPTED = 2, 1, 130  # exit statuses
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def _end(status: int, kind: str, message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f" (process {rank})"
+    print(f"{kind}{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _place(error: BaseException) -> str:
+    """The last line of ours that an error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).resolve().is_relative_to(_ROOT)] or frames
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends a user's error (ValueError, OSError) as one line on stderr and exit status 2; LLAMBA_TRACEBACK=1 lets it through."""
+def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
+    """Ends whatever goes wrong as one line on stderr; LLAMBA_TRACEBACK=1 lets it through.
+
+    Exit status 2: a user's error (ValueError, OSError); 130: Ctrl-C, with the line `interrupted`; 1: an error that this code ought to
+    have foreseen.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
         if os.environ.get("LLAMBA_TRACEBACK") == "1":
             raise
-        rank = os.environ.get("RANK", "0")
-        process = "" if rank == "0" else f" (process {rank})"
-        print(f"error{process}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _end(USER_ERROR, "error", str(error) or type(error).__name__)
+    except Exception as error:
+        if os.environ.get("LLAMBA_TRACEBACK") == "1":
+            raise
+        said = f"{type(error).__name__}: {error} ({_place(error)})"
+        _end(DEFECT, "internal error", f"{said}; LLAMBA_TRACEBACK=1 shows where it came from")

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("llamba", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 
 
@@ -42,6 +40,8 @@ def commit() -> str | None:
 
 def hardware() -> str:
     """The accelerator's name, or the processor and its threads."""
+    import torch  # here, so that `llamba --version` need not wait for it
+
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -16,14 +16,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
-from llamba.base.errors import one_line_errors
 from llamba.base.folders import DONE, finished, resolve_model
 from llamba.base.provenance import versions
 from llamba.data import pairs
@@ -190,39 +188,3 @@ def run(recipe: Recipe) -> Path:
         for number in [number for number, stage in enumerate(recipe.stages, 1) if not stage.skip]:
             last = _stage(recipe, number, last, out)
     return last
-
-
-def _help(recipe: Recipe, source: str) -> str:
-    listed = "\n".join(f"  {key}={json.dumps(value)}" for key, (value, _) in overrides.keys(recipe).items())
-    return (
-        f"python {source} [--plan] [key=value ...]\naccelerate launch [--config_file FILE] {source} [key=value ...]\n\n"
-        f"--plan prints what the run would do and does nothing. LLAMBA_TRACEBACK=1 shows where an error came from.\n\n{listed}"
-    )
-
-
-def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        return print(_help(recipe, source))
-    if set(flags) - {"--plan"}:
-        raise ValueError(f"needed --plan, --help or key=value, got {flags[0]}")
-    recipe = overrides.override(recipe, [argument for argument in arguments if argument not in flags], source)
-    if flags:
-        from llamba.running.plan import plan
-
-        return print(plan(recipe))
-    last = run(recipe)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if _rank() == 0:
-        print(f"done: {last}")
-
-
-def launch(recipe: Recipe) -> None:
-    """Run a recipe file's recipe with the command line's overrides; the last line of every recipe file.
-
-    A user's error ends as one line on stderr and exit status 2.
-    """
-    with one_line_errors():
-        _main(recipe, sys.argv[1:], sys.argv[0])

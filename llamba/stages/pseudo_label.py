@@ -181,18 +181,19 @@ def _room(stage: PseudoLabel, context: int) -> int:
 def _answer_all(stage: PseudoLabel, reader: Reader, answer: Answerer, out: Path) -> list[Path]:
     """Answer this process's batches that are not answered yet; returns the parts of all processes."""
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    parts, started, tokens = [], time.monotonic(), 0
+    parts, started, tokens, prompts = [], time.monotonic(), 0, 0
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for number, batch in enumerate(batches(iter(reader), stage.batch)):
         part = out / "parts" / f"{number:07}.jsonl"
         parts.append(part)
         if number % processes == rank and not part.exists() and not (out / ROWS).exists():
             talks = answer(number, batch)
-            tokens += sum(talk.tokens for talk in talks)
+            tokens, prompts = tokens + sum(talk.tokens for talk in talks), prompts + len(talks)
             _write_lines(part, [talk.line() for talk in talks])
             if rank == 0:
-                speed = tokens / (time.monotonic() - started)
-                print(f"pseudo_label: batch {number + 1}, {speed:,.0f} answer tokens/s per process", flush=True)
+                spent = time.monotonic() - started
+                each = f"{prompts:,} prompts answered, {tokens / spent:,.0f} answer tokens/s"
+                print(f"pseudo_label: batch {number + 1}, {each} per process, {spent:,.0f} s", flush=True)
     return parts
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llamba.base.progress import progress
 from llamba.data.batches import Batch
 from llamba.models.convert import kept_layers
 from llamba.models.families import family_of
@@ -200,13 +201,12 @@ def rank(teacher: Any, student: Any, batches: Sequence[Batch], method: Method = 
     start, targets = 0.0, 0
     by_layer = torch.zeros(len(layers), dtype=torch.float64)
     by_head = torch.zeros(len(layers), host.config.num_attention_heads if heads else 0, dtype=torch.float64)
-    for number, batch in enumerate(batches, 1):
+    for batch in progress(batches, f"select ({method})", "batches"):
         start += scorer.start(batch)
         targets += int((batch["labels"][:, 1:] >= 0).sum())
         by_layer += torch.tensor([scorer.layer(layer) for layer in layers], dtype=torch.float64)
         if heads:
             by_head += torch.tensor([scorer.heads(layer) for layer in layers], dtype=torch.float64)
-        print(f"select ({method}): batch {number}/{len(batches)}, {targets} target tokens", flush=True)
     if not targets:
         raise ValueError("selection needs rows with target tokens, got none")
     sign = -1 if method == "restore" else 1
@@ -219,7 +219,7 @@ def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Seq
     """Mean KL(teacher || student) per target token with the teacher's attention back in `layers`."""
     scorer, targets = _Scorer(student, teacher, teacher), 0
     with lent(student, teacher, layers):
-        total = sum(scorer.start(batch) for batch in batches)
+        total = sum(scorer.start(batch) for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"))
     targets = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
     return total / targets
 

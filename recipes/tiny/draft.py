@@ -13,8 +13,7 @@ from demo import CONVERSATIONS, LENGTH, write_conversations
 from demo import recipe as demo
 from language import conversation
 
-from llamba.running.run import launch
-from llamba.settings import Draft
+from llamba import Draft, launch
 
 PROMPTS = Path("runs/demo-data/held_out.jsonl")
 

@@ -1,0 +1,38 @@
+"""`llamba plan` and `llamba run`: what a recipe would do, and doing it."""
+
+import runpy
+from pathlib import Path
+
+from llamba.base.arguments import Parser
+from llamba.settings import Recipe
+
+
+def _read(prog: str, about: str, argv: list[str]) -> Recipe:
+    from llamba.settings.overrides import override
+
+    parser = Parser(prog, about)
+    parser.add_argument("recipe", help="a recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; `python RECIPE --help` lists the keys")
+    args = parser.read(argv)
+    if not Path(args.recipe).is_file():
+        raise ValueError(f"a recipe file is needed; got {args.recipe}, which is no file")
+    found = runpy.run_path(args.recipe, run_name="recipe").get("recipe")
+    if not isinstance(found, Recipe):
+        raise ValueError(f"{args.recipe} must define `recipe = Recipe(...)`; it does not")
+    return override(found, args.overrides, args.recipe)
+
+
+def plan(argv: list[str]) -> None:
+    """what a recipe would do: layers, parameters, tokens, memory, hours; trains nothing"""
+    recipe = _read("llamba plan", "What a recipe would do. Needs neither weights nor network.", argv)
+    from llamba.running.plan import plan as made
+
+    print(made(recipe))
+
+
+def run(argv: list[str]) -> None:
+    """run a recipe, or go on with it where it was stopped"""
+    recipe = _read("llamba run", "Run a recipe in this process; `accelerate launch RECIPE` runs it in several.", argv)
+    from llamba.running.run import run as done
+
+    print(f"done: {done(recipe)}")
