@@ -3,5 +3,5 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[ -e "$root/pyproject.toml" ] && export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"  # a checkout, installed or not
 exec "$python" -m llamba.eval.commands lm_eval "$@"

@@ -15,6 +15,8 @@ from llamba.base import progress
 from llamba.chat.conversation import Chat, Sampling, talk
 from llamba.cli import main
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def student(teacher_folder: Path, tmp_path_factory) -> Path:
@@ -110,11 +112,12 @@ def test_generate(student: Path, capsys) -> None:
 
 
 COMMANDS_WITHOUT_WORK = """
-import contextlib, io, sys
+import contextlib, io, runpy, sys
 from llamba import cli
 from llamba.commands.bench import BENCHES
 from llamba.eval.commands import COMMANDS
 lines = [[], ["--help"], ["--version"], ["nothing"], ["bench"], ["eval"], ["bench", "--help"], ["eval", "--help"], ["plan", "nowhere.py"]]
+lines += [["plan", "recipes/llama3_50pct.py", "nothing=1"], ["plan", "recipes/llama3_50pct.py", "data.length=many"]]
 lines += [[name, word] for name in cli.COMMANDS for word in ("--help", "--wrong")]
 groups = [("bench", BENCHES), ("eval", COMMANDS)]
 lines += [[group, name, word] for group, names in groups for name in names for word in ("--help", "--wrong")]
@@ -131,13 +134,16 @@ for line in lines:
     asked = line[-1:] in (["--help"], ["--version"])
     assert status == (0 if asked else 2), (line, status, err.getvalue())
     assert len(err.getvalue().splitlines()) == (0 if asked else 1) and bool(out.getvalue()) == asked, (line, err.getvalue())
+sys.argv = ["recipes/llama3_50pct.py", "--help"]
+with contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_path(sys.argv[0], run_name="__main__")
 slow = {"torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib"} & set(sys.modules)
 assert not slow, slow
 """
 
 
 def test_help_and_usage_errors_import_nothing_slow() -> None:
-    done = subprocess.run([sys.executable, "-c", COMMANDS_WITHOUT_WORK], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMMANDS_WITHOUT_WORK], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -137,11 +137,23 @@ def test_library_never_imports_recipes_or_the_command() -> None:
         assert not {"recipes", "cli"} & imported_rooms(path) or path.name in ("cli.py", "__main__.py"), path
 
 
-def test_every_file_stands_in_the_structure() -> None:
-    tree = (ROOT / "docs" / "structure.md").read_text()
-    for path in PRODUCT + sorted((ROOT / "recipes").rglob("*.py")):
-        name = path.parent.name + "/" if path.name == "__init__.py" else path.name
-        assert name in tree, f"docs/structure.md does not name {path.relative_to(ROOT)}"
+def listed_files() -> list[str]:
+    """The files of docs/structure.md as paths, a folder by its __init__.py."""
+    found, folder = [], ""
+    for line in (ROOT / "docs" / "structure.md").read_text().splitlines():
+        if line.startswith("## "):
+            folder = line[3:] if line.endswith("/") else ""
+        elif folder and (name := re.match(r"- `([^`]+)` \S", line)):
+            inner = "" if name[1] == Path(folder).name + "/" else name[1]
+            found.append(folder + (inner + "__init__.py" if not inner or inner.endswith("/") else inner))
+    return found
+
+
+def test_the_structure_lists_every_file_once_and_no_other() -> None:
+    listed = listed_files()
+    there = {str(path.relative_to(ROOT)) for path in PRODUCT + sorted((ROOT / "recipes").rglob("*.py"))}
+    assert sorted(listed) == sorted(set(listed)), "a file is listed twice"
+    assert set(listed) == there, "docs/structure.md: a line `- `NAME` what it is` per file, in its folder's section"
 
 
 def test_package_carries_what_it_needs() -> None:

@@ -113,9 +113,9 @@ def main(args: argparse.Namespace) -> None:
     """Fit, print the table and its remarks; `--picture` draws, `--out` appends the rows to a .jsonl file with what made them."""
     if not args.model or not args.data:
         raise ValueError("llamba bench matrices needs --model and --data, whose attention on which texts is approximated")
-    if args.matrices < 1 or args.length <= max(STATES) or args.steps < 2:
+    if args.matrices < 2 or args.length <= max(STATES) or args.steps < 2:
         raise ValueError(
-            f"llamba bench matrices needs --matrices >= 1, --length > {max(STATES)} and --steps >= 2; "
+            f"llamba bench matrices needs --matrices >= 2 (for an error of the mean), --length > {max(STATES)} and --steps >= 2; "
             f"got {args.matrices}, {args.length} and {args.steps}"
         )
     torch.manual_seed(0)

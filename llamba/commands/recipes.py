@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 from llamba.base.arguments import Parser
+from llamba.base.errors import one_line_errors
 from llamba.settings import Recipe
 
 
@@ -33,6 +34,7 @@ def plan(argv: list[str]) -> None:
 def run(argv: list[str]) -> None:
     """run a recipe, or go on with it where it was stopped"""
     recipe = _read("llamba run", "Run a recipe in this process; `accelerate launch RECIPE` runs it in several.", argv)
-    from llamba.running.run import run as done
+    from llamba.running.run import run as perform
 
-    print(f"done: {done(recipe)}")
+    with one_line_errors(interrupted="stopped; the same command goes on from here"):
+        print(f"done: {perform(recipe)}")

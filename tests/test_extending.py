@@ -1,0 +1,71 @@
+"""What AGENTS.md promises: a mixer is a file and one line, a stage a settings class, a file and one line in each of two tables."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamba.cli import main
+from llamba.models.mixers import MIXERS
+from llamba.models.mixers.mamba2 import Mamba2
+from llamba.running import run
+from llamba.settings import STAGE_CONFIGS, Data, Recipe, Stage, Student
+from llamba.settings.overrides import from_dict, override, to_dict
+from llamba.stages import STAGES
+
+
+class Forgetful(Mamba2):
+    """Mamba-2 that forgets twice as fast: all that a new mixer's file would hold."""
+
+    def factors(self, dt):
+        decay, write = super().factors(dt)
+        return 2 * decay, write
+
+
+@torch.no_grad()
+def test_a_mixer_is_one_line_more(teacher_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(MIXERS, "forgetful", Forgetful)  # the line
+    main(["convert", str(teacher_folder), str(tmp_path / "student"), "--mixer", "forgetful"])
+    assert "q_proj.weight" in capsys.readouterr().out
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert isinstance(student.model.layers[0].self_attn, Forgetful)
+    ids = torch.tensor([[5, 9, 7, 11, 6, 30, 12]])
+    whole = student(ids).logits
+    cache = student(ids[:, :4], use_cache=True).past_key_values
+    stepped = [student(ids[:, place : place + 1], past_key_values=cache).logits for place in range(4, 7)]
+    torch.testing.assert_close(torch.cat(stepped, 1), whole[:, 4:], rtol=1e-4, atol=1e-5)
+    assert student.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 7
+
+
+@dataclass(frozen=True)
+class Count(Stage):
+    """Counts the weights of the student: all that a new stage's settings would hold."""
+
+    name: ClassVar[str] = "count"
+
+    times: int = 1
+
+
+def count(stage: Count, student: str, teacher: str, data, out: Path) -> dict[str, float]:
+    """All that a new stage's file would hold."""
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.save_pretrained(out)
+    return {"weights": stage.times * sum(weight.numel() for weight in model.parameters())}
+
+
+def test_a_stage_is_one_line_in_each_of_two_tables(teacher_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(STAGE_CONFIGS, "count", Count)  # the lines
+    monkeypatch.setitem(STAGES, "count", count)
+    recipe = Recipe(str(teacher_folder), Student(), Data(train=str(chat_file), length=48), [Count()], str(tmp_path / "run"))
+    recipe = override(recipe, ["stages.count.times=2"], "recipe.py")
+    assert from_dict(to_dict(recipe)) == recipe
+    with pytest.raises(ValueError, match="stages.count.times"):
+        override(recipe, ["stages.count.times=two"], "recipe.py")
+    last = run.run(recipe)
+    report = json.loads((last / "stage.json").read_text())
+    assert last.name == "1-count" and report["results"]["weights"] > 0 and report["config"]["times"] == 2
+    assert AutoTokenizer.from_pretrained(last).chat_template
