@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"settings", "base"},
     "training": {"data", "settings", "models", "kernels", "base"},
     "stages": {"training", "data", "settings", "chat", "models", "base"},
-    "running": {"stages", "training", "data", "settings", "chat", "models", "base"},
+    "running": {"interop", "stages", "training", "data", "settings", "chat", "models", "base"},
     "eval": {"chat", "speculative", "models", "base"},
     "bench": {"running", "stages", "training", "data", "settings", "chat", "speculative", "models", "kernels", "base"},
     "interop": {"models", "base"},

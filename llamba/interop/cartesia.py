@@ -14,8 +14,16 @@ from llamba.interop.published import Published, Shapes, same
 from llamba.models.convert import student_config
 
 NORM_EPS = 1e-5  # of the norms in the layers, whatever config.json says; its norm_epsilon is that of the last norm
-MLP = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
-SSM = {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128, "activation": "identity", "bias": False}
+MLP: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
+SSM: dict[str, Any] = {
+    "d_state": 64,
+    "n_v_heads": 32,
+    "n_qk_heads": 32,
+    "expand": 1,
+    "chunk_size": 128,
+    "activation": "identity",
+    "bias": False,
+}
 AROUND = ("input_layernorm.weight", "post_attention_layernorm.weight", *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")))
 
 

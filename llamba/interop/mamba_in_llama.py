@@ -166,7 +166,7 @@ def _zeros_beside(weight: Tensor) -> Tensor:
 
 def _biases(is_bias: list[bool], *tensors: Tensor) -> Tensor:
     """The stacked biases of stacked projections: what has none has zeros. A bias stands behind its weight."""
-    parts = []
+    parts: list[Tensor] = []
     for place, tensor in enumerate(tensors):
         if is_bias[place]:
             parts[-1] = tensor

@@ -1,0 +1,48 @@
+"""What llama.cpp (PyPI: xllamacpp) makes of a GGUF file; run as a process of its own, because the engine aborts on files that do not fit.
+
+python -m llamba.interop.llama_cpp < request.json > answer.json
+"""
+
+import json
+import sys
+from typing import Any
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy continuations of prompts (token ids), with the log-probabilities of the likeliest tokens at each place.
+
+    `request`: "model", "prompts", "new" tokens of each, "threads", "probabilities" at each place.
+    Returns "tokens", one list a prompt, and "logprobs", for each of its tokens a map from token id (as text) to log-probability; an empty
+    one for a token that ends within a character, of which the engine says none.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["model"]
+    params.n_ctx = max(map(len, request["prompts"])) + request["new"] + 8
+    params.n_parallel = 1
+    params.warmup = False
+    params.verbosity = 10  # the answer holds the tokens
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.get("threads", 1)
+    server, tokens, logprobs = xllamacpp.Server(params), [], []
+    for prompt in request["prompts"]:
+        wanted = {
+            "prompt": prompt, "n_predict": request["new"], "temperature": 0, "n_probs": request["probabilities"], "cache_prompt": False,
+            "return_tokens": True, "ignore_eos": True,
+        }  # fmt: skip
+        found = server.handle_completions(wanted)
+        tokens.append(found["__verbose"]["tokens"])
+        logprobs.append(_aligned(tokens[-1], found["choices"][0]["logprobs"]["content"]))
+    return {"tokens": tokens, "logprobs": logprobs}
+
+
+def _aligned(tokens: list[int], places: list[dict[str, Any]]) -> list[dict[str, float]]:
+    found, rest = [], list(places)
+    for token in tokens:
+        place = rest.pop(0) if rest and rest[0]["id"] == token else {"top_logprobs": []}
+        found.append({str(top["id"]): top["logprob"] for top in place["top_logprobs"]})
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(answer(json.load(sys.stdin)), sys.stdout)
