@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import MIXERS, TEACHERS, rms_error, teacher
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamba.models.convert import convert
 from llamba.models.families import family_of
@@ -18,14 +19,23 @@ def exact_norm(norm: nn.Module, heads: Tensor) -> Tensor:
     return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
 
 
-def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int) -> Tensor:
-    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unrotated, unscaled."""
+def turned(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """heads [B, H, T, P], of which the first coordinates are turned, as transformers does it."""
+    cos, sin = angles
+    part, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    return torch.cat((apply_rotary_pos_emb(part, part, cos, sin)[0], rest), -1)
+
+
+def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unscaled, turned by `angles` if there are any."""
     parts = dict(attention.named_children())
     q, k, v = (parts[name](u).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
     for name in ("q_norm", "q_layernorm"):
         q = exact_norm(parts[name], q) if name in parts else q
     for name in ("k_norm", "k_layernorm"):
         k = exact_norm(parts[name], k) if name in parts else k
+    if angles is not None:
+        q, k = turned(q, angles), turned(k, angles)
     outputs = []
     for h in range(heads):
         g = h * groups // heads
