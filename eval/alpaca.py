@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamba.eval import fetch, stats
+from llamba.eval import fetch, foreign, stats
 from llamba.eval.answerer import Settings
 from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.journal import Journal
@@ -34,6 +34,7 @@ from llamba.eval.local_judge import transport
 from llamba.eval.scores import model_name, need, save, save_items, score
 
 INSTRUCTIONS = 805
+OFFICIAL = "gpt4_1106_preview"  # AlpacaEval 2's baseline
 PARAMETERS: dict[str, Any] = {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5}  # weighted_alpaca_eval_gpt4_turbo's
 REFERENCE, GAMED = "alpaca_eval/gpt4_1106_preview_outputs.json", "alpaca_eval/df_gamed.csv"
 _TEMPLATE = "alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
@@ -110,9 +111,7 @@ def _clean(text: str) -> str:
 def _outputs(name: str, out: Path, reference: Sequence[dict[str, Any]], settings: Settings, options: Options) -> list[dict[str, Any]]:
     """Rows {instruction, output, generator}: from `options.outputs`, or a model's answers."""
     if options.outputs is not None:
-        rows = fetch.read_json_rows(Path(options.outputs))
-        if bad := [i for i, row in enumerate(rows) if not all(isinstance(row.get(key), str) for key in ("instruction", "output"))]:
-            raise ValueError(f"{options.outputs} must hold instruction and output in every row; row {bad[0]} does not")
+        rows = _of_pairs(Path(options.outputs))
         if options.limit is not None:
             asked_for = {row["instruction"] for row in reference}
             rows = [row for row in rows if row["instruction"] in asked_for]
@@ -131,6 +130,13 @@ def _outputs(name: str, out: Path, reference: Sequence[dict[str, Any]], settings
         }
         for ref, row in zip(reference, rows, strict=True)
     ]
+
+
+def _of_pairs(path: Path) -> list[dict[str, Any]]:
+    """Rows of instruction and output from a file. Raises ValueError, with file and row, where one is missing."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file in alpaca_eval's format, and is not there")
+    return [row | {key: foreign.text((where, row), key) for key in ("instruction", "output")} for where, row in foreign.rows(path)]
 
 
 def _check_instructions(file: str, given: Sequence[str], reference: Sequence[dict[str, Any]]) -> None:
@@ -288,7 +294,7 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     written, where more than `max_failed` of the judgments failed.
     """
     package()
-    reference = fetch.read_json_rows(fetch.data_file(REFERENCE, options.data))[: options.limit]
+    reference = [{"generator": OFFICIAL} | row for row in _of_pairs(fetch.data_file(REFERENCE, options.data))][: options.limit]
     gamed = None if options.win_rate_only else fetch.data_file(GAMED, options.data)
     instructions = [row["instruction"] for row in reference]
     if gamed is not None and options.outputs is None:
@@ -344,5 +350,5 @@ def _report(
             lines.append(f"  ({gamed} is not the published file: not comparable with published numbers)")
     lines.append(f"  {raw.n} judged, {failed} failed; mean length {more['average_length']:.0f} characters")
     save(out, table)
-    save_items(out, "alpaca_eval", model, judge.slug, wins)
+    save_items(out, "alpaca_eval", model, judge.slug, wins, judge_named=judge.model)
     return "\n".join(lines)

@@ -128,6 +128,15 @@ class Answerer:
             raise ValueError(f"--draft must share the model's vocabulary of {self.model.config.vocab_size}, got {draft.config.vocab_size}")
         return draft
 
+    def length(self, question: str) -> int:
+        """Tokens of a question as the model is asked it."""
+        (text,) = self._texts([[{"role": "user", "content": question}]])
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _texts(self, chats: Sequence[list[Message]]) -> list[str]:
+        system = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+        return [self.tokenizer.apply_chat_template(system + chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
     def template(self) -> str:
         """Hash of the chat template."""
         return digest(self.tokenizer.chat_template)[:16]
@@ -136,9 +145,7 @@ class Answerer:
         self, chats: Sequence[list[Message]], temperatures: Sequence[float], seeds: Sequence[str], max_new_tokens: int | None = None
     ) -> list[Answered]:
         """The next assistant message of each chat; a chat that does not fit the context gets an empty one."""
-        system = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
-        texts = [self.tokenizer.apply_chat_template(system + chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-        prompts = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        prompts = self.tokenizer(self._texts(chats), add_special_tokens=False, verbose=False)["input_ids"]
         fits = [row for row, prompt in enumerate(prompts) if len(prompt) < self.context]
         made = [Answered("", 0, "context")] * len(chats)
         if fits:

@@ -183,20 +183,28 @@ def mt_bench(argv: list[str]) -> None:
     print(run(args.model, out, _settings(args), _judge(args), options))
 
 
+JUDGMENTS = """Judgments that exist already, as scores with intervals: FastChat's single and pairwise files, AlpacaEval's annotations.json.
+
+Every judge has a table of its own; two are never averaged. Rows without a rating from 0 to 10, or a preference from 1 to 2, are
+counted and said; of duplicates the last that can be read counts. With --out the scores are kept beside one's own, and models are
+compared question by question.
+
+example: llamba eval judgments FastChat/data/mt_bench/model_judgment --out runs/llama3_50pct
+"""
+
+
 def judgments(argv: list[str]) -> None:
-    """Averages of a FastChat judgment file."""
-    about = "Averages, turns and categories of FastChat's single judgments, with intervals; duplicates and -1 rows are counted and said."
-    parser = Parser("llamba eval judgments", about)
-    parser.add_argument("file", help="a *_single.jsonl of FastChat's form")
-    parser.add_argument("--data", help="folder with MT-Bench's questions, for the categories (default: what `llamba eval fetch` got)")
+    """Judgments that exist already: FastChat's and AlpacaEval's files."""
+    parser = Parser("llamba eval judgments", JUDGMENTS)
+    parser.add_argument(
+        "path", metavar="FILE or FOLDER", help="*_single.jsonl, *_pair.jsonl, annotations.json, or a folder with such files"
+    )
+    parser.add_argument("--out", help="a run, or any folder, that the scores are put into (default: printed alone)")
+    parser.add_argument("--data", help="folder with the benchmarks' files, for categories and length control (default: what was fetched)")
     args = parser.read(argv)
-    from pathlib import Path
+    from llamba.eval.existing import run
 
-    from llamba.eval.judged import read_judgments, report_single
-    from llamba.eval.mt_bench import load_questions
-
-    categories = {row["question_id"]: row["category"] for row in load_questions(args.data, None)}
-    print(report_single(read_judgments(Path(args.file)), categories, Path(args.file).stem)[1])
+    print(run(args.path, args.out, args.data))
 
 
 def alpaca(argv: list[str]) -> None:
@@ -294,14 +302,15 @@ def zero_shot(argv: list[str]) -> None:
     parser = Parser("llamba eval zero_shot", about)
     parser.add_argument("benchmark", choices=("gsm8k", "cruxeval"))
     _answer_options(parser, 8, 2048)
-    run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a limited process (off by default)"
+    run = "CRUXEval: also accept literals that running the benchmark's function confirms, in a box without files, network or neighbours"
     parser.add_argument("--run-code", action="store_true", help=run)
+    parser.add_argument("--unsafe", action="store_true", help="--run-code also where there is no such box: with limits, but without walls")
     args = parser.read(argv)
     from llamba.eval.scores import results_folder
     from llamba.eval.zero_shot import Options
     from llamba.eval.zero_shot import run as answer
 
-    options = Options(args.benchmark, args.data, args.limit, args.run_code)
+    options = Options(args.benchmark, args.data, args.limit, args.run_code, args.unsafe)
     print(answer(args.model, results_folder(args.model, args.out), _settings(args), options))
 
 

@@ -1,7 +1,6 @@
 """Benchmark data: from its public homes into the cache, checked by size and SHA-256. Nothing of it ships with this package."""
 
 import hashlib
-import json
 import os
 import urllib.error
 import urllib.request
@@ -9,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llamba.eval import foreign
 
 _FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data"
 _ALPACA = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/2edc6fad8be6b14ea7230aabfd08188da6b8b814"
@@ -126,11 +127,4 @@ def identity(path: Path) -> dict[str, Any]:
 
 def read_json_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .json or .jsonl file. Raises ValueError for anything else."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold JSON, and does not: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold a list of JSON objects")
-    return rows
+    return [row for _, row in foreign.rows(path)]

@@ -4,20 +4,22 @@ lm-eval loads models by their `model_type`; importing llamba makes ours known to
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamba.base.folders import resolve_model
 from llamba.eval import fetch
+from llamba.eval.foreign import document, number, text, texts
 from llamba.eval.journal import read_lines
 from llamba.eval.scores import model_name, need, save, save_items, score
-from llamba.eval.stats import Interval
+from llamba.eval.stats import Interval, share, wilson
 from llamba.eval.task_sets import PUBMEDQA, TASK_SETS
 
-_FRACTIONS = ("acc", "acc_norm", "exact_match", "f1", "mc1", "mc2")
+_FRACTIONS = ("exact_match", "em", "f1", "mc1", "mc2", "pass@1")
 _PUBMEDQA_YAML = """task: {name}
 task_alias: pubmedqa
 dataset_path: json
@@ -45,43 +47,76 @@ def tasks_of(named: str) -> tuple[str, ...]:
 
 def write_pubmedqa(folder: Path, data: str | None) -> None:
     """PubMedQA's 500 labelled test questions as an lm-eval task, with lm-eval's own prompt. Raises ValueError where data is missing."""
-    labelled = json.loads(fetch.data_file("pubmedqa/ori_pqal.json", data).read_text(encoding="utf-8"))
-    test = json.loads(fetch.data_file("pubmedqa/test_ground_truth.json", data).read_text(encoding="utf-8"))
+    labelled = document(fetch.data_file("pubmedqa/ori_pqal.json", data))
+    test = document(fetch.data_file("pubmedqa/test_ground_truth.json", data))
     if missing := [name for name in test if name not in labelled]:
         raise ValueError(f"pubmedqa/ori_pqal.json must hold every test question; {len(missing)} are missing, e.g. {missing[0]}")
-    rows = [
-        {"context": "\n".join(labelled[name]["CONTEXTS"]), "question": labelled[name]["QUESTION"], "final_decision": decision}
-        for name, decision in test.items()
-    ]
+    rows = [_pubmedqa_row(name, labelled[name], decision) for name, decision in test.items()]
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "pubmedqa.jsonl").resolve()
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "pubmedqa.yaml").write_text(_PUBMEDQA_YAML.format(name=PUBMEDQA, data=json.dumps(str(file))))
 
 
-def _rows(results: dict[str, Any], model: str, task_set: str) -> list[dict[str, Any]]:
-    """Score rows of lm-eval's results: fractions in per cent, 95% intervals from its standard errors."""
+def _pubmedqa_row(name: str, row: Any, decision: Any) -> dict[str, str]:
+    where = f"pubmedqa/ori_pqal.json, question {name},"
+    if not isinstance(row, dict) or decision not in ("yes", "no", "maybe"):
+        raise ValueError(f"{where} must be an object and answered by yes, no or maybe, got {str(decision)[:40]!r}")
+    contexts = texts(where, row.get("CONTEXTS"), 1, "CONTEXTS")
+    return {"context": "\n".join(contexts), "question": text((where, row), "QUESTION"), "final_decision": decision}
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether a metric of lm-eval is a share of questions, from 0 to 1, which we give in per cent."""
+    return metric in _FRACTIONS or metric.startswith("acc") or metric.endswith("_acc")
+
+
+def interval(metric: str, value: float, error: float | None, n: int, values: Mapping[str, list[float]]) -> Interval | float:
+    """A metric's 95% interval, never beyond its scale; the bare value where there is nothing to make one of.
+
+    A share of questions: from the questions' own `values`, Wilson's where they are right or wrong, bootstrapped where they are in between;
+    without them (or where lm-eval weighs its tasks otherwise) Wilson's with lm-eval's count. Perplexities: lm-eval's standard error on the
+    scale of logarithms. Other metrics: lm-eval's standard error.
+    """
+    if is_fraction(metric):
+        found = share(values) if values else None
+        if found is not None and abs(found.mean - 100 * value) < 1e-6:
+            return found
+        if n > 0 and 0 <= value <= 1:
+            low, high = wilson(value, n)
+            return Interval(100 * value, 100 * low, 100 * high, n)
+        return 100 * value
+    if error is None:
+        return value
+    if "perplexity" in metric and value > 0:
+        wide = math.exp(1.96 * error / value)
+        return Interval(value, max(value / wide, min(1.0, value)), value * wide, n)
+    return Interval(value, value - 1.96 * error, value + 1.96 * error, n)
+
+
+def _rows(
+    results: dict[str, Any], model: str, task_set: str, values: Mapping[tuple[str, str], Mapping[str, list[float]]] | None = None
+) -> list[dict[str, Any]]:
+    """Score rows of lm-eval's results: fractions in per cent, intervals as `interval` makes them, of the questions' `values` if given."""
     made, groups, limit = [], _groups(results), results.get("config", {}).get("limit")
-    for task, values in results["results"].items():
+    for task, metrics in results["results"].items():
         counts = results.get("n-samples", {}).get(task, {})
         more = {"part_of": groups[task]} if task in groups else {}
         more |= {} if limit is None else {"limit": limit}
         more |= {"task_set": task_set, "shots": results.get("n-shot", {}).get(task), "task_version": results.get("versions", {}).get(task)}
-        for key, value in values.items():
+        for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, float):
+            if not comma or metric.endswith("_stderr") or number(value) is None:
                 continue
-            scale = 100 if metric in _FRACTIONS else 1
-            error = values.get(f"{metric}_stderr,{kind}")
-            number: Interval | float = scale * value
-            if isinstance(error, float):
-                number = Interval(scale * value, scale * (value - 1.96 * error), scale * (value + 1.96 * error), counts.get("effective", 0))
-            made.append(score(f"lm_eval/{task}", metric if kind == "none" else f"{metric} ({kind})", model, number, **more))
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            error, n = number(metrics.get(f"{metric}_stderr,{kind}")), int(number(counts.get("effective")) or 0)
+            found = interval(metric, float(value), error, n, (values or {}).get((task, shown), {}))
+            made.append(score(f"lm_eval/{task}", shown, model, found, **more))
     return made
 
 
 def _scored(values: dict[str, Any]) -> bool:
-    return any("," in metric and isinstance(value, float) for metric, value in values.items())
+    return any("," in metric and number(value) is not None for metric, value in values.items())
 
 
 def _groups(results: dict[str, Any]) -> dict[str, str]:
@@ -100,16 +135,17 @@ def items(results: Path) -> dict[tuple[str, str], dict[str, list[float]]]:
 
     A group's questions are those of its tasks; a question is its text, its place and the number of shots.
     """
-    found, stamp = json.loads(results.read_text()), results.stem.partition("_")[2]
+    found, stamp = document(results), results.stem.partition("_")[2]
     groups = _groups(found)
     made: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(dict)
     for name in (name for name, values in found["results"].items() if name not in groups and _scored(values)):
         for task in _tasks_in(name, found):
             shots = found.get("n-shot", {}).get(task)
             for sample in read_lines(results.with_name(f"samples_{task}_{stamp}.jsonl")):
-                for metric in set(sample.get("metrics", ())) & set(_FRACTIONS):
+                for metric in filter(is_fraction, sample.get("metrics", ())):
                     kind, value = sample["filter"], sample[metric]
-                    if isinstance(value, (int, float)):
+                    value = number(float(value) if isinstance(value, bool) else value)
+                    if value is not None:
                         question = f"{task}/{shots}/{sample['doc_id']}/{sample['doc_hash'][:8]}"
                         made[name, metric if kind == "none" else f"{metric} ({kind})"][question] = [100.0 * value]
     return dict(made)
@@ -141,7 +177,8 @@ def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str |
     if not found:
         raise ValueError(f"lm-eval left no results in {results}; its messages above say why")
     newest = max(found)
-    save(out, _rows(json.loads(newest.read_text()), model_name(name), task_set))
-    for (task, metric), values in items(newest).items():
+    found_items = items(newest)
+    save(out, _rows(document(newest), model_name(name), task_set, found_items))
+    for (task, metric), values in found_items.items():
         save_items(out, f"lm_eval/{task}, {metric}", model_name(name), None, values)
     return newest

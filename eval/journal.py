@@ -15,21 +15,28 @@ BALLAST = 1 << 20  # bytes kept aside, given back when the disk is full, so that
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file of JSON lines; a last line that was cut off is left out, a missing file has none.
 
-    Raises ValueError for a line in the middle that is not a JSON object.
+    Raises ValueError for another line that is not a JSON object.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    *lines, last = path.read_bytes().split(b"\n")
     found = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
+        row = _row(line)
+        if row is None:
             raise ValueError(f"{path} line {number} must be a JSON object, got {line[:60]!r}; repair or delete the file")
         found.append(row)
-    return found
+    whole = _row(last)
+    return found if whole is None else [*found, whole]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as a row, None for what is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _line(row: dict[str, Any]) -> bytes:
@@ -66,8 +73,12 @@ class Journal:
         self.ballast.write_bytes(bytes(BALLAST))
 
     def _cut_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        self.file.truncate(content.rfind(b"\n") + 1)
+        """End the last line where it is whole, cut it off where it is not."""
+        whole, newline, last = self.path.read_bytes().rpartition(b"\n")
+        if _row(last) is None:
+            self.file.truncate(len(whole) + len(newline))
+        else:
+            self._write(b"\n")
         self.file.seek(0, os.SEEK_END)
 
     def append(self, row: dict[str, Any]) -> None:

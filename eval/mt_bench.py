@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llamba.eval import fetch
+from llamba.eval import fetch, foreign
 from llamba.eval.answerer import Settings
 from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.fastchat import JudgeName, modules
@@ -93,8 +93,23 @@ class Play:
 
 
 def load_questions(data: str | None, limit: int | None) -> list[dict[str, Any]]:
-    """The questions, in order; `limit` takes the first of each category, so that all stay represented."""
-    rows = fetch.read_json_rows(fetch.data_file("mt_bench/question.jsonl", data))
+    """The questions, in order; `limit` takes the first of each category, so that all stay represented.
+
+    Raises ValueError, with file and line, for a row that is no question of two turns.
+    """
+    placed = foreign.rows(fetch.data_file("mt_bench/question.jsonl", data))
+    rows = [
+        row
+        | {
+            "question_id": foreign.name((where, row), "question_id"),
+            "category": foreign.text((where, row), "category"),
+            "turns": foreign.texts(where, row.get("turns"), 2, "two turns"),
+        }
+        for where, row in placed
+    ]
+    foreign.once([(where, row) for (where, _), row in zip(placed, rows, strict=True)], "question_id")
+    if not rows:
+        raise ValueError("mt_bench/question.jsonl must hold questions, and is empty")
     if limit is None:
         return rows
     if limit < 1:
@@ -103,13 +118,26 @@ def load_questions(data: str | None, limit: int | None) -> list[dict[str, Any]]:
     turn_by_turn = [
         row for place in range(len(rows)) for c in categories for row in [r for r in rows if r["category"] == c][place : place + 1]
     ]
-    return sorted(turn_by_turn[:limit], key=lambda row: row["question_id"])
+    return sorted(turn_by_turn[:limit], key=lambda row: str(row["question_id"]).zfill(8))
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """FastChat's answers from a file. Raises ValueError, with file and line, for a row without a question_id and two turns."""
+    found = []
+    for where, row in foreign.rows(path):
+        choices = row.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        turns = foreign.texts(where, first.get("turns"), 2, "choices[0].turns")
+        found.append(row | {"question_id": foreign.name((where, row), "question_id"), "choices": [{"index": 0, "turns": turns}]})
+    return found
 
 
 def answer(name: str, out: Path, questions: Sequence[dict[str, Any]], settings: Settings) -> tuple[str, list[dict[str, Any]]]:
     """Answers of a model, made or read; `name` may be a FastChat answer file. Returns the model's name and the rows."""
     if name.endswith(".jsonl"):
-        rows = read_lines(Path(name))
+        if not Path(name).is_file():
+            raise ValueError(f"{name} must be a file of answers in FastChat's format, and is not there")
+        rows = read_answers(Path(name))
         have = {row["question_id"] for row in rows}
         if lacking := [q["question_id"] for q in questions if q["question_id"] not in have]:
             raise ValueError(f"{name} must answer every question; it has none for {lacking[:5]} ({len(lacking)} in all)")
@@ -134,12 +162,31 @@ def _safe(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"choices": [{"index": 0, "turns": [escape(text) for text in row["choices"][0]["turns"]]}]}
 
 
+_PROMPTS = tuple(kind + turns for kind in ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1") for turns in ("", "-multi-turn"))
+
+
+def _prompts(path: Path) -> dict[str, dict[str, Any]]:
+    """FastChat's judge prompts by name. Raises ValueError where one is missing or has no text."""
+    prompts = {}
+    for placed in foreign.rows(path):
+        for key in ("type", "system_prompt", "prompt_template", "output_format"):
+            foreign.text(placed, key)
+        prompts[foreign.text(placed, "name")] = placed[1]
+    if lacking := [name for name in _PROMPTS if name not in prompts]:
+        raise ValueError(f"{path} must hold FastChat's judge prompts; it lacks {', '.join(lacking)}")
+    return prompts
+
+
 def plays(questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], judge: Judge, options: Options) -> list[Play]:
     """Every judgment to be had: FastChat's four prompts by category and turn, both orders in pairwise mode, all repeats."""
     common, generate = modules()
-    prompts = common.load_judge_prompts(str(fetch.data_file("mt_bench/judge_prompts.jsonl", options.data)))
+    prompts = _prompts(fetch.data_file("mt_bench/judge_prompts.jsonl", options.data))
     path = fetch.data_file("mt_bench/reference_answer/gpt-4.jsonl", options.data)
-    references = {judge.model: {row["question_id"]: _safe(row) for row in read_lines(path)}}
+    references = {judge.model: {row["question_id"]: _safe(row) for row in read_answers(path)}}
+    if lacking := [
+        q["question_id"] for q in questions if q["category"] in common.NEED_REF_CATS and q["question_id"] not in references[judge.model]
+    ]:
+        raise ValueError(f"{path} must answer every question of {', '.join(common.NEED_REF_CATS)}; it has none for {lacking[:5]}")
     models, questions = list(answers), [_safe(question) for question in questions]
     pairwise = options.mode == "pairwise"
     judges = (generate.make_judge_pairwise if pairwise else generate.make_judge_single)(judge.model, prompts)
@@ -271,7 +318,8 @@ def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[
         means = [np.mean([r["score"] for i, r in rows if i == repeat and r["score"] != -1]) for repeat in range(repeats)]
         text += f"\njudged {repeats} times: means {', '.join(f'{m:.2f}' for m in means)}, standard deviation {np.std(means, ddof=1):.3f}"
     save(out, [row | {"judge_is": judge.identity} | limited for row in table])
-    save_items(out, "mt_bench", model, judge.slug, judged.of(model))
+    if judged.rows:
+        save_items(out, "mt_bench", model, judge.slug, judged.of(model), judge_named=judge.model)
     return text, len(judged.failed)
 
 
@@ -289,5 +337,5 @@ def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dic
     text, table, values = report_pairs(good, categories, judge.slug)
     save(out, [row | {"judge_is": judge.identity, "failed": failed} | limited for row in table])
     if good:
-        save_items(out, "mt_bench_pairwise", f"{good[0]['model_1']}_vs_{good[0]['model_2']}", judge.slug, values)
+        save_items(out, "mt_bench_pairwise", f"{good[0]['model_1']}_vs_{good[0]['model_2']}", judge.slug, values, judge_named=judge.model)
     return f"{text}\n  {failed} judgments failed", failed

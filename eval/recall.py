@@ -118,22 +118,61 @@ def _ask(answerer: Answerer, made: Sequence[tuple[str, str]]) -> list[float]:
     return found
 
 
-def measure(answerer: Answerer, options: Options) -> dict[str, Results]:
-    """Every task's cells. A length beyond the model's context is measured too, and fails as it does in use."""
-    found: dict[str, Results] = defaultdict(dict)
-    seed = answerer.settings.seed
-    text = Path(options.haystack).read_text(encoding="utf-8") if options.haystack else FILLER
+def beyond(answerer: Answerer, options: Options) -> dict[str, list[Cell]]:
+    """The cells of each task whose questions, with room for an answer, do not fit the model's context: they say nothing about recall."""
+    found: dict[str, list[Cell]] = {task: [] for task in options.tasks}
+    bos, most = answerer.tokenizer.bos_token_id is not None, answerer.settings.max_new_tokens
     for task in options.tasks:
         if task == "mqar":
-            found[task] = {(n,): mqar(answerer, n, options.trials, seed) for n in options.pairs}
+            found[task] = [(n,) for n in options.pairs if 4 * n + bos > answerer.context]
         elif task == "phone":
-            for n in options.names:
+            found[task] = [(n,) for n in options.names if answerer.length(phone_book(n, random.Random("0"))[0]) + most > answerer.context]
+        else:
+            long = [length for length in options.lengths if _needle_tokens(answerer, length, options) + most > answerer.context]
+            found[task] = [(length, depth) for length in long for depth in options.depths]
+    return found
+
+
+def _needle_tokens(answerer: Answerer, length: int, options: Options) -> int:
+    """Tokens of a question about a text of about `length`, the template's included."""
+    if length > answerer.context:
+        return length
+    return answerer.length(needle(answerer, length, 0.5, random.Random("0"), _haystack(options))[0])
+
+
+def measure(answerer: Answerer, options: Options) -> dict[str, Results]:
+    """Every task's cells, but for those `beyond` the model's context."""
+    found: dict[str, Results] = defaultdict(dict)
+    seed, far = answerer.settings.seed, beyond(answerer, options)
+    text = _haystack(options)
+    for task in options.tasks:
+        if task == "mqar":
+            found[task] = {(n,): mqar(answerer, n, options.trials, seed) for n in options.pairs if (n,) not in far[task]}
+        elif task == "phone":
+            for n in (n for n in options.names if (n,) not in far[task]):
                 found[task][(n,)] = _ask(answerer, [phone_book(n, random.Random(f"{seed}/{n}/{i}")) for i in range(options.trials)])
         else:
             for length, depth in ((length, depth) for length in options.lengths for depth in options.depths):
-                rngs = [random.Random(f"{seed}/{length}/{depth}/{i}") for i in range(options.trials)]
-                found[task][length, depth] = _ask(answerer, [needle(answerer, length, depth, rng, text) for rng in rngs])
-    return dict(found)
+                if (length, depth) not in far[task]:
+                    rngs = [random.Random(f"{seed}/{length}/{depth}/{i}") for i in range(options.trials)]
+                    found[task][length, depth] = _ask(answerer, [needle(answerer, length, depth, rng, text) for rng in rngs])
+    return {task: results for task, results in found.items() if results}
+
+
+def _haystack(options: Options) -> str:
+    """The text that hides the needle. Raises ValueError for a file that is none, or empty."""
+    if options.haystack is None:
+        return FILLER
+    path = Path(options.haystack)
+    if not path.is_file():
+        raise ValueError(f"--haystack must be a file of plain text, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--haystack must be text in UTF-8, and {path} is not: {error}") from error
+    if not text.strip():
+        raise ValueError(f"--haystack must hold text, and {path} is empty")
+    return text
 
 
 UNITS = {"mqar": ("pairs",), "phone": ("names",), "needle": ("tokens", "depth")}
@@ -150,16 +189,21 @@ def run(name: str, out: Path, settings: Settings, options: Options) -> str:
 
     Raises ValueError as `Answerer` and `mqar` do.
     """
-    found = measure(Answerer(name, settings), options)
+    answerer = Answerer(name, settings)
+    found, far = measure(answerer, options), beyond(answerer, options)
+    if not found:
+        raise ValueError(f"everything asked for is beyond the model's context of {answerer.context} tokens; ask for fewer or shorter ones")
     model, rows, lines = model_name(name), [], [f"recall of {model_name(name)}, % found"]
     for task, results in found.items():
         for cell, values in results.items():
-            interval = stats.bootstrap({trial: [value] for trial, value in enumerate(values)})
+            interval = stats.share({trial: [value] for trial, value in enumerate(values)})
             rows.append(score(f"recall/{task}", cell_name(task, cell), model, interval, cell=list(cell)))
             lines.append(f"  {task:<8}{cell_name(task, cell):<28}{interval.mean:6.1f}  [{interval.low:.0f}, {interval.high:.0f}]")
         save_items(
             out, f"recall_{task}", model, None, {f"{cell}/{i}": [v] for cell, values in results.items() for i, v in enumerate(values)}
         )
+    for task, cells in far.items():
+        lines += [f"  {task:<8}{cell_name(task, cell):<28}not measured: beyond the model's context of {answerer.context}" for cell in cells]
     save(out, rows)
     if "needle" in found:
         picture = out / "needle.png"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.eval import lengths
+from llamba.eval.foreign import document
 from llamba.eval.journal import read_lines
 from llamba.eval.recall import draw_needle
 from llamba.eval.scores import MODELS, SCORES
@@ -28,7 +29,7 @@ def folder_of(run: str | Path) -> Path | None:
 def _rows(folder: Path) -> list[Row]:
     """A folder's scores, with each model's attention fraction."""
     path = folder / MODELS
-    models = json.loads(path.read_text()) if path.exists() else {}
+    models = document(path) if path.exists() else {}
     return [row | {"attention": models.get(row["model"], {}).get("attention")} for row in read_lines(folder / SCORES)]
 
 
@@ -76,8 +77,8 @@ def _aligned(head: list[str], lines: list[list[str]]) -> str:
 def _items(folder: Path) -> list[Row]:
     """What a folder keeps of each question, its models in the order in which they came."""
     noted = folder / MODELS
-    models = list(json.loads(noted.read_text())) if noted.exists() else []
-    found = [json.loads(path.read_text()) for path in sorted((folder / "items").glob("*.json"))]
+    models = list(document(noted)) if noted.exists() else []
+    found = [document(path) for path in sorted((folder / "items").glob("*.json"))]
     return sorted(found, key=lambda item: models.index(item["model"]) if item["model"] in models else len(models))
 
 
@@ -87,16 +88,29 @@ def differences(folders: Sequence[Path]) -> list[str]:
     together: dict[tuple[str, str | None], list[Row]] = {}
     for item in items:
         together.setdefault((item["benchmark"], item["judge"]), []).append(item)
-    lines = []
-    for first, *others in together.values():
-        for other in others:
-            if first["model"] != other["model"] and set(first["values"]) & set(other["values"]):
-                found = paired(first["values"], other["values"])
-                lines.append(
-                    f"  {first['benchmark']}: {first['model']} - {other['model']} = {found.difference}, better on {found.better}, "
-                    f"worse on {found.worse}, equal on {found.equal} of {found.difference.n} questions"
-                )
-    return lines
+    pairs = [(first, other, "") for first, *others in together.values() for other in others]
+    pairs += [(own, other, _ALIKE.format(own["judge_named"])) for own in items for other in items if _judges_alike(own, other)]
+    return [line for first, other, remark in pairs if (line := _difference(first, other, remark))]
+
+
+_ALIKE = " (both judges are called {}; how the imported one was asked is not known)"
+
+
+def _judges_alike(own: Row, other: Row) -> bool:
+    """Whether `other` was imported, and its judge has the name, but not the identity, of the judge of `own`."""
+    named = own.get("judge_named")
+    alike = named is not None and named == other.get("judge_named") and own["judge"] != other["judge"]
+    return alike and own["benchmark"] == other["benchmark"] and "from_file" in other and "from_file" not in own
+
+
+def _difference(first: Row, other: Row, remark: str) -> str | None:
+    if first["model"] == other["model"] and not remark or not set(first["values"]) & set(other["values"]):
+        return None
+    found = paired(first["values"], other["values"])
+    return (
+        f"  {first['benchmark']}: {first['model']} - {other['model']} = {found.difference}, better on {found.better}, "
+        f"worse on {found.worse}, equal on {found.equal} of {found.difference.n} questions{remark}"
+    )
 
 
 def _made_by(rows: Sequence[Row]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from llamba.base.folders import finished, resolve_model
 from llamba.base.provenance import stamp, version
+from llamba.eval.foreign import document
 from llamba.eval.journal import read_lines
-from llamba.eval.judge import slug
+from llamba.eval.judge import digest, slug
 from llamba.eval.stats import Interval
 
 SCORES = "scores.jsonl"
@@ -41,7 +42,7 @@ def results_folder(name: str, out: str | None) -> Path:
     folder = Path(out) if out is not None else Path(name) / "eval" if finished(name) else Path("runs/eval") / model_name(name)
     folder.mkdir(parents=True, exist_ok=True)
     noted = folder / MODELS
-    models = json.loads(noted.read_text()) if noted.exists() else {}
+    models = document(noted) if noted.exists() else {}
     models[model_name(name)] = {"path": path, "attention": attention_of(path)}
     partial = folder / f"{MODELS}.{os.getpid()}.partial"
     partial.write_text(json.dumps(models, indent=1) + "\n")
@@ -54,8 +55,8 @@ def attention_of(path: str) -> float | None:
     config = Path(path) / "config.json"
     if not config.is_file():
         return None
-    kinds = json.loads(config.read_text()).get("layer_types")
-    return 1.0 if not kinds else sum(kind != "linear_attention" for kind in kinds) / len(kinds)
+    kinds = document(config).get("layer_types")
+    return 1.0 if not isinstance(kinds, list) or not kinds else sum(kind != "linear_attention" for kind in kinds) / len(kinds)
 
 
 def score(benchmark: str, metric: str, model: str, value: Interval | float, judge: str | None = None, **more: Any) -> dict[str, Any]:
@@ -86,12 +87,14 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("benchmark", "metric", "model", "judge"))
 
 
-def save_items(folder: Path, benchmark: str, model: str, judge: str | None, values: Mapping[Any, Sequence[float]]) -> None:
-    """Keep each question's values in items/, so that two models can be compared question by question."""
+def save_items(folder: Path, benchmark: str, model: str, judge: str | None, values: Mapping[Any, Sequence[float]], **more: Any) -> None:
+    """Keep each question's values in items/, so that two models can be compared question by question; `more` is kept beside them."""
+    identity = {"benchmark": benchmark, "model": model, "judge": judge}
     name = "--".join(slug(part) for part in (benchmark, model, judge) if part)
-    made = {"benchmark": benchmark, "model": model, "judge": judge, "values": {str(q): list(v) for q, v in values.items()}}
     path = folder / "items" / f"{name}.json"
+    if path.exists() and {key: document(path).get(key) for key in identity} != identity:  # another name that reads alike in a file name
+        path = path.with_name(f"{name}-{digest(identity)[:8]}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(made) + "\n")
+    partial.write_text(json.dumps(identity | more | {"values": {str(q): list(v) for q, v in values.items()}}) + "\n")
     os.replace(partial, path)

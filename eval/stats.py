@@ -3,16 +3,19 @@
 A question is the unit: all its values (both turns, all repeats) are drawn together. Q questions, R resamples.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+_Z = 1.959964  # standard normal quantile of that level
 
-Values = Mapping[Hashable, Sequence[float]]  # question -> its values
+Values = Mapping[Any, Sequence[float]]  # question -> its values
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,36 @@ def draws(questions: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.i
 
 
 def bootstrap(values: Values, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Mean over all values with its percentile interval; questions are drawn, not values. Raises ValueError without any value."""
-    held = [np.asarray(v, dtype=float) for v in values.values() if len(v)]
+    """Mean over all values with its percentile interval; questions are drawn, not values. Raises ValueError without any value.
+
+    The interval depends on what the values are, not on their order or on the questions' names, and lies within their range.
+    """
+    held = [np.sort(np.asarray(v, dtype=float)) for v in values.values() if len(v)]
     if not held:
         raise ValueError("a score needs at least one question that was judged, got none")
+    held.sort(key=lambda v: v.tolist())
     sums, counts = np.array([v.sum() for v in held]), np.array([float(v.size) for v in held])
     weights = draws(len(held), seed, resamples)
-    return Interval(float(sums.sum() / counts.sum()), *_percentiles((weights @ sums) / (weights @ counts)), len(held))
+    low, high = _percentiles((weights @ sums) / (weights @ counts))
+    least, most = float(min(v[0] for v in held)), float(max(v[-1] for v in held))
+    return Interval(float(sums.sum() / counts.sum()), max(low, least), min(high, most), len(held))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of n questions: within 0 and 1, and of some width at 0 and 1 too (J. Am. Stat. Assoc. 22, 1927)."""
+    middle, room = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n), _Z / (1 + _Z**2 / n)
+    half = room * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # a rounding away from 0 and 1 otherwise
+
+
+def share(values: Values) -> Interval:
+    """Per cent of questions, each right (100) or wrong (0), with Wilson's interval; other values are bootstrapped."""
+    held = [float(v[0]) for v in values.values() if len(v) == 1]
+    if not held or len(held) < sum(len(v) > 0 for v in values.values()) or set(held) - {0.0, 100.0}:
+        return bootstrap(values)
+    mean = sum(held) / len(held)
+    low, high = wilson(mean / 100, len(held))
+    return Interval(mean, 100 * low, 100 * high, len(held))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ ABOUT = """Pretrained transformers into Mamba hybrids: convert, distil, align, d
 def _version() -> str:
     from llamba.base.provenance import versions
 
-    return "\n".join(f"{name} {number}" for name, number in versions().items())
+    found = versions()
+    return "\n".join(f"{name} {found[name]}" for name in sorted(found, key=lambda name: name != "llamba"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

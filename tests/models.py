@@ -39,6 +39,11 @@ TEACHERS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
 }
 MIXERS = ("mamba1", "mamba2", "discrete_mamba2")
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # mixers with options, as students of theirs are called here
+    "mamba2-window": ("mamba2", {"window": 6, "sinks": 2, "rotary": True}),
+    "discrete_mamba2-window": ("discrete_mamba2", {"window": 3}),
+}
+STUDENTS = (*MIXERS, "mamba2-window")
 
 
 def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
@@ -59,7 +64,19 @@ def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.flo
 
 def student(mixer: str = "mamba2", name: str = "llama", attention: Any = 0.5, dtype: torch.dtype = torch.float64, **more: Any):
     """A converted model with random new parameters (`init="paper"`), so that every one of them matters."""
-    return convert(teacher(name, dtype=dtype), mixer=mixer, attention=attention, **{"init": "paper", **more})
+    kind, options = OPTIONS.get(mixer, (mixer, {}))
+    options = options | more.pop("options", {})
+    made = convert(teacher(name, dtype=dtype), mixer=kind, attention=attention, options=options, **{"init": "paper", **more})
+    for layer in made.model.layers if options else ():
+        open_join(layer.self_attn)
+    return made
+
+
+def open_join(mixer: torch.nn.Module) -> None:
+    """Let the recurrence beside a window count, as it does once it is trained."""
+    for name, weight in mixer.named_parameters():
+        if name in ("norm.weight", "join"):
+            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=torch.Generator().manual_seed(weight.numel()))
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:

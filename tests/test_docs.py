@@ -35,7 +35,7 @@ SMALLER = {  # what makes a command fit into a test; what it says is run as it s
 }
 ELSEWHERE = {  # benchmarks that another test runs, small
     "bench train": "test_bench.py", "bench ops": "test_bench.py", "bench mfu": "test_bench.py", "bench multistep": "test_triton_decode.py",
-    "bench matrices": "test_structured.py",
+    "bench matrices": "test_structured.py", "serve": "test_serving.py", "import": "test_import.py",
 }  # fmt: skip
 TEACHER = re.compile(r"(meta-llama/[\w.-]+|recipes/tiny/teacher)")
 

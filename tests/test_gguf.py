@@ -24,7 +24,8 @@ def a_student(folder: Path, vocabulary: int = 101, bias: bool = False, attention
                  pad_token_id=2)  # fmt: skip
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
-    convert(teacher, attention=attention, init="paper", options={"proj_bias": bias}).save_pretrained(folder)
+    init = "attention" if bias else "paper"  # which opens the gate by a bias, and which has none that is not zero
+    convert(teacher, attention=attention, init=init, options={"proj_bias": bias}).save_pretrained(folder)
     return folder
 
 

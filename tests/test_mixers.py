@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import MIXERS, TEACHERS, rms_error, teacher
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamba.models.convert import convert
 from llamba.models.families import family_of
@@ -18,14 +19,23 @@ def exact_norm(norm: nn.Module, heads: Tensor) -> Tensor:
     return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
 
 
-def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int) -> Tensor:
-    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unrotated, unscaled."""
+def turned(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """heads [B, H, T, P], of which the first coordinates are turned, as transformers does it."""
+    cos, sin = angles
+    part, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    return torch.cat((apply_rotary_pos_emb(part, part, cos, sin)[0], rest), -1)
+
+
+def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """tril(Q K^T) V O^T + b_o per head from the attention module's own matrices; unscaled, turned by `angles` if there are any."""
     parts = dict(attention.named_children())
     q, k, v = (parts[name](u).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
     for name in ("q_norm", "q_layernorm"):
         q = exact_norm(parts[name], q) if name in parts else q
     for name in ("k_norm", "k_layernorm"):
         k = exact_norm(parts[name], k) if name in parts else k
+    if angles is not None:
+        q, k = turned(q, angles), turned(k, angles)
     outputs = []
     for h in range(heads):
         g = h * groups // heads
@@ -176,3 +186,27 @@ def test_state_width_must_fit_the_kind() -> None:
         build_mixer(vars(config("mamba2", state=4, qk_norm="rms")), 0)
     with pytest.raises(ValueError, match="multiple of state"):
         build_mixer(vars(config("mamba1", state=3)), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "mistral"])
+def test_a_gate_without_a_bias_starts_open(name: str) -> None:
+    """On tokens that conversion did not see, every channel's gate is near SiLU(OPEN_GATE) = 1; and no random number elsewhere moves."""
+    source = teacher(name)
+    with torch.no_grad():  # inputs with a mean, as trained models have
+        for layer in source.base_model.layers:
+            layer.input_layernorm.weight.add_(1)
+        source.get_input_embeddings().weight.add_(torch.linspace(-1, 1, 32, dtype=torch.float64))
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    student = convert(source, attention=[1, 3], options={"proj_bias": False})
+    assert torch.equal(before, torch.random.get_rng_state())
+    seen: dict[int, Tensor] = {}
+    for index in (0, 2):
+        mixer = student.model.layers[index].self_attn
+        assert mixer.in_proj.bias is None
+        mixer.register_forward_pre_hook(lambda m, a, k, i=index: seen.update({i: k["hidden_states"]}), with_kwargs=True)
+    student(torch.randint(3, 101, (2, 50), generator=torch.Generator().manual_seed(9)))
+    mixer = student.model.layers[0].self_attn
+    opened = nn.functional.silu(seen[0] @ mixer.in_proj.weight[: mixer.config.inner].T)
+    assert opened.min() > 0.3 and abs(opened.mean() - 1) < 0.2
+    assert "open gate on 8 x 128 tokens" in str(student.conversion)

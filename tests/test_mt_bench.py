@@ -490,12 +490,12 @@ def test_the_aggregator_is_open_about_duplicates_and_failures(tmp_path: Path) ->
 
     rows = [row(81, 1, 4), row(81, 1, 6), row(81, 2, 8), row(82, 1, -1), row(82, 2, 2), row(82, 1, -1), row(83, 1, 5), row(83, 1, -1)]
     write_lines(tmp_path / "gpt-4_single.jsonl", rows)
-    judged = read_judgments(tmp_path / "gpt-4_single.jsonl")
+    (judged,) = read_judgments([tmp_path / "gpt-4_single.jsonl"])
     assert judged.duplicates == 3 and len(judged.failed) == 1 and judged.of("m") == {81: [6.0, 8.0], 82: [2.0], 83: [5.0]}
     table, text = report_single(judged, {81: "writing", 82: "writing", 83: "math"}, "gpt-4")
     values = {line["metric"]: line["value"] for line in table}
     assert values["average"] == pytest.approx(21 / 4) and values["turn 1"] == 5.5 and values["math"] == 5
-    assert "1 judgments failed and 3 duplicates were left out" in text
+    assert "1 judgments failed (1: no rating) and 3 duplicates were left out" in text
 
 
 def test_the_aggregator_is_a_command(public_data: Path, answered: Path, capsys) -> None:

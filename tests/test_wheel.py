@@ -63,7 +63,7 @@ def outside(environment: Path, tmp_path: Path, *command: str) -> str:
 
 def test_the_command(environment: Path, tmp_path: Path) -> None:
     assert "convert" in outside(environment, tmp_path, "llamba", "--help")
-    assert outside(environment, tmp_path, "python", "-m", "llamba", "--version").startswith("python ")
+    assert outside(environment, tmp_path, "python", "-m", "llamba", "--version").startswith("llamba ")
     place = outside(environment, tmp_path, "python", "-c", "import llamba; print(llamba.__file__)").strip()
     assert Path(place).is_relative_to(environment)
 

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import socket
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,16 +35,109 @@ def test_answers_are_read_as_zeroeval_reads_them() -> None:
     )
 
 
-def test_code_runs_within_limits(tmp_path: Path, monkeypatch) -> None:
+def test_an_answer_is_equal_or_it_is_not() -> None:
+    """Not by what Python makes of it in the place of an assertion's end, nor because neither is a literal."""
+    equal = zero_shot.same_literal
+    assert not equal("1, 2", "1") and not equal("None", "float('inf')") and not equal("[]", "Counter()") and equal("Counter()", "Counter()")
+    assert not equal("1 or 2", "1") and not equal("{1: [2]", "1") and not equal("{[]: 1}", "1") and not equal("(" * 5000, "1")
+    assert equal("None", "None") and equal("(1, 2)", "1, 2") and equal("1.0", "1")
+    row, asked = {"code": "def f(x):\n    return x", "input": "1", "output": "1"}, []
+    assert not zero_shot.crux_right(row, "f(1)", lambda code: asked.append(code) or True) and not asked  # only literals are run
+    box = partial(sandbox.run, tool=None)
+    for answer, right in (("1, 2", False), ("1", True), ("2", False), ("True", True), ("'1'", False), (" 1 # one", True), ("1\n", True)):
+        assert zero_shot.crux_right(row | {"output": "Unknown()"}, answer, box) == right, answer
+    assert not zero_shot.crux_right(row | {"code": "def f(x):\n    raise SystemExit(0)", "output": "?"}, "1", box)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "row", "what"),
+    [
+        ("gsm8k", {"question": "How many?"}, "an answer that ends in #### and a number"),
+        ("gsm8k", {"question": "How many?", "answer": None}, "an answer that ends"),
+        ("gsm8k", {"question": "How many?", "answer": "3 and 4 are 7"}, "an answer that ends"),
+        ("gsm8k", {"question": "How many?", "answer": "so #### many"}, "an answer that ends"),
+        ("gsm8k", {"answer": "#### 7"}, "a text under 'question'"),
+        ("cruxeval", {"code": "def f(x): pass", "input": "1"}, "a text under 'output'"),
+        ("cruxeval", {"code": None, "input": "1", "output": "1"}, "a text under 'code'"),
+    ],
+)
+def test_rows_that_nobody_can_answer_are_refused(tmp_path: Path, capsys, benchmark: str, row: dict, what: str) -> None:
+    path = tmp_path / zero_shot.BENCHMARKS[benchmark].file
+    path.parent.mkdir()
+    good = (
+        {"question": "1 + 1?", "answer": "#### 2"} if benchmark == "gsm8k" else {"code": "def f(x): return x", "input": "1", "output": "1"}
+    )
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row))
+    error = fails(capsys, ["zero_shot", benchmark, str(TEACHER), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert what in error and "line 2" in error
+    path.write_text("")
+    assert "is empty" in fails(capsys, ["zero_shot", benchmark, str(TEACHER), "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_gsm8k_answers_may_be_numbers_alone() -> None:
+    for answer in (7, 7.0, "7", "$7", "so 3 + 4\n#### 7"):
+        assert zero_shot.gsm8k_right(zero_shot.gsm8k_row(("here", {"question": "?", "answer": answer})), "7", None)
+
+
+@pytest.fixture(params=["a box", "limits alone"])
+def tool(request) -> str | None:
+    found = sandbox.find()
+    if request.param == "a box" and found is None:
+        pytest.skip("no bubblewrap and no unshare that works here")
+    return found if request.param == "a box" else None
+
+
+def test_code_runs_within_limits(tmp_path: Path, monkeypatch, tool: str | None) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 1)
-    monkeypatch.setattr(sandbox, "_LIMITED", sandbox._LIMITED.replace('("CPU", 5)', '("CPU", 1)'))
-    assert sandbox.holds("assert sum(range(4)) == 6") and not sandbox.holds("assert False") and not sandbox.holds("syntax error")
-    assert not sandbox.holds("while True: pass")
-    assert not sandbox.holds("x = bytearray(2 << 30)")
+    holds = partial(sandbox.run, tool=tool)
+    assert holds("assert sum(range(4)) == 6") and not holds("assert False") and not holds("syntax error")
+    assert not holds("while True: pass") and not holds("import time; time.sleep(60)")
+    assert not holds("x = bytearray(2 << 30)")
+    assert not holds("raise SystemExit(0)") and not holds("import os; os._exit(0)")
     target = tmp_path / "written"
-    sandbox.holds(f"open({str(target)!r}, 'w').write('x' * 9)")
+    holds(f"open({str(target)!r}, 'w').write('x' * 9)")
     assert not target.exists() or target.stat().st_size == 0
-    assert sandbox.holds("import os; assert set(os.environ) <= {'LC_CTYPE'} and os.listdir('.') == []")
+    assert holds("import os; assert set(os.environ) <= {'LC_CTYPE', 'PWD'} and os.listdir('.') == []")
+    assert holds("import collections, decimal, hashlib, itertools, json, math, re, statistics, string")
+
+
+def test_a_box_has_no_files_no_network_and_leaves_nobody(tmp_path: Path) -> None:
+    """Harmless attempts at what the limits alone would allow."""
+    tool = sandbox.find()
+    if tool is None:
+        pytest.skip("no bubblewrap and no unshare that works here")
+    file, holds = tmp_path / "file", partial(sandbox.run, tool=tool)
+    file.write_text("precious")
+    named = repr(str(file))
+    for code in (f"open({named}).read()", f"open({named}, 'r+').truncate(0)", f"import os; os.rename({named}, {named} + 'x')",
+                 f"import os; os.remove({named})", "open('here', 'w')", "import os; os.mkdir('here')", "open('/etc/passwd')",
+                 "import os; os.listdir('/proc/1')", "import os; os.setuid(1)",
+                 "import ctypes; assert ctypes.CDLL(None).umount2(b'/usr/lib', 2) == 0"):  # fmt: skip
+        assert not holds(code), code
+    assert file.read_text() == "precious" and list(tmp_path.iterdir()) == [file]
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        assert not holds(f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)")
+    holds("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)")
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"def walls(" in _read(path)]
+    assert not left
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile
+        return b""
+
+
+def test_code_is_not_run_without_a_box_unless_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sandbox, "find", lambda: None)
+    argv = ["zero_shot", "cruxeval", str(TEACHER), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert "--run-code needs bubblewrap" in fails(capsys, [*argv, "--run-code"])
+    assert "llamba eval fetch cruxeval" in fails(capsys, [*argv, "--run-code", "--unsafe"])  # which is the next thing that is missing
+    assert "give both or neither" in fails(capsys, [*argv, "--unsafe"])
+    monkeypatch.undo()
+    monkeypatch.setattr(sandbox, "TOOLS", ("nothing-of-this-name",))
+    assert sandbox.find.__wrapped__() is None
 
 
 def test_gsm8k_and_cruxeval_are_graded(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -63,7 +159,7 @@ def test_gsm8k_and_cruxeval_are_graded(tmp_path: Path, monkeypatch, capsys) -> N
     monkeypatch.setattr(Answerer, "__call__", answer)
     common = [str(TEACHER), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     main(["zero_shot", "gsm8k", *common])
-    main(["zero_shot", "cruxeval", *common, "--run-code"])
+    main(["zero_shot", "cruxeval", *common, "--run-code", "--unsafe"])
     found = {row["benchmark"]: row for row in read_lines(tmp_path / "out/scores.jsonl")}
     assert found["gsm8k"]["value"] == 50 and found["gsm8k"]["without_answer"] == 1
     assert found["cruxeval"]["value"] == pytest.approx(200 / 3) and found["cruxeval"]["code_was_run"]

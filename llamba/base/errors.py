@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 USER_ERROR, DEFECT, INTERRUPTED = 2, 1, 130  # exit statuses
+NO_MEMORY = ("OutOfMemoryError", "MemoryError")  # torch's and Python's, by name: torch may not be loaded
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,13 +31,14 @@ def _place(error: BaseException) -> str:
 def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     """Ends whatever goes wrong as one line on stderr; LLAMBA_TRACEBACK=1 lets it through.
 
-    Exit status 2: a user's error (ValueError, OSError); 130: Ctrl-C, with the line `interrupted`; 1: an error that this code ought to
-    have foreseen.
+    Exit status 2: a user's error (ValueError, OSError) or a full memory; 130: Ctrl-C, with the line `interrupted`; 1: an error that
+    this code ought to have foreseen.
     """
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{interrupted}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
         if os.environ.get("LLAMBA_TRACEBACK") == "1":
@@ -45,5 +47,8 @@ def one_line_errors(interrupted: str = "stopped") -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LLAMBA_TRACEBACK") == "1":
             raise
+        if type(error).__name__ in NO_MEMORY:
+            remedy = "a smaller micro_batch (in a recipe) or --batch, --length or --dtype (of a command) needs less"
+            _end(USER_ERROR, "error", f"the memory is full ({error}); {remedy}")
         said = f"{type(error).__name__}: {error} ({_place(error)})"
         _end(DEFECT, "internal error", f"{said}; LLAMBA_TRACEBACK=1 shows where it came from")

@@ -160,6 +160,7 @@ def compared(source: Source, model: Path, new: int = NEW) -> tuple[float, int, i
     Both engines read the same random tokens; where greedy tokens part, what follows is not compared.
     """
     own = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    ends = torch.tensor(own.generation_config.eos_token_id or [], dtype=torch.long).flatten()  # the engine is told to go on
     prompts = _prompts(source.config.vocab_size)
     found, worst, alike = asked(model, prompts, new), 0.0, 0
     for prompt, tokens, places in zip(prompts, found["tokens"], found["logprobs"], strict=True):
@@ -167,7 +168,7 @@ def compared(source: Source, model: Path, new: int = NEW) -> tuple[float, int, i
             rows = own(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].log_softmax(-1)  # [new, V]
         for row, token, tops in zip(rows, tokens, places, strict=True):
             worst = max([worst, *(abs(float(row[int(top)]) - value) for top, value in tops.items())])
-            if int(row.argmax()) != token:
+            if int(row.index_fill(0, ends, -torch.inf).argmax()) != token:
                 break
             alike += 1
     return worst, alike, new * len(prompts)

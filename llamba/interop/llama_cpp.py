@@ -22,6 +22,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     params.n_ctx = max(map(len, request["prompts"])) + request["new"] + 8
     params.n_parallel = 1
     params.warmup = False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # keys and values as exact as the weights
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.verbosity = 10  # the answer holds the tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request.get("threads", 1)
     server, tokens, logprobs = xllamacpp.Server(params), [], []

@@ -15,6 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
+from llamba.kernels.window import Sight
+from llamba.models.ring import KeyRing
+from llamba.models.tree import Tree
+
 KEPT = 32  # tokens that can be taken back
 SLOTS = 2 * KEPT
 
@@ -93,6 +97,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.pinned: list[int] = []
         self.absent: list[list[int]] = []  # of each row, which of the tokens seen while recording were padding
         self.seen = 0
+        self.ring: KeyRing | None = None  # of a mixer with window or sinks
 
     @property
     def is_recording(self) -> bool:
@@ -139,6 +144,16 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.counts, self.seen = [count + tokens for count in firsts], self.seen + tokens
         used = max(self.counts)
         return tuple(buffer[:, :used] for buffer in self.held), firsts
+
+    def look(
+        self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, mask: Tensor | None = None, tree: Tree | None = None
+    ) -> Tensor:
+        """What queries [B, T, H, P] see through window and sinks of all keys and values so far; see `llamba.models.ring`."""
+        if self.ring is None:
+            self.ring = KeyRing(sight, SLOTS if self.is_recording else 0, k, v)
+        elif self.is_recording and not self.ring.spare:
+            self.ring.spare_more(SLOTS)
+        return self.ring.look(q, k, v, scale, mask, tree)
 
     def skip(self, real: Tensor) -> None:
         """Of the tokens held last, those that are absent (real [B, T] False) were put behind the others: forget them."""
@@ -190,11 +205,17 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "after cache.activate_past_recording()"
             )
         self.counts = left
+        if self.ring is not None and any(tokens):
+            self.ring.take_back(tokens)
 
     def keep(self, tokens: int, places: list[list[int]]) -> None:
         """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others."""
-        firsts = [count - tokens for count in self.counts]
+        firsts, ring = [count - tokens for count in self.counts], self.ring
+        self.ring = None
         self.take_back([tokens - len(path) for path in places])
+        self.ring = ring
+        if ring is not None:
+            ring.keep(tokens, places)
         assert self.raw is not None and self.held is not None
         for buffer in self.held:
             gather(buffer, firsts, places)
@@ -231,6 +252,8 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.raw = change(self.raw)
         self.state = None if self.state is None else change(self.state)
         self.held = None if self.held is None else tuple(map(change, self.held))
+        if self.ring is not None:
+            self.ring.map(change)
         rows = change(torch.arange(len(self.counts))).tolist()
         self.counts, self.pinned = [self.counts[row] for row in rows], [self.pinned[row] for row in rows]
         self.absent = [list(self.absent[row]) for row in rows] if self.absent else []

@@ -17,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from llamba.base.folders import resolve_model
 from llamba.models.families import Family, family_of
+from llamba.models.gate import open_by, open_directions
 from llamba.models.hybrid import RECURRENT, mixer_layers
-from llamba.models.mixers import ATTENTION, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
+from llamba.models.mixers import ATTENTION, AUTO, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
 
 Attention = float | Sequence[int]
+MIXERS_WITH_GATE = ("mamba1", "mamba2", "discrete_mamba2")
 
 
 @dataclass
@@ -78,6 +80,8 @@ def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, 
     family = family_of(teacher)
     values = teacher.to_dict()
     kept = kept_layers(attention, teacher.num_hidden_layers)
+    if mixer == AUTO and values.get("mixer"):
+        mixer = values["mixer"]["kind"]
     if attention == 1 and mixer_layers(teacher):  # a student already, and no layer of it is to be converted further
         kept, mixer = [i for i in kept if i not in mixer_layers(teacher)], values["mixer"]["kind"]
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
@@ -86,7 +90,7 @@ def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, 
     if lost:
         raise ValueError(f"student.attention keeps layers {_listing(lost)}, but they are recurrent in this model already; name others")
     values["layer_types"] = [kind if i in kept or mixer == ATTENTION else RECURRENT for i, kind in enumerate(types)]
-    values["mixer"] = vars(_mixer_config(family, teacher, mixer, options or {}))
+    values["mixer"] = _mixer_config(family, teacher, mixer, options or {}).stored()
     if mixer == ATTENTION:
         values["mixer"]["layers"] = [i for i in range(teacher.num_hidden_layers) if i not in kept]
     for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version"):
@@ -98,9 +102,10 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
     stored = teacher.to_dict().get("mixer")
     if not stored:
         return mixer_config(mixer, family.shape(teacher), **options)
-    if stored["kind"] != mixer or any(stored.get(name) != value for name, value in options.items()):
-        raise ValueError(f"student.mixer must stay what the model has ({stored['kind']}); got {mixer} with options {options}")
-    return MixerConfig(**stored)
+    own = MixerConfig(**stored)
+    if own.kind != mixer or any(vars(own).get(name) != value for name, value in options.items()):
+        raise ValueError(f"student.mixer must stay what the model has ({own.kind}); got {mixer} with options {options}")
+    return own
 
 
 def _loaded(load: Callable[..., Any], name: str, **more: Any) -> Any:
@@ -134,10 +139,12 @@ def convert(
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
-    "mamba1", "mamba2" or "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2" or
+    "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
-    e.g. {"conv_activation": None}. Source: Mamba-in-Llama, Algorithm 1.
+    e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
+    on which the gate is opened. Source: Mamba-in-Llama, Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
     """
@@ -150,7 +157,9 @@ def convert(
         student = family.causal_lm(config)
     generator = torch.Generator().manual_seed(seed)
     record: dict[int, list[Origin]] = {}
-    for index in sorted(set(mixer_layers(config)) - set(mixer_layers(source.config))):
+    new = sorted(set(mixer_layers(config)) - set(mixer_layers(source.config)))
+    gates = open_directions(source, new, generator) if _needs_directions(config, init) else {}
+    for index in new:
         attention_module, place = _layers(source)[index].self_attn, _layers(student)[index]
         if mixer == ATTENTION:
             place.self_attn.to_empty(device=source.device).to(source.dtype)
@@ -158,11 +167,19 @@ def convert(
         else:
             made = build_mixer(config.mixer, index).to(source.dtype)
             record[index] = initialise(made, family.read(attention_module), init, generator)
+            if index in gates:
+                record[index] = open_by(made, gates[index], record[index])
             place.self_attn = made.to(source.device)
     _copy_rest(source, student, share=isinstance(teacher, str))
     student.generation_config = copy.deepcopy(source.generation_config)
     student.conversion = Conversion([i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)], record)
     return student.eval()
+
+
+def _needs_directions(config: PreTrainedConfig, init: str) -> bool:
+    """Whether the gate should start open and has no bias that could open it."""
+    mixer = config.to_dict()["mixer"]
+    return mixer["kind"] in MIXERS_WITH_GATE and not mixer["proj_bias"] and init in INITS and INITS[init].open_gate
 
 
 @torch.no_grad()

@@ -148,16 +148,20 @@ class Family:
 
     def shape(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The attention's shape as arguments of `llamba.models.mixers.mixer_config`."""
-        eps = getattr(config, self.norm_eps)
+        eps, values = getattr(config, self.norm_eps), config.to_dict()
+        sliding = values.get("sliding_window")
+        kinds = values.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
         return {
             "hidden_size": config.hidden_size,
             "heads": config.num_attention_heads,
             "groups": config.num_key_value_heads,
-            "head_dim": config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads,
+            "head_dim": values.get("head_dim") or config.hidden_size // config.num_attention_heads,
             "out_bias": self.biases(config)[1],
             "qk_norm": self.norm_kind(config),
             "qk_norm_eps": eps,
             "norm_eps": eps,
+            "sliding_window": sliding,
+            "sliding_layers": None if sliding is None else [index for index, kind in enumerate(kinds) if kind == "sliding_attention"],
         }
 
     def read(self, attention: nn.Module) -> AttentionWeights:

@@ -243,7 +243,7 @@ def _published(config: PreTrainedConfig) -> tuple[dict[str, int], dict[str, int]
     """Parameters of one mixer by name: those of the published layout, and those that we add."""
     mixer = dict(config.mixer)
     with torch.device("meta"):
-        rows = build_mixer(mixer, 0).rows()
+        rows = build_mixer(mixer, 0).layout()
         ours = {name: value.numel() for name, value in build_mixer(mixer, 0).named_parameters()}
     own: dict[str, int] = {}
     published = {f"in_proj[{name}]": count * mixer["hidden_size"] for name, count in rows.items()}
@@ -255,7 +255,7 @@ def _published(config: PreTrainedConfig) -> tuple[dict[str, int], dict[str, int]
         own["in_proj.bias"] = ours["in_proj.bias"] - gate
     if mixer["kind"] == "discrete_mamba2":
         own["dt_bias"] = published.pop("dt_bias")
-    for name in [name for name in published if name.startswith(("q_norm", "k_norm")) or name == "out_proj.bias"]:
+    for name in [name for name in published if name.startswith(("q_norm", "k_norm", "join", "in_proj[mass]")) or name == "out_proj.bias"]:
         own[name] = published.pop(name)
     return published, own
 

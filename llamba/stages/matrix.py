@@ -62,7 +62,7 @@ def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixin
         return made[0]
 
     def forward(hidden: Tensor, rec: Recurrence) -> tuple[Tensor, ...]:
-        made.append(mixer.mixing(hidden, rec))
+        made.append(mixer.mixing(hidden, rec, calls.layers[index].get("position_embeddings")))
         return made[0].inputs
 
     inputs = inside(mixer, mixer, forward, hidden, calls.rec)

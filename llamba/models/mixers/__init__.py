@@ -3,7 +3,7 @@
 from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
-from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence
+from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, without_recurrence
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
@@ -11,6 +11,8 @@ from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
 MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
 }  # fmt: skip
+AUTO = "auto"
+BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
 ATTENTION = "attention"  # the family's own attention once more, as the student's mixer
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -25,20 +27,36 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfig:
     """The configuration of a mixer of this kind for attention of this shape (hidden_size, heads, groups, head_dim, ...).
 
-    `options` override single values. Raises ValueError for an unknown kind or option.
+    `kind` "auto" is the best that we know. `options` override single values.
+    Raises ValueError for an unknown kind or option, and for an option that the kind cannot have.
     """
-    if kind not in (*MIXERS, ATTENTION):
-        raise ValueError(f"student.mixer must be one of {', '.join((*MIXERS, ATTENTION))}; got {kind!r}")
+    kind, own = resolved(kind, options)
     unknown = set(options) - set(MixerConfig.__dataclass_fields__)
     if unknown:
         raise ValueError(f"unknown mixer option {sorted(unknown)[0]!r}; known: {', '.join(MixerConfig.__dataclass_fields__)}")
+    for name in ("window", "sinks", "rotary"):
+        if options.get(name) and (kind == ATTENTION or not MIXERS[kind].reads_heads):
+            able = [one for one, mixer in MIXERS.items() if mixer.reads_heads]
+            raise ValueError(f"mixer.{name} is for mixers that read whole heads ({', '.join(able)}); got {options[name]!r} for {kind}")
     values = {**DEFAULTS.get(kind, {}), **shape}
     values["state"] = min(16, shape["head_dim"]) if kind == "mamba1" else shape["head_dim"]
     if kind == "mamba1":
         values["dt_rank"] = -(-shape["hidden_size"] // 16)
     if kind in ("toeplitz", "none"):  # no queries, no keys
         values["qk_norm"] = None
-    return MixerConfig(kind=kind, **{**values, **options})
+    values |= own
+    if not values.get("window") and not values.get("sinks"):
+        values["sliding_window"] = values["sliding_layers"] = None
+    return MixerConfig(kind=kind, **values)
+
+
+def resolved(kind: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The mixer and its options, where `kind` may be "auto". Raises ValueError for an unknown kind."""
+    if kind == AUTO:
+        return BEST[0], {**BEST[1], **options}
+    if kind not in (*MIXERS, ATTENTION):
+        raise ValueError(f"student.mixer must be one of {', '.join((AUTO, *MIXERS, ATTENTION))}; got {kind!r}")
+    return kind, options
 
 
 def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
@@ -48,6 +66,6 @@ def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
 
 
 __all__ = [
-    "ATTENTION", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin", "Recurrence",
-    "build_mixer", "initialise", "mixer_config",
+    "ATTENTION", "AUTO", "BEST", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin",
+    "Recurrence", "build_mixer", "initialise", "mixer_config", "resolved", "without_recurrence",
 ]  # fmt: skip

@@ -21,16 +21,18 @@ ROWS_AT_ONCE = 256  # of a Toeplitz matrix
 class NoMixer(Mixer):
     """Nothing: the layer keeps its MLP alone (Mamba-in-Llama, arXiv 2408.15237, Table 9)."""
 
+    reads_heads = False
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         nn.Module.__init__(self)
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.sight = config, layer_idx, None
 
     def rows(self) -> dict[str, int]:
         """None."""
         return {}
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Recurrence | None = None, past_key_values=None, **kwargs
+        self, hidden_states: Tensor, attention_mask: Recurrence | None = None, past_key_values=None, position_embeddings=None, **kwargs
     ) -> tuple[Tensor, None]:
         """Zeros [B, T, D]; a cache learns how many tokens there were."""
         if past_key_values is not None:
@@ -50,7 +52,7 @@ class NoMixer(Mixer):
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
         return inputs[0].new_zeros(inputs[0].shape[0], 0)
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """Raises ValueError: there is no matrix."""
         raise ValueError("the matrix stage needs a mixer with a mixing matrix, got mixer='none', which has none; leave the stage out")
 
@@ -81,6 +83,7 @@ class Toeplitz(Mixer):
     """
 
     matrix_parts = ("in_proj", "D")
+    reads_heads = False
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.conv_after_repeat:
@@ -132,7 +135,7 @@ class Toeplitz(Mixer):
         y, state = self.scan(x[:, None], b, c, dt[:, None], state, Recurrence())
         return y[:, 0], state
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """From the kernel [B, H, T] and D [B, H]."""
         kernel = at_least_fp32(self._project(hidden_states)["dt"]).transpose(1, 2)
         mask = torch.ones_like(kernel[:, 0], dtype=torch.bool) if rec.mask is None else rec.mask

@@ -4,9 +4,12 @@ Shapes: B batch, T time, D model width, H query heads, G key/value heads, P head
 A mixer stands where `self_attn` stood: V -> x, K -> B, Q -> C, O -> out_proj (Mamba-in-Llama, arXiv 2408.15237, Algorithm 1).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +17,15 @@ from torch.nn import functional as F
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
 from llamba.kernels.gated_norm import gated_head_norm
+from llamba.kernels.window import Sight, turned, window_attention, window_rows
 from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
 FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+NAMES: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", NoneType: "null"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,9 @@ class MixerConfig:
     None leaves the convolution linear. `conv_after_repeat`, `double_dt_bias` and `block_gqa` reproduce published weights: the
     convolution behind the GQA repeat, the step bias added twice, and key/value heads expanded in blocks of N coordinates.
     `layers` lists the layers of a student whose mixer is attention again; `layer_types` cannot tell them.
+    Beside the recurrence, softmax attention reads the last `window` tokens (the token itself included) and the first `sinks` ones of
+    the document; in the layers `sliding_layers` nothing `sliding_window` tokens back or further, as there in the teacher. `rotary`: the
+    recurrence reads and writes by keys and queries that are turned by their positions.
     """
 
     kind: str
@@ -50,8 +60,19 @@ class MixerConfig:
     double_dt_bias: bool = False
     block_gqa: bool = False
     layers: list[int] | None = None
+    window: int = 0
+    sinks: int = 0
+    rotary: bool = False
+    sliding_window: int | None = None
+    sliding_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("window", "sinks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"mixer.{name} must be at least 0; got {getattr(self, name)}")
+        if self.sinks and not self.window:
+            object.__setattr__(self, "window", 1)  # a token sees itself
         if self.groups < 1 or self.heads % self.groups:
             raise ValueError(f"mixer.heads must be a multiple of mixer.groups; got {self.heads} heads and {self.groups} groups")
         if self.conv_activation not in ("silu", None):
@@ -60,6 +81,11 @@ class MixerConfig:
             raise ValueError(f'mixer.qk_norm must be "rms", "layer" or null; got {self.qk_norm!r}')
         if self.conv_width < 1:
             raise ValueError(f"mixer.conv_width must be at least 1; got {self.conv_width}")
+
+    def stored(self) -> dict[str, Any]:
+        """The values as `config.mixer` has them: of the options beside the recurrence, those that are on."""
+        beside = ("window", "sinks", "rotary", "sliding_window", "sliding_layers")
+        return {name: value for name, value in vars(self).items() if value or name not in beside}
 
     @property
     def inner(self) -> int:
@@ -70,6 +96,14 @@ class MixerConfig:
     def shared(self) -> int:
         """Width of x (and of B where N = P) before the GQA repeat, G * P."""
         return self.groups * self.head_dim
+
+
+def _check_types(config: MixerConfig) -> None:
+    for entry in fields(config):
+        value, kinds = getattr(config, entry.name), [get_origin(kind) or kind for kind in get_args(entry.type) or (entry.type,)]
+        if type(value) not in (*kinds, *((int,) if float in kinds else ())):
+            needed = " or ".join(NAMES[kind] for kind in kinds)
+            raise ValueError(f"mixer.{entry.name} must be {needed}; got {value!r}")
 
 
 @dataclass
@@ -98,6 +132,14 @@ class Recurrence(NamedTuple):
     tree: Tree | None = None
 
 
+def sight_of(config: MixerConfig, layer: int) -> Sight | None:
+    """What the mixer of a layer sees beside its recurrence; None: nothing."""
+    if not config.window:
+        return None
+    reach = config.sliding_window if layer in (config.sliding_layers or ()) else None
+    return Sight(config.window if reach is None else min(config.window, reach), config.sinks, reach)
+
+
 class Mixing(NamedTuple):
     """A mixing matrix M (y = M x for each head) that is not written out.
 
@@ -112,6 +154,14 @@ class Mixing(NamedTuple):
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _both_rows(
+    own: Callable[[Sequence[Tensor], slice | Tensor], Tensor], sight: Sight, scale: float, rec: Recurrence, inputs: Sequence[Tensor],
+    rows: slice | Tensor,
+) -> Tensor:  # fmt: skip
+    q, k = (heads.transpose(1, 2) for heads in inputs[:2])
+    return own(inputs[2:], rows) + window_rows(q, k, sight, scale, rec.seq_idx, rec.mask, rows)
 
 
 class QKNorm(nn.Module):
@@ -151,6 +201,7 @@ class Mixer(nn.Module):
     """
 
     matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "q_norm", "k_norm")  # what M depends on
+    reads_heads: ClassVar[bool] = True  # B and C are whole key and query heads (N = P), which can be turned and seen through a window
     fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter
@@ -160,15 +211,22 @@ class Mixer(nn.Module):
     conv1d: nn.Conv1d
     out_proj: nn.Linear
     norm: GatedHeadNorm | None
+    join: nn.Parameter | None  # of a mixer with a window and without a norm: what the recurrence's channels count
+    drop_window = 0.0  # share of sequences that do without the window in training
+    recurrence_off = False
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.rows().values()), bias=config.proj_bias)
+        self.sight = sight_of(config, layer_idx)
+        if (config.rotary or self.sight) and not self.reads_heads:
+            raise ValueError(f"mixer.window, mixer.sinks and mixer.rotary need keys and queries of whole heads; {config.kind} has none")
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.layout().values()), bias=config.proj_bias)
         channels = self.conv_channels()
         self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
         self.out_proj = nn.Linear(config.inner, config.hidden_size, bias=config.out_bias)
         self.norm = GatedHeadNorm(config.inner, config.norm_eps) if config.out_norm else None
+        self.join = nn.Parameter(torch.zeros(config.inner)) if self.sight and not config.out_norm else None
         if config.qk_norm is not None:
             self.q_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
             self.k_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
@@ -176,6 +234,10 @@ class Mixer(nn.Module):
     def rows(self) -> dict[str, int]:
         """Rows of in_proj by name, in order; "x", "B" and "C" hold the teacher's V, K and Q."""
         raise NotImplementedError
+
+    def layout(self) -> dict[str, int]:
+        """`rows`, and beside a window "mass", one row for each head."""
+        return self.rows() | ({"mass": self.config.heads} if self.sight else {})
 
     def conv_channels(self) -> int:
         """Channels of the convolution."""
@@ -197,8 +259,10 @@ class Mixer(nn.Module):
         """The recurrence for one token: inputs without the time axis, output [B, H, P] and next state."""
         raise NotImplementedError
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
-        """The mixing matrix from x to y for inputs [B, T, D]; norm, gate and out_proj stand outside.
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
+        """The mixing matrix from x to y for inputs [B, T, D]; norm, gate and out_proj stand outside. What a window sees is added to it.
+
+        `angles`: `position_embeddings` as `forward` takes them.
 
         Raises ValueError for a mixer that has no matrix per head.
         """
@@ -212,14 +276,19 @@ class Mixer(nn.Module):
         hidden_states: Tensor,
         attention_mask: Recurrence | None = None,
         past_key_values=None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        """hidden_states [B, T, D] -> ([B, T, D], None). `attention_mask` is a `Recurrence`; other attention arguments do not apply."""
+        """hidden_states [B, T, D] -> ([B, T, D], None). `attention_mask` is a `Recurrence`; other attention arguments do not apply.
+
+        position_embeddings: cosines and sines [B or 1, T, Q] of the tokens' positions, of which Q <= P coordinates of a head are turned.
+        Raises ValueError where a mixer with window, sinks or rotation gets none.
+        """
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if isinstance(layer, SteppedLayer):
             return self.out_proj(layer.run(self, hidden_states)), None
         rec = attention_mask or Recurrence()
-        parts = self._project(hidden_states)
+        parts = self._project(hidden_states) | self._angles(position_embeddings, *hidden_states.shape[:2])
         if layer is None:
             y, _, _ = self._run(parts, rec, None, None)
         elif hidden_states.shape[1] == 1 and rec.mask is None:
@@ -227,21 +296,77 @@ class Mixer(nn.Module):
         else:
             y = self._cached_run(parts, rec, layer)
         y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
+        if self.sight is not None:
+            y = self._joined(y, self._look(parts, rec, layer), parts["mass"])
+        elif self.recurrence_off:
+            y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor) -> Tensor:
+        """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
+
+        `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
+        weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen.
+        """
+        if self.recurrence_off:
+            return seen.flatten(-2)
+        seen = torch.addcmul(seen, seen, mass[..., None], value=-1).flatten(-2)
+        if self.training and self.drop_window:
+            kept = torch.rand(len(seen), 1, 1, device=seen.device) >= self.drop_window
+            seen = seen * kept.to(seen.dtype)
+        return seen + (recurrent if self.join is None else recurrent * self.join)
+
+    def _angles(self, given: tuple[Tensor, Tensor] | None, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Cosines and sines of the tokens' positions, where the mixer turns its heads, for every row: [B, T, Q]."""
+        if self.sight is None and not self.config.rotary:
+            return {}
+        if given is None:
+            raise ValueError(
+                "a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none"
+            )
+        return {name: part.expand(rows, tokens, -1) for name, part in zip(("cos", "sin"), given, strict=True)}
+
+    def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's queries [B, T, H, P], keys and values [B, T, G, P], the first two turned: the rows before the convolution."""
+        rows = self._split(parts)
+        q, k, v = (rows[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("C", "B", "x"))
+        cos, sin = parts["cos"], parts["sin"]
+        return turned(q, cos, sin), turned(k, cos, sin), v
+
+    def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
+        """What attention sees [B, T, H, P] of the last tokens and the first ones."""
+        assert self.sight is not None
+        q, k, v = self.attention_heads(parts)
+        scale = self.config.head_dim**-0.5
+        if layer is None:
+            return window_attention(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
+        return layer.look(q, k, v, self.sight, scale, rec.mask, rec.tree)
+
+    def _with_window(self, own: Mixing, parts: dict[str, Tensor], rec: Recurrence) -> Mixing:
+        """The recurrence's matrix and that of the window and the sinks, added."""
+        assert self.sight is not None
+        q, k, _ = self.attention_heads(parts)
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)  # [B, T, H, P]
+        rows = partial(_both_rows, own.rows, self.sight, self.config.head_dim**-0.5, rec)
+        return Mixing((q.transpose(1, 2), k.transpose(1, 2), *own.inputs), rows)
 
     def _project(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """The rows of in_proj by name; those that pass the convolution stay together under "conv"."""
         merged: dict[str, int] = {}
-        for name, count in self.rows().items():
+        for name, count in self.layout().items():
             key = "conv" if name in self.conv_rows() else name
             merged[key] = merged.get(key, 0) + count
         parts = dict(zip(merged, self.in_proj(hidden_states).split(list(merged.values()), -1), strict=True))
         return parts if self.config.qk_norm is None else self._normalise(parts)
 
+    def _split(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows by name, also those that pass the convolution."""
+        together = self.conv_rows()
+        return dict(zip(together, parts["conv"].split([self.rows()[name] for name in together], -1), strict=True)) | parts
+
     def _normalise(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The teacher's norms over the heads of B and C, wherever they stand."""
-        together = self.conv_rows()
-        rows = dict(zip(together, parts["conv"].split([self.rows()[name] for name in together], -1), strict=True)) | parts
+        together, rows = self.conv_rows(), self._split(parts)
         for name, norm in (("B", self.k_norm), ("C", self.q_norm)):
             rows[name] = norm(rows[name].unflatten(-1, (-1, self.config.head_dim))).flatten(-2)
         return rows | {"conv": torch.cat([rows[name] for name in together], -1)}
@@ -255,10 +380,18 @@ class Mixer(nn.Module):
             state=window, seq_idx=rec.seq_idx, mask=rec.mask,
         )  # fmt: skip
 
+    def _turned_heads(self, conv_out: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """`heads_of`, B and C turned by their positions where the mixer says so; with or without the time axis."""
+        x, b, c = self.heads_of(conv_out, parts)
+        if not self.config.rotary:
+            return x, b, c
+        cos, sin = parts["cos"], parts["sin"]
+        return x, turned(b, cos, sin), turned(c, cos, sin)
+
     def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Output, state and convolution window after the tokens."""
         conv_out, window = self._convolve(parts, rec, window)
-        x, b, c = self.heads_of(conv_out, parts)
+        x, b, c = self._turned_heads(conv_out, parts)
         y, state = self.scan(x, b, c, parts["dt"], state, rec)
         return y, state, window
 
@@ -298,7 +431,7 @@ class Mixer(nn.Module):
             span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
             windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
         )  # fmt: skip
-        x, b, c = self.heads_of(conv_out, parts)
+        x, b, c = self._turned_heads(conv_out, parts)
         inputs, firsts = layer.hold((x, b, parts["dt"]))
         return self.resume(inputs, c, layer.state, firsts, tree)
 
@@ -337,7 +470,7 @@ class Mixer(nn.Module):
             self._conv_in(parts)[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias,
             activation=self.config.conv_activation, state=window,
         )  # fmt: skip
-        x, b, c = self.heads_of(conv_out, {name: part[:, 0] for name, part in parts.items()})
+        x, b, c = self._turned_heads(conv_out, {name: part[:, 0] for name, part in parts.items()})
         y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
         layer.settle(window, state, 1)
         return y.unsqueeze(1)
@@ -355,3 +488,17 @@ class Mixer(nn.Module):
             if new.dtype in (torch.bfloat16, torch.float16):
                 new.data = old.to(new.device, torch.float32)
         return self
+
+
+@contextmanager
+def without_recurrence(model: nn.Module) -> Iterator[None]:
+    """Within, the model's mixers give what their window and sinks see, and nothing where they have none."""
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    before = [mixer.recurrence_off for mixer in mixers]
+    for mixer in mixers:
+        mixer.recurrence_off = True
+    try:
+        yield
+    finally:
+        for mixer, off in zip(mixers, before, strict=True):
+            mixer.recurrence_off = off

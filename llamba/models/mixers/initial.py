@@ -66,10 +66,17 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     origins += _convolution(mixer, rule, generator) + _decay(mixer, rule.decay, generator)
     _set(mixer.D, torch.full_like(mixer.D, rule.skip))
     origins.append(Origin("D", tuple(mixer.D.shape), f"new: {rule.skip:g}"))
-    if mixer.norm is not None:
-        _set(mixer.norm.weight, torch.ones_like(mixer.norm.weight))
-        origins.append(Origin("norm.weight", tuple(mixer.norm.weight.shape), "new: 1"))
-    return origins + _qk_norms(mixer, taken)
+    return origins + _join(mixer) + _qk_norms(mixer, taken)
+
+
+def _join(mixer: Mixer) -> list[Origin]:
+    """What the recurrence's channels count behind the gate: 1, and beside a window 0, where attention alone starts as it was."""
+    name, weight = ("join", mixer.join) if mixer.norm is None else ("norm.weight", mixer.norm.weight)
+    if weight is None:
+        return []
+    value = 0.0 if mixer.sight else 1.0
+    _set(weight, torch.full_like(weight, value))
+    return [Origin(name, tuple(weight.shape), f"new: {value:g}")]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:
@@ -88,7 +95,7 @@ def _projections(mixer: Mixer, weights: AttentionWeights | None, rule: Init, gen
     new_weight = new_weight if weights is None else new_weight.to(torch.promote_types(weights.q.dtype, torch.float32))
     new_bias = None if new_bias is None else new_bias.to(new_weight.dtype)
     origins, row = [], 0
-    for name, count in mixer.rows().items():
+    for name, count in mixer.layout().items():
         rows = slice(row, row + count)
         row += count
         source = _fill_rows(name, rows, new_weight, new_bias, weights, rule)
@@ -124,7 +131,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -166,7 +173,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     """
     if mixer.config.kind in ("low_rank", "toeplitz"):
         return []
-    bias, discrete = mixer.dt_bias, mixer.config.kind == "discrete_mamba2"
+    bias, discrete = mixer.dt_bias, "A_log" not in dict(mixer.named_parameters())
     a_log = None if discrete else torch.zeros_like(mixer.A_log)
     if decay == "log_spaced":
         step = 1 / _memories(mixer)

@@ -18,6 +18,7 @@ class Mamba1(Mixer):
     With N = P the whole head is one group, and the layer can express linear attention.
     """
 
+    reads_heads = False  # a head is read in groups of N coordinates
     fold_after = 1  # its replay costs as much as folding
 
     def __init__(self, config: MixerConfig, layer_idx: int):

@@ -5,6 +5,7 @@ Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state
 
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from llamba.models.tree import Tree
 class Mamba2(Mixer):
     """Mamba-2 (arXiv 2405.21060) with one state per query head: h <- e^(dt A) h + dt x B^T, y = h C + D x, dt = softplus(dt + bias)."""
 
+    has_rate: ClassVar[bool] = True  # A, beside the step
+
     def __init__(self, config: MixerConfig, layer_idx: int):
-        if config.state != config.head_dim and config.qk_norm is not None:
-            raise ValueError(f"norms of keys and queries need state = head_dim; got {config.state} and {config.head_dim}")
+        if config.state != config.head_dim and (config.qk_norm is not None or config.rotary or config.window):
+            raise ValueError(f"norms, rotation and windows need state = head_dim; got {config.state} and {config.head_dim}")
         super().__init__(config, layer_idx)
         self.dt_bias = nn.Parameter(torch.zeros(config.heads))
         self.D = nn.Parameter(torch.zeros(config.heads))
-        if config.kind == "mamba2":
+        if self.has_rate:
             self.A_log = nn.Parameter(torch.zeros(config.heads))
 
     def rows(self) -> dict[str, int]:
@@ -99,15 +102,16 @@ class Mamba2(Mixer):
         a, step = self.decay(dt)
         return ssd_step(x, a, b, c, dt=step, D=self.D, state=state)
 
-    def mixing(self, hidden_states: Tensor, rec: Recurrence) -> Mixing:
+    def mixing(self, hidden_states: Tensor, rec: Recurrence, angles: tuple[Tensor, Tensor] | None = None) -> Mixing:
         """M[i, j] = C_i . B_j e^(a_(j+1) + ... + a_i) dt_j, and D on the diagonal (MOHAWK, arXiv 2408.10189, section 4.1)."""
-        parts = self._project(hidden_states)
-        _, b, c = self.heads_of(self._convolve(parts, rec, None)[0], parts)
+        parts = self._project(hidden_states) | self._angles(angles, *hidden_states.shape[:2])
+        _, b, c = self._turned_heads(self._convolve(parts, rec, None)[0], parts)
         a, step = self.decay(parts["dt"])
         b = b.repeat_interleave(c.shape[2] // b.shape[2], 2)  # [B, T, H, N]
         by_token = [a, b, c] + ([] if step is None else [step])
         skip = at_least_fp32(self.D).expand(len(a), -1)  # [B, H]
-        return Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        own = Mixing((skip, *(value.transpose(1, 2) for value in by_token)), partial(_matrix_rows, rec))
+        return own if self.sight is None else self._with_window(own, parts, rec)
 
 
 def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
@@ -121,6 +125,8 @@ def _matrix_rows(rec: Recurrence, inputs: Sequence[Tensor], rows: slice | Tensor
 
 class DiscreteMamba2(Mamba2):
     """Discrete Mamba-2 of Phi-Mamba (arXiv 2408.10189): h <- e^(-softplus(a + bias)) h + x B^T; the input is not scaled by the step."""
+
+    has_rate = False
 
     def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay -softplus(a + bias); write strength 1 (None)."""

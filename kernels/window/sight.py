@@ -1,0 +1,37 @@
+"""What a token sees: the last `window` tokens and the first `sinks` of its document.
+
+Shapes: T queries, S keys; leading dimensions are free. Tokens are counted within a row; a document starts at `start`.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Sight(NamedTuple):
+    """`window` counts the token itself; nothing `reach` tokens back or further is seen (None: no such limit)."""
+
+    window: int
+    sinks: int = 0
+    reach: int | None = None
+
+
+class Past(NamedTuple):
+    """Tokens before those of a call: keys and values [B, S, G, P], their places [B or 1, S] (negative: none there), and how many tokens
+    each row has had [B or 1]. Held are the last `window` - 1 tokens and the sinks; a token must not stand here twice."""
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    length: Tensor
+
+
+def sees(query: Tensor, start: Tensor, key: Tensor, sight: Sight) -> Tensor:
+    """Whether the tokens at query [..., T], of documents from start [..., T], see those at key [..., S]: [..., T, S] bool."""
+    back, key, first = query[..., :, None] - key[..., None, :], key[..., None, :], start[..., :, None]
+    near = back < sight.window
+    if sight.sinks:
+        near = near | (key - first < sight.sinks)
+    if sight.reach is not None:
+        near = near & (back < sight.reach)
+    return near & (back >= 0) & (key >= first)

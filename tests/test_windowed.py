@@ -1,0 +1,73 @@
+"""Mixers that keep what attention knew: with a window as long as the text they are the teacher, and every way through them agrees."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import TEACHERS, ids, rms_error, teacher
+from test_mixers import exact_norm, linear_attention
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llamba.models.convert import convert
+from llamba.models.families import family_of
+
+QKV = ("mamba2", "discrete_mamba2")
+WHOLE: dict[str, Any] = {"window": 512}
+
+
+def exact(source: PreTrainedModel) -> PreTrainedModel:
+    """The teacher with norms of queries and keys that do not round to fp32."""
+    for layer in source.model.layers:
+        for name, norm in list(layer.self_attn.named_children()):
+            if name.startswith(("q_norm", "k_norm")):
+                norm.forward = lambda heads, norm=norm: exact_norm(norm, heads)
+    return source
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor, **more: Any) -> Tensor:
+    return model(tokens, use_cache=False, **more).logits
+
+
+@pytest.mark.parametrize("groups", [4, 2], ids=["H=G", "H>G"])
+@pytest.mark.parametrize("mixer", QKV)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_with_a_window_as_long_as_the_text_a_student_is_its_teacher(name: str, mixer: str, groups: int) -> None:
+    source = exact(teacher(name, groups))
+    made = convert(source, mixer=mixer, attention=0.0, options={**WHOLE, "rotary": mixer == "mamba2", "sinks": groups})
+    tokens = ids(2, 40)
+    want = logits(source, tokens)
+    assert (logits(made, tokens) - want).abs().max() <= 1e-9 * want.abs().max()
+    mask = torch.ones_like(tokens)
+    mask[1, :11] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = {"attention_mask": mask, "position_ids": positions}
+    assert rms_error(logits(made, tokens, **padded)[mask > 0], logits(source, tokens, **padded)[mask > 0]) < 1e-9
+    packed = {"position_ids": torch.cat((torch.arange(25), torch.arange(15)))[None].expand(2, -1)}
+    assert rms_error(logits(made, tokens, **packed), logits(source, tokens, **packed)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "mistral", "phi", "qwen3"])
+def test_greedy_tokens_of_such_a_student_are_its_teachers(name: str) -> None:
+    source = exact(teacher(name))
+    made, tokens = convert(source, attention=0.5, options=WHOLE), ids(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    more = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
+    assert torch.equal(made.generate(tokens, **more), source.generate(tokens, **more))
+
+
+@pytest.mark.parametrize("mixer", QKV)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_without_decay_a_turned_mixer_is_the_teachers_turned_linear_attention(name: str, mixer: str) -> None:
+    source = exact(teacher(name))
+    options = {"conv_activation": None, "out_norm": False, "rotary": True}
+    made = convert(source, mixer=mixer, attention=0.0, init="linear_attention", options=options)
+    u, positions = torch.randn(2, 70, 32, dtype=torch.float64), torch.arange(70)[None]
+    angles = source.model.rotary_emb(u, position_ids=positions)
+    shape = family_of(source.config).shape(source.config)
+    for before, after in zip(source.model.layers, made.model.layers, strict=True):
+        want = linear_attention(before.self_attn, u, shape["heads"], shape["groups"], angles)
+        got = after.self_attn(hidden_states=u, position_embeddings=angles)[0]
+        assert (got - want).abs().max() <= 1e-9 * want.abs().max()
