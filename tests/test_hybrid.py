@@ -408,7 +408,7 @@ def test_bad_teachers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type must be one of llama, mistral, phi, qwen2, qwen3; got 'gpt2'"):
         convert(str(tmp_path / "gpt2"))
     teacher().config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="safetensors weights is needed"):
+    with pytest.raises(ValueError, match="must be a model folder with weights"):
         convert(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="student.mixer must be one of"):
         convert(teacher(), mixer="mamba3")
