@@ -288,7 +288,7 @@ def _asked(body: dict[str, Any]) -> Asked:
 class Chats(_Checked, ChatCompletionHandler):
     """/v1/chat/completions."""
 
-    def _build_chunk_sse(self, request_id: str = "", content: str | None = None, **more: Any) -> str:
+    def _build_chunk_sse(self, request_id: str = "", content: str | None = None, **more: Any) -> str:  # type: ignore[override]
         text = super()._build_chunk_sse(request_id, content, **more)
         return _with_places(text, _chat_places(content)) if isinstance(content, Piece) and content.places else text
 
