@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from llamba.base.folders import resolve_model
 from llamba.eval.answerer import LOOKUP, Answered, Answerer, Message, Settings
 from llamba.eval.journal import Journal, write_lines
 from llamba.eval.judge import digest
+from llamba.models.loading import load_config, located
 
 _SAMPLED = 64  # slices of a weight file that enter its fingerprint
 
@@ -31,9 +30,9 @@ class Question:
 
 def fingerprint(name: str) -> str:
     """What a model's weights and config are, as a hash: files of a folder (sampled), or name and revision on the hub."""
-    path = Path(resolve_model(name))
+    path = Path(located(name))
     if not path.is_dir():
-        return digest([str(path), AutoConfig.from_pretrained(str(path))._commit_hash])[:16]
+        return digest([str(path), load_config(str(path))._commit_hash])[:16]
     found = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")):
         size = file.stat().st_size

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamba.base.folders import resolve_model
 from llamba.eval import fetch
 from llamba.eval.foreign import document, number, text, texts
 from llamba.eval.journal import read_lines
 from llamba.eval.scores import model_name, need, save, save_items, score
 from llamba.eval.stats import Interval, share, wilson
 from llamba.eval.task_sets import PUBMEDQA, TASK_SETS
+from llamba.models.loading import located, require_sound
 
 _FRACTIONS = ("exact_match", "em", "f1", "mc1", "mc2", "pass@1")
 _PUBMEDQA_YAML = """task: {name}
@@ -159,7 +159,8 @@ def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str |
     need("lm_eval")
     from lm_eval.__main__ import cli_evaluate
 
-    path, tasks = resolve_model(name), tasks_of(task_set)
+    path, tasks = located(name), tasks_of(task_set)
+    require_sound(path)  # lm-eval loads it, and would go on with random values for what is missing
     folder = out / "lm_eval"
     arguments = ["run", "--model", "hf", "--model_args", f"pretrained={path}", "--tasks", ",".join(tasks)]
     results = folder / "results" / model_name(name)

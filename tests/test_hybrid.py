@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import STUDENTS, TEACHERS, ids, rms_error, student, teacher
+from models import EVERY_STUDENT, TEACHERS, ids, rms_error, student, teacher
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -17,7 +17,7 @@ from llamba.models.hybrid import document_numbers
 T = 131
 DTYPES = {"fp64": (torch.float64, 1e-10), "fp32": (torch.float32, 2e-5)}
 precisions = pytest.mark.parametrize("precision", DTYPES)
-mixers = pytest.mark.parametrize("mixer", STUDENTS)
+mixers = pytest.mark.parametrize("mixer", EVERY_STUDENT)
 
 
 def logits(model: PreTrainedModel, tokens: Tensor, **more) -> Tensor:
@@ -408,7 +408,7 @@ def test_bad_teachers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_type must be one of llama, mistral, phi, qwen2, qwen3; got 'gpt2'"):
         convert(str(tmp_path / "gpt2"))
     teacher().config.save_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="safetensors weights is needed"):
+    with pytest.raises(ValueError, match="must be a model folder with weights"):
         convert(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="student.mixer must be one of"):
         convert(teacher(), mixer="mamba3")

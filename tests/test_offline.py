@@ -1,5 +1,6 @@
 """Kept logits: shards that are whole, broken or killed, what they hold, training on them; and what else a teacher may be."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -221,7 +222,7 @@ def test_a_wider_teacher(tmp_path, data, student_folder, teacher_folder, small, 
 
 def test_a_missing_teacher(tmp_path, data, student_folder, teacher_folder):
     stage = Distill(**SHORT, steps=1, teacher=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nowhere must be a model folder, a run folder or a hub name"):
+    with pytest.raises(ValueError, match="nowhere must be a model folder, a run folder, a GGUF file or a hub name"):
         distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "out")
 
 
@@ -259,7 +260,7 @@ def test_a_quantised_teacher(tmp_path, monkeypatch, data, student_folder, teache
 
 
 def test_quantised_without_the_package_or_with_shards(monkeypatch, teacher_folder):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="teacher_bits=4 needs the package bitsandbytes, which is not installed; pip install"):
         loading.load_teacher(str(teacher_folder), "bf16", 4, "cpu")
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder)

@@ -29,7 +29,7 @@ def others(tmp_path_factory, small, tokenizer) -> Path:
 
 
 UNFIT = {
-    "a teacher that is not there": (Distill(teacher="./nowhere"), "./nowhere must be a model folder, a run folder or a hub name"),
+    "a teacher that is not there": (Distill(teacher="./nowhere"), "./nowhere must be a model folder, a run folder"),
     "a teacher on no hub": (Distill(teacher="nobody/nothing-at-all"), "nobody/nothing-at-all must be a model folder or a hub"),
     "a teacher without weights": (Distill(teacher="hollow"), "hollow must be a model folder with weights"),
     "a teacher of other words": (Distill(teacher="words"), "must share a vocabulary, got 300 tokens in .* and 99 in words"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+from llamba.base.folders import resolve_model
 from llamba.data.batches import Ordered, Rows, collate
 from llamba.data.tokens import Prepared, prepare
 from llamba.running import run
@@ -322,7 +323,7 @@ def recipe_of(teacher_folder, chat_file, out, **changes) -> Recipe:
 def test_run_folder(tmp_path, monkeypatch, teacher_folder, chat_file, tokenizer):
     recipe = recipe_of(teacher_folder, chat_file, tmp_path / "run")
     last = run.run(recipe)
-    assert last == tmp_path / "run" / "1-distill" and run.resolve_model(tmp_path / "run") == str(last)
+    assert last == tmp_path / "run" / "1-distill" and resolve_model(tmp_path / "run") == str(last)
     files = {path.name for path in last.iterdir()}
     assert files == {"DONE", "stage.json", "metrics.jsonl", "model.safetensors", "config.json", "generation_config.json",
                      "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
@@ -337,7 +338,7 @@ def test_run_folder(tmp_path, monkeypatch, teacher_folder, chat_file, tokenizer)
     run.run(recipe)
     assert stamps == {path: path.stat().st_mtime_ns for path in last.iterdir()}
     shutil.rmtree(last)
-    assert run.resolve_model(tmp_path / "run") == str(tmp_path / "run" / "0-convert")
+    assert resolve_model(tmp_path / "run") == str(tmp_path / "run" / "0-convert")
 
 
 def test_folder_of_another_recipe(tmp_path, teacher_folder, chat_file):
@@ -501,18 +502,18 @@ def test_layers_from_a_file(tmp_path, teacher_folder, chat_file):
 
 
 def test_resolve_model(tmp_path, teacher_folder):
-    assert run.resolve_model(teacher_folder) == str(teacher_folder)
-    assert run.resolve_model("org/model") == "org/model"
+    assert resolve_model(teacher_folder) == str(teacher_folder)
+    assert resolve_model("org/model") == "org/model"
     (tmp_path / "x" / "1-distill").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"must be a model folder \(with config.json\) or a run folder .* found \['1-distill'\]"):
-        run.resolve_model(tmp_path / "x")
+        resolve_model(tmp_path / "x")
     for name in ("./nowhere", "/nowhere/at/all", "a/b/c"):
         with pytest.raises(ValueError, match="found no such folder"):
-            run.resolve_model(name)
+            resolve_model(name)
     for number in (2, 10):
         (tmp_path / "x" / f"{number}-sft").mkdir()
         (tmp_path / "x" / f"{number}-sft" / "DONE").touch()
         (tmp_path / "x" / f"{number}-sft" / "config.json").touch()
     (tmp_path / "x" / "11-pseudo_label").mkdir()
     (tmp_path / "x" / "11-pseudo_label" / "DONE").touch()  # done, and no model
-    assert run.resolve_model(tmp_path / "x") == str(tmp_path / "x" / "10-sft")
+    assert resolve_model(tmp_path / "x") == str(tmp_path / "x" / "10-sft")

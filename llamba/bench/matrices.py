@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamba.base.folders import resolve_model
 from llamba.base.provenance import append_row
 from llamba.data.sources import rows
 from llamba.data.tokens import Tokenizer
 from llamba.models.activations import HEARD, record
+from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.models.mixers import Recurrence
 from llamba.settings import Data
 from llamba.training import structured_matrices as structured
@@ -119,9 +118,9 @@ def main(args: argparse.Namespace) -> None:
             f"got {args.matrices}, {args.length} and {args.steps}"
         )
     torch.manual_seed(0)
-    folder = resolve_model(args.model)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pieces = _pieces(args.data, AutoTokenizer.from_pretrained(folder), args.length, -(-args.matrices // model.config.num_hidden_layers))
+    folder = located(args.model)
+    model = load_model(folder, torch.float32)
+    pieces = _pieces(args.data, load_tokenizer(folder), args.length, -(-args.matrices // model.config.num_hidden_layers))
     found = measure(attention_matrices(model, pieces, args.matrices, seed=0), STATES, args.steps, SWEEPS)
     print("\n".join([f"{args.matrices} attention matrices, T = {args.length}", table(found), *remarks(found)]), flush=True)
     if args.picture:

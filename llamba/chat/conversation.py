@@ -1,17 +1,16 @@
 """Talk to a model, or let it complete a text: what `llamba chat` and `llamba generate` do."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from llamba.base.devices import meant
-from llamba.base.folders import resolve_draft, resolve_model
+from llamba.base.folders import resolve_draft
+from llamba.models.loading import load_model, load_tokenizer
 from llamba.speculative import Auto, generate
 from llamba.speculative.lookahead import schedule
 
@@ -70,35 +69,20 @@ class Speculation:
         schedule(self.lookahead)
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Says of which model transformers speaks when it cannot load one."""
-    try:
-        yield
-    except OSError as error:
-        here = "" if Path(name).exists() else " (no folder here)"
-        raise ValueError(f"{name}{here} cannot be loaded: {error}") from error
-
-
 def load_draft(name: str, model: Any) -> Any:
     """The draft that `name` means for a loaded model: "lookup", or a run folder (the draft it has made), model folder or hub name."""
     if name == "lookup":
         return name
-    with _named(name):
-        draft: Any = AutoModelForCausalLM.from_pretrained(resolve_draft(name), dtype=model.dtype)
-    return draft.to(model.device).eval()
+    return load_model(resolve_draft(name), model.dtype).to(model.device)
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one."""
-    path = resolve_model(name)
-    device = meant(device)
-    with _named(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    device, tokenizer = meant(device), load_tokenizer(name)
+    model = load_model(name, dtype if dtype == "auto" else getattr(torch, dtype))
     if device == "cpu" and dtype == "auto":
         model = model.float()
-    return model.to(device).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO, speculation: Speculation | None = None) -> str:

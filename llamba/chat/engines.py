@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from llamba.base.devices import own_device, processes
 from llamba.chat.conversation import Sampling
+from llamba.models.loading import load_model, located
 
 
 class Answer(NamedTuple):
@@ -31,9 +32,8 @@ def _model(name: str) -> Any:
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     alone = processes() == 1
     if alone and device.type != "cpu" and torch.accelerator.device_count() > 1:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto").eval()
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval()
+        return load_model(name, dtype, device_map="auto")
+    return load_model(name, dtype).to(device)
 
 
 def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def vllm_engine(name: str, sampling: Sampling, ends: Sequence[int]) -> Engine:
     require_vllm()
     import vllm
 
-    model = vllm.LLM(model=name, tensor_parallel_size=max(1, torch.accelerator.device_count()))
+    model = vllm.LLM(model=located(name), tensor_parallel_size=max(1, torch.accelerator.device_count()))
 
     def answer(prompts: Sequence[list[int]], seed: int) -> list[Answer]:
         params = [

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from llamba.base.folders import resolve_model
 from llamba.interop.folders import Weights, check_names, copy_tokenizer, save_weights, whole_folder
 from llamba.interop.students import expected_tensors
 from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT
+from llamba.models.loading import load_config, load_generation_config
 from llamba.models.mixers import MixerConfig
 
 NEEDS_TRANSFORMERS = "5.23.0"  # the first whose gated norm knows groups
@@ -201,7 +202,7 @@ class Source:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(resolve_model(folder))
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
+        self.config: PreTrainedConfig = load_config(self.folder)
         family_of(self.config)
         if not self.config.to_dict().get("mixer"):
             raise ValueError(f"a converted model is needed; {folder} is an ordinary {self.config.model_type}, which engines load as it is")
@@ -300,8 +301,8 @@ def write_stock(source: Source, out: Path, layout: Layout, config: dict[str, Any
     """Write configuration, weights and tokenizer into a folder; whether there was a tokenizer."""
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_weights(out, tensors)
-    if (source.folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source.folder)
+    generation = load_generation_config(source.folder)
+    if generation is not None:
         if not config["use_cache"]:
             generation.use_cache = False
         generation.save_pretrained(out)

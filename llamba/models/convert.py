@@ -5,7 +5,7 @@ further one of a progressive run are the same function.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from llamba.base.folders import resolve_model
 from llamba.models.families import Family, family_of
 from llamba.models.gate import open_by, open_directions
 from llamba.models.hybrid import RECURRENT, mixer_layers
+from llamba.models.loading import load_config, load_model
 from llamba.models.mixers import ATTENTION, AUTO, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
 
 Attention = float | Sequence[int]
@@ -93,7 +93,7 @@ def student_config(teacher: PreTrainedConfig, mixer: str, attention: Attention, 
     values["mixer"] = _mixer_config(family, teacher, mixer, options or {}).stored()
     if mixer == ATTENTION:
         values["mixer"]["layers"] = [i for i in range(teacher.num_hidden_layers) if i not in kept]
-    for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version"):
+    for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version", "quantization_config"):
         values.pop(key, None)
     return family.config(**values, architectures=[family.causal_lm.__name__])
 
@@ -108,23 +108,15 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
     return own
 
 
-def _loaded(load: Callable[..., Any], name: str, **more: Any) -> Any:
-    """What `load` reads from a folder or hub name; a failure as a ValueError that says what was needed and found."""
-    try:
-        return load(resolve_model(name), **more)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"teacher: a folder (or hub name) with config.json and safetensors weights is needed; {name}: {reason}") from error
-
-
-def _load_config(name: str) -> PreTrainedConfig:
-    return _loaded(AutoConfig.from_pretrained, name)
-
-
 def load_teacher(name: str) -> PreTrainedModel:
-    """The model as it is stored (its own dtype). Raises ValueError, with what was needed and found, where it cannot be loaded."""
-    family_of(_load_config(name))
-    return _loaded(AutoModelForCausalLM.from_pretrained, name, dtype="auto")
+    """The model as it is stored (its own dtype). Raises ValueError for one of another family, and as `load_model`."""
+    config = load_config(name)
+    family_of(config)
+    if quantised := config.to_dict().get("quantization_config"):
+        method = quantised.get("quant_method")
+        raise ValueError(f"teacher: plain weights are needed, and {name} is quantised ({method}); name the model that it was made from")
+    teacher: PreTrainedModel = load_model(name)
+    return teacher
 
 
 def convert(
@@ -139,8 +131,8 @@ def convert(
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
-    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2" or
-    "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2",
+    "discrete_mamba2", "gated_delta" or "kda"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
@@ -149,7 +141,7 @@ def convert(
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
     """
     if isinstance(teacher, str):  # say what is wrong with the arguments before reading gigabytes
-        student_config(_load_config(teacher), mixer, attention, options)
+        student_config(load_config(teacher), mixer, attention, options)
     source = load_teacher(teacher) if isinstance(teacher, str) else teacher
     config = student_config(source.config, mixer, attention, options)
     family = family_of(config)

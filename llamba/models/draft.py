@@ -42,7 +42,7 @@ def draft_config(teacher: PreTrainedConfig, layers: int | list[int], head: int |
         raise ValueError(f"draft.head must be 1 to the vocabulary's {teacher.vocab_size} tokens; got {head}")
     family = family_of(teacher)
     plain = "full_attention" if values.get("sliding_window") is None else "sliding_attention"
-    for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version"):
+    for key in ("model_type", "architectures", "_name_or_path", "auto_map", "transformers_version", "quantization_config"):
         values.pop(key, None)
     own = {"layer_types": values.get("layer_types") or [plain] * len(kept), "head_tokens": head, "tie_word_embeddings": False}
     return family.config(**{**values, **own}, architectures=[family.causal_lm.__name__])

@@ -1,8 +1,11 @@
 """Shapes of published teachers, so that a plan needs neither weights nor network. Names are matched without their organisation."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, MistralConfig, PhiConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PhiConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from llamba.models.loading import load_config
 
 _LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 _LLAMA31_ROPE = {
@@ -50,12 +53,14 @@ def teacher_config(name: str) -> PreTrainedConfig:
     """The configuration of a known published teacher, or of the folder or hub name. Raises ValueError where it cannot be had."""
     short = name.rsplit("/", 1)[-1].lower().removesuffix("-instruct")
     short = ALIASES.get(short, short)
-    if short in KNOWN:
+    if short in KNOWN and not Path(name).exists():
         kind, values = KNOWN[short]
         return kind(**values)
     try:
-        return AutoConfig.from_pretrained(name)
-    except OSError as error:
+        return load_config(name)
+    except ValueError as error:
+        if Path(name).exists():
+            raise
         raise ValueError(
             f"teacher: a folder with config.json, a reachable hub name, or one of the known shapes ({', '.join([*KNOWN, *ALIASES])}) "
             f"is needed; got {name}"

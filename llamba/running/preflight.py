@@ -5,13 +5,13 @@ Only stages that are still to do are looked at; of models, only configurations a
 
 from pathlib import Path
 
-from llamba.base.folders import DONE, finished, resolve_model
+from llamba.base.folders import DONE, finished
 from llamba.chat.engines import require_vllm
 from llamba.data import pairs, sources
 from llamba.data import tokens as data
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
-from llamba.models.loading import require_alike, require_bitsandbytes, require_model, require_same_vocabulary
+from llamba.models.loading import located, require_alike, require_bitsandbytes, require_model, require_same_vocabulary
 from llamba.running.inputs import limit_of, missing
 from llamba.settings import (
     Aligning,
@@ -85,10 +85,10 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
     if isinstance(stage, Dpo) and stage.reference not in ("input", "teacher"):
         name = stage.reference
     if isinstance(stage, Draft):
-        draft_config(require_model(resolve_model(recipe.teacher)), stage.layers, stage.head)
+        draft_config(require_model(located(recipe.teacher)), stage.layers, stage.head)
     if name is None or _of_this_run(name, out):
         return
-    student, other = resolve_model(recipe.teacher), resolve_model(name)
+    student, other = located(recipe.teacher), located(name)
     require_model(other)
     if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
         require_same_vocabulary(student, other)
@@ -101,7 +101,7 @@ def _check_layers(recipe: Recipe, todo: list[Stage], out: Path) -> None:
     if all(stage.attention is None for stage in todo):
         return
     steps, mixer = finished(out), recipe.student.mixer
-    config = require_model(str(steps[-1]) if steps else resolve_model(recipe.teacher))
+    config = require_model(str(steps[-1]) if steps else located(recipe.teacher))
     if not steps:
         config = student_config(config, mixer, layers_of(recipe.student.attention))
     for stage in todo:

@@ -20,13 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from llamba.base.folders import DONE, finished, resolve_model
+from llamba.base.folders import DONE, finished
 from llamba.base.provenance import versions
 from llamba.data import pairs
 from llamba.data import tokens as data
 from llamba.data.tokens import Prepared
+from llamba.models.loading import load_tokenizer, located
 from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
 from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
 from llamba.training import checkpoints
@@ -102,7 +101,7 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     choice = recipe.student
     student = convert(source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed)
     student.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+    load_tokenizer(source).save_pretrained(partial)
     conversion: Any = student.conversion
     _write(partial / "conversion.json", conversion.to_json())
     _describe(partial, "convert", overrides.to_dict(recipe)["student"] | {"attention": attention}, started, {})
@@ -124,9 +123,9 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
         if folder.exists():
             data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
         elif stage.targets == "pairs":
-            pairs.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder)
+            pairs.prepare(config, load_tokenizer(source), stage.targets, folder)
         else:
-            data.prepare(config, AutoTokenizer.from_pretrained(source), stage.targets, folder, limit, starts)
+            data.prepare(config, load_tokenizer(source), stage.targets, folder, limit, starts)
 
     _once(folder, work)
     return Prepared(config, recipe.seed, folder)
@@ -155,11 +154,11 @@ def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
     if not (folder / DONE).exists():
         prepared = _prepare(recipe, number, str(previous), out)
         started, settings = time.time(), overrides.to_dict(recipe)["stages"][number - 1]
-        results = STAGES[stage.name](stage, str(previous), resolve_model(recipe.teacher), prepared, folder)
+        results = STAGES[stage.name](stage, str(previous), located(recipe.teacher), prepared, folder)
 
         def finish() -> None:
             if (folder / "config.json").exists():
-                AutoTokenizer.from_pretrained(previous).save_pretrained(folder)
+                load_tokenizer(previous).save_pretrained(folder)
             stopped = {} if prepared.folder is None else data.stopped(prepared.config, prepared.folder)
             _describe(folder, stage.name, settings, started, results, **({"stopped_at": stopped} if stopped else {}))
 
@@ -177,7 +176,7 @@ def run(recipe: Recipe) -> Path:
     """
     from llamba.running import preflight
 
-    out, teacher = Path(recipe.output), resolve_model(recipe.teacher)
+    out, teacher = Path(recipe.output), located(recipe.teacher)
     with checkpoints.disk_errors(out):
         if _rank() == 0:
             _claim(recipe, out)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llamba.base.devices import on_cpu, own_device, processes
-from llamba.base.folders import resolve_model
 from llamba.data.batches import KEPT, Batch, Rows
 from llamba.data.tokens import Prepared
-from llamba.models.loading import load_teacher, require_same_vocabulary
+from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary
 from llamba.settings import Distill
 from llamba.stages.shared import teach
 from llamba.training import stored_logits as offline
@@ -40,7 +39,7 @@ def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The student in fp32, and the teacher where it takes part in training: as it was saved, in fp32, or quantised."""
     require_same_vocabulary(student, teacher)
-    pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    pupil = load_model(student, torch.float32)
     freeze(pupil, stage.train)
     if stage.offline:
         return pupil, None
@@ -65,7 +64,7 @@ def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -
 
     Raises ValueError for vocabularies that differ, too, and for a teacher that cannot be loaded as the stage says.
     """
-    teacher = resolve_model(stage.teacher or teacher)
+    teacher = located(stage.teacher or teacher)
     rows = {split: _rows(stage, student, teacher, data, out, split) for split in ("train", "eval")}
     load, legacy = partial(_load, stage, student, teacher), stage.reduction == "batchmean_legacy"
     return teach(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)

@@ -12,13 +12,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from llamba.base.folders import resolve_model
 from llamba.data.batches import Batch, Ordered
 from llamba.data.pairs import Pairs
 from llamba.data.tokens import Prepared
+from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Dpo
 from llamba.training.losses import IGNORE, head_sums
 from llamba.training.metrics import METRICS, Metrics
@@ -124,9 +124,9 @@ def reference_of(stage: Dpo, student: str, teacher: str) -> PreTrainedModel | No
     """
     if stage.reference == "input" and stage.lora is not None:
         return None
-    name = {"input": student, "teacher": teacher}.get(stage.reference) or resolve_model(stage.reference)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if stage.precision == "bf16" else torch.float32)
-    return model.requires_grad_(False).eval()
+    name = {"input": student, "teacher": teacher}.get(stage.reference) or located(stage.reference)
+    model: PreTrainedModel = load_model(name, "auto" if stage.precision == "bf16" else torch.float32)
+    return model.requires_grad_(False)
 
 
 def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path) -> DpoStage:
@@ -152,7 +152,7 @@ def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path
         reference,
         args,
         train_dataset=Dataset.from_list([rows[0]]),
-        processing_class=AutoTokenizer.from_pretrained(student),
+        processing_class=load_tokenizer(student),
         callbacks=[Metrics(out / METRICS, ordered)],
         peft_config=peft_config,
     )

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch, Rows
 from llamba.data.tokens import Prepared
 from llamba.models.draft import make_draft
 from llamba.models.hybrid import PrunedHead
+from llamba.models.loading import load_model
 from llamba.settings import Draft
 from llamba.stages.shared import load_pair, teach
 from llamba.training.losses import IGNORE, Sums, head_sums
@@ -37,7 +38,7 @@ def _make(stage: Draft, teacher: str, rows: Rows, folder: Path) -> None:
     if int(os.environ.get("RANK", "0")) == 0 and not folder.exists():
         partial_ = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial_, ignore_errors=True)
-        source: PreTrainedModel = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
+        source: PreTrainedModel = load_model(teacher)
         tokens = None if stage.head is None else frequent_tokens(rows, stage.head, source.config.vocab_size)
         make_draft(source, stage.layers, tokens).save_pretrained(partial_)
         os.replace(partial_, folder)

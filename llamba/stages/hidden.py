@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llamba.base.folders import resolve_model
 from llamba.data.batches import Batch
 from llamba.data.tokens import Prepared
 from llamba.models.activations import record
 from llamba.models.hybrid import mixer_layers
+from llamba.models.loading import located
 from llamba.models.mixers.base import at_least_fp32
 from llamba.settings import Hidden
 from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
@@ -72,5 +72,5 @@ def run(stage: Hidden, student: str, teacher: str, data: Prepared, out: Path) ->
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match.
     """
-    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
+    load = partial(_load, stage, student, located(stage.teacher or teacher))
     return teach(stage, load, partial(objective, stage), data, out)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llamba.base.folders import resolve_model
 from llamba.data.batches import Batch
 from llamba.data.tokens import Prepared
 from llamba.models.activations import HEARD, Scores, listening, record
 from llamba.models.hybrid import RECURRENT, mixer_layers
+from llamba.models.loading import located
 from llamba.models.mixers import Mixer, Mixing, NoMixer, Recurrence
 from llamba.settings import Matrix
 from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
@@ -92,5 +92,5 @@ def run(stage: Matrix, student: str, teacher: str, data: Prepared, out: Path) ->
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match, and for mixers without a matrix.
     """
-    load = partial(_load, stage, student, resolve_model(stage.teacher or teacher))
+    load = partial(_load, stage, student, located(stage.teacher or teacher))
     return teach(stage, load, partial(objective, stage), data, out)

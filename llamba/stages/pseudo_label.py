@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from llamba.base.folders import ROWS, resolve_model
+from llamba.base.folders import ROWS
 from llamba.chat.conversation import Sampling
 from llamba.chat.engines import ENGINES, Engine, pick
 from llamba.data import sources
 from llamba.data.tokens import Prepared
+from llamba.models.loading import ends_of, load_config, load_tokenizer, located
 from llamba.settings import PseudoLabel
 from llamba.stages.prompts import WINDOW, Messages, Prompt, Reader, batches, source_names
 
@@ -158,12 +158,7 @@ def _finish(out: Path, parts: list[Path], manifest: dict[str, Any], skipped: dic
 
 def _ends(teacher: str, config: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: those of the teacher's generation settings, and the tokenizer's end."""
-    try:
-        given = GenerationConfig.from_pretrained(teacher).eos_token_id
-    except OSError:  # it has no generation_config.json
-        given = config.eos_token_id
-    ids = given if isinstance(given, list) else [given]
-    found = [token for token in dict.fromkeys([*ids, tokenizer.eos_token_id]) if token is not None]
+    found = [token for token in dict.fromkeys([*ends_of(teacher, config), tokenizer.eos_token_id]) if token is not None]
     if not found:
         raise ValueError(f"{teacher} must say which token ends an answer (eos_token_id), and does not")
     return found
@@ -205,8 +200,8 @@ def run(stage: PseudoLabel, student: str, teacher: str, data: Prepared, out: Pat
     """
     if data.config.weights is not None:
         raise ValueError("pseudo_label reads every row once, so data.weights has no meaning; set stages.pseudo_label.data.weights=none")
-    name, engine = resolve_model(stage.teacher or teacher), pick(stage.engine)
-    config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    name, engine = located(stage.teacher or teacher), pick(stage.engine)
+    config, tokenizer = load_config(name), load_tokenizer(name)
     ends, sampling = _ends(name, config, tokenizer), Sampling(stage.max_new_tokens, stage.temperature, stage.top_p, data.seed)
     reader = Reader(stage, data.config, tokenizer, _room(stage, config.max_position_embeddings))
     first = int(os.environ.get("RANK", "0")) == 0

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamba.base.devices import own_device
-from llamba.base.folders import resolve_model
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.data.tokens import Prepared, prepare
 from llamba.models.convert import convert, kept_layers
+from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Data, Select
 from llamba.training.layer_ranking import Ranking, divergence, rank, restore, save, table
 
@@ -28,7 +27,7 @@ def _pair(teacher: str, student: str | None, mixer: str, seed: int) -> tuple[Any
     if student is None:
         pupil = convert(teacher, mixer=mixer, attention=0, seed=seed)
     else:
-        pupil = AutoModelForCausalLM.from_pretrained(student, dtype="auto").eval()
+        pupil = load_model(student)
     guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
     device = own_device()
     dtype = torch.float32 if device.type == "cpu" else guide.dtype
@@ -79,7 +78,7 @@ def run(stage: Select, student: str, teacher: str, data: Prepared, out: Path) ->
     ranking, layers = _choose(stage, guide, pupil, _batches(stage, rows, data.seed), out / LAYERS, {"teacher": teacher, "student": student})
     kind = _mixer(pupil, student)
     del guide, pupil  # may be in 16 bit: what is saved is read again
-    result = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    result = load_model(student, torch.float32)
     restore(result, convert(teacher, mixer=kind, attention=1.0).float(), layers)
     result.save_pretrained(out)
     return {"start_kl": ranking.start, "target_tokens": ranking.targets}
@@ -90,9 +89,9 @@ def select(teacher: str, student: str | None, data: Data, stage: Select, path: P
 
     Raises ValueError for names, data or models that do not serve.
     """
-    guide_name = resolve_model(teacher)
-    pupil_name = None if student is None else resolve_model(student)
-    tokenizer = AutoTokenizer.from_pretrained(guide_name)
+    guide_name = located(teacher)
+    pupil_name = None if student is None else located(student)
+    tokenizer = load_tokenizer(guide_name)
     with tempfile.TemporaryDirectory() as folder:
         prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
         batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)

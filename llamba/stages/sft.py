@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.data.tokens import Prepared
+from llamba.models.loading import load_tokenizer
 from llamba.settings import Sft
 from llamba.training.metrics import METRICS, Metrics
 from llamba.training.trainer import carry_out, held_out_batches, training_arguments
@@ -54,7 +54,7 @@ def trainer_of(stage: Sft, student: str, data: Prepared, out: Path) -> SftStage:
         args,
         partial(collate, pad=model.config.pad_token_id or 0),
         Dataset.from_list([{"input_ids": ordered[0]["input_ids"].tolist(), "labels": ordered[0]["labels"].tolist()}]),
-        processing_class=AutoTokenizer.from_pretrained(student),
+        processing_class=load_tokenizer(student),
         callbacks=[Metrics(out / METRICS, ordered)],
         peft_config=peft_config,
     )

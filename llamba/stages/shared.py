@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llamba.data.batches import Ordered, Rows
 from llamba.data.tokens import Prepared
-from llamba.models.loading import load_teacher
+from llamba.models.loading import load_model, load_teacher
 from llamba.settings import TokenTraining
 from llamba.training.metrics import METRICS
 from llamba.training.trainer import DistillTrainer, Objective, carry_out, training_arguments
@@ -18,7 +18,7 @@ Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 def load_pair(stage: TokenTraining, student: str, teacher: str) -> Pair:
     """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
-    pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    pupil = load_model(student, torch.float32)
     return pupil, load_teacher(teacher, stage.precision)
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llamba.base.devices import on_cpu
+from llamba.models.loading import load_model
 from llamba.settings import Lora
 from llamba.training.trainer import mixer_names
 
@@ -39,7 +40,7 @@ def load_frozen(folder: str, lora: Lora, precision: str) -> PreTrainedModel:
         more = {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )}  # fmt: skip
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    model: PreTrainedModel = load_model(folder, dtype, **more)
     return model.requires_grad_(False)
 
 
@@ -64,7 +65,7 @@ def merged(model: Any, folder: str) -> PreTrainedModel:
     """The student of `folder` in fp32 with the updates of a trained `PeftModel` added to its weights; peft is not needed to load it."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    student = load_model(folder, torch.float32)
     whole = get_peft_model(student, model.peft_config["default"])
     set_peft_model_state_dict(whole, {name: value.float().cpu() for name, value in get_peft_model_state_dict(model).items()})
     plain: PreTrainedModel = whole.merge_and_unload()

@@ -23,11 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llamba.base.devices import processes
 from llamba.data.batches import KEPT, Item, Rows, collate
 from llamba.data.sources import sha256
+from llamba.models.loading import load_config
 from llamba.settings import Distill
 from llamba.training.losses import IGNORE, TopK
 from llamba.training.trainer import model_inputs
@@ -40,7 +41,7 @@ _ENDS = 2**20  # bytes at both ends of a weight file that tell it from another
 def _weights(teacher: str) -> str:
     """What tells a teacher's weights from others': the hub's commit, or sizes and ends of a folder's files."""
     if not Path(teacher).is_dir():
-        return f"{teacher} {getattr(AutoConfig.from_pretrained(teacher), '_commit_hash', None)}"
+        return f"{teacher} {getattr(load_config(teacher), '_commit_hash', None)}"
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(teacher).iterdir() if path.name == "config.json" or path.suffix in (".safetensors", ".bin")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -165,7 +166,7 @@ def prepare(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrai
     this and makes its part. Raises ValueError for more kept tokens than the vocabulary has, and for logits that are not finite.
     """
     assert stage.offline is not None
-    vocabulary = AutoConfig.from_pretrained(teacher).vocab_size
+    vocabulary = load_config(teacher).vocab_size
     if stage.offline > vocabulary:
         raise ValueError(f"distill.offline must be at most the vocabulary's {vocabulary} tokens, got {stage.offline}")
     what = describe(stage, teacher, rows)

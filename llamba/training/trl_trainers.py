@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from llamba.data.batches import Ordered
+from llamba.models.loading import load_model
 from llamba.settings import Aligning
 from llamba.training import checkpoints, lora
 from llamba.training.trainer import CALMER, StageTrainer, freeze
@@ -21,7 +22,7 @@ def load_student(stage: Aligning, folder: str) -> tuple[PreTrainedModel, Any]:
     if stage.lora is not None:
         frozen = lora.load_frozen(folder, stage.lora, stage.precision)
         return frozen, lora.config(frozen, stage.lora, stage.train)
-    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    student = load_model(folder, torch.float32)
     freeze(student, stage.train)
     return student, None
 

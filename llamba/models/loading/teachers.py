@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from llamba.models.families import family_of
+from llamba.models.loading.checks import check_finite_files, check_stored
+from llamba.models.loading.load import has_tokenizer, load_config, load_model, load_tokenizer, located, require_weights
 
 
 def require_bitsandbytes(bits: int) -> None:
@@ -28,26 +30,35 @@ def load_teacher(name: str, precision: str, bits: int | None = None, devices: to
     """A teacher, frozen: as it was saved for `precision` bf16, in fp32 for fp32, or quantised to `bits` 8 or 4.
 
     `devices`: where to put it (needed with `bits`), or "auto": over all devices of this process. Raises ValueError where
-    bitsandbytes is needed and missing.
+    bitsandbytes is needed and missing, and as `load_model`.
     """
     more: dict[str, Any] = {}
     if bits:
         more["quantization_config"] = _quantised(bits, torch.bfloat16 if precision == "bf16" else torch.float32)
     if devices is not None:
         more["device_map"] = devices if devices == "auto" else {"": devices}
-    teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if precision == "bf16" else torch.float32, **more)
-    return teacher.requires_grad_(False).eval()
+    teacher: PreTrainedModel = load_model(name, "auto" if precision == "bf16" else torch.float32, **more)
+    return teacher.requires_grad_(False)
 
 
 def require_model(name: str) -> PreTrainedConfig:
-    """The configuration of a model folder or hub name. Raises ValueError where there is none, or a folder has no weights."""
-    if Path(name).is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in Path(name).iterdir()):
-        raise ValueError(f"{name} must be a model folder with weights (*.safetensors), found none")
-    try:
-        return AutoConfig.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} must be a model folder or a hub name that can be reached; {reason}") from error
+    """The configuration of a model that can be loaded: its files are there, whole, and of the sizes that config.json says.
+
+    Raises ValueError otherwise. The numbers themselves are not read.
+    """
+    config, path = load_config(name), Path(located(name))
+    if path.is_dir():
+        require_weights(path)
+        check_stored(path, config)
+    return config
+
+
+def require_sound(name: str) -> PreTrainedConfig:
+    """As `require_model`, and the numbers are read, too: each of them finite. For models that others load, or load hours later."""
+    config, path = require_model(name), Path(located(name))
+    if path.is_dir():
+        check_finite_files(path)
+    return config
 
 
 def require_alike(stage: str, student: str, teacher: str) -> None:
@@ -65,15 +76,12 @@ def require_alike(stage: str, student: str, teacher: str) -> None:
 
 def _tokens(name: str) -> dict[int, str] | None:
     """Token by id, None for a folder without a tokenizer."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
-        return None
-    return {number: token for token, number in AutoTokenizer.from_pretrained(name).get_vocab().items()}
+    return {number: token for token, number in load_tokenizer(name).get_vocab().items()} if has_tokenizer(name) else None
 
 
 def require_same_vocabulary(student: str, teacher: str) -> None:
     """Raises ValueError where two models count different tokens, or where an id that both know means different ones."""
-    own, other = (AutoConfig.from_pretrained(name).vocab_size for name in (student, teacher))
+    own, other = (load_config(name).vocab_size for name in (student, teacher))
     if own != other:
         raise ValueError(f"student and teacher must share a vocabulary, got {own} tokens in {student} and {other} in {teacher}")
     mine, theirs = _tokens(student), _tokens(teacher)
