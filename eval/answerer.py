@@ -128,10 +128,13 @@ class Answerer:
             raise ValueError(f"--draft must share the model's vocabulary of {self.model.config.vocab_size}, got {draft.config.vocab_size}")
         return draft
 
+    def text(self, question: str) -> str:
+        """A question as the model is asked it, in its template."""
+        return self._texts([[{"role": "user", "content": question}]])[0]
+
     def length(self, question: str) -> int:
         """Tokens of a question as the model is asked it."""
-        (text,) = self._texts([[{"role": "user", "content": question}]])
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(self.tokenizer(self.text(question), add_special_tokens=False, verbose=False)["input_ids"])
 
     def _texts(self, chats: Sequence[list[Message]]) -> list[str]:
         system = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]

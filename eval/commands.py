@@ -251,6 +251,9 @@ RECALL = """What chat scores hide: recall by the number of facts and the length 
   phone   a phone book of N names, one is asked for
   needle  one sentence in a text of T tokens, at a depth from 0 (start) to 1 (end); drawn as a heat map
 
+Each is also told by the distance between fact and question, and for mixers with a window by facts wholly beyond window and sinks.
+--recurrence both measures again with the recurrence off: what window and attention do alone.
+
 example: llamba eval recall runs/llama3_50pct --tasks needle --lengths 4096 16384 --trials 10 --batch 1
 """
 
@@ -266,30 +269,52 @@ def recall(argv: list[str]) -> None:
     parser.add_argument("--depths", type=float, nargs="+", help="needle: depths from 0 to 1")
     parser.add_argument("--trials", type=int, default=20, help="per cell (default 20)")
     parser.add_argument("--haystack", metavar="FILE", help="plain text to hide the needle in (default: a filler)")
+    _recurrence_option(parser)
     args = parser.read(argv)
     from llamba.eval.recall import Options, run
     from llamba.eval.scores import results_folder
 
-    given = {key: tuple(value) for key in ("tasks", "pairs", "names", "lengths", "depths") if (value := getattr(args, key))}
-    options = Options(**given, trials=args.trials, haystack=args.haystack)
+    given: dict[str, Any] = {key: tuple(value) for key in ("tasks", "pairs", "names", "lengths", "depths") if (value := getattr(args, key))}
+    options = Options(**given, trials=args.trials, haystack=args.haystack, recurrence=args.recurrence)
     print(run(args.model, results_folder(args.model, args.out), _settings(args), options))
 
 
+PERPLEXITY = """Perplexity of a model on a plain text or on the answers of chats, and with --teacher its distance to the teacher.
+
+A text is read in windows that do not overlap, each after BOS. Chats are written in the checkpoint's own template; the tokens of the
+assistant's answers alone count, and a chat that is too long is cut after its last whole answer. Everything is also told by position.
+--recurrence both measures again with the recurrence off: what window and attention do alone.
+
+examples: llamba eval perplexity runs/llama3_50pct --text book.txt --teacher meta-llama/Meta-Llama-3-8B-Instruct
+          llamba eval perplexity runs/llama3_50pct --chat held_out.jsonl --length 512 --recurrence both
+"""
+
+
+def _recurrence_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--recurrence", default="on", choices=("on", "off", "both"), help="measure with the mixers' recurrence, without, both"
+    )
+
+
 def perplexity(argv: list[str]) -> None:
-    """Perplexity on a text, and KL to the teacher."""
-    parser = Parser("llamba eval perplexity", "Perplexity of a model on plain text, and with --teacher its distance to the teacher.")
+    """Perplexity on a text or on chats, and KL to the teacher."""
+    parser = Parser("llamba eval perplexity", PERPLEXITY)
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
-    parser.add_argument("--text", required=True, metavar="FILE", help="plain text")
+    parser.add_argument("--text", metavar="FILE", help="plain text")
+    parser.add_argument("--chat", metavar="DATA", help="conversations: .jsonl, .jsonl.gz or .parquet, a folder of those, or a hub set")
     parser.add_argument("--teacher", metavar="MODEL", help="also KL(teacher || model) in nats per token, and how often both choose alike")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default 1024)")
-    parser.add_argument("--windows", type=int, help="at most so many windows")
+    parser.add_argument("--length", type=int, default=1024, help="most tokens of a window or a chat (default 1024)")
+    parser.add_argument("--windows", type=int, help="at most so many windows or chats")
+    parser.add_argument("--positions", type=int, nargs="*", default=[256], help="where ranges of positions end (default: 256)")
+    _recurrence_option(parser)
     device_options(parser)
     parser.add_argument("--out", help="where scores.jsonl goes (default: MODEL/eval, or runs/eval/NAME)")
     args = parser.read(argv)
     from llamba.eval.perplexity import Options, run
     from llamba.eval.scores import results_folder
 
-    options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device)
+    measured = (args.chat, args.recurrence, tuple(args.positions))
+    options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device, *measured)
     print(run(args.model, results_folder(args.model, args.out), options))
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     LlamaConfig,
@@ -41,9 +42,12 @@ TEACHERS: dict[str, tuple[type, type, dict[str, Any]]] = {
 MIXERS = ("mamba1", "mamba2", "discrete_mamba2")
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # mixers with options, as students of theirs are called here
     "mamba2-window": ("mamba2", {"window": 6, "sinks": 2, "rotary": True}),
+    "gated_delta-window": ("gated_delta", {"window": 5, "sinks": 1, "rotary": True}),
     "discrete_mamba2-window": ("discrete_mamba2", {"window": 3}),
 }
 STUDENTS = (*MIXERS, "mamba2-window")
+DELTA_RULES = ("gated_delta", "kda")
+EVERY_STUDENT = (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*DELTA_RULES, "gated_delta-window")))
 
 
 def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 from triton_tools import rms, with_gradients
 
 from llamba.kernels.conv1d import causal_conv1d
+from llamba.kernels.delta import delta_rule
 from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.ssd import ssd
 
@@ -76,6 +77,32 @@ def chunk_simple_gla(
     return torch.stack(outs).view(v.shape).to(q.dtype), torch.stack(lasts)
 
 
+def chunk_gated_delta_rule(
+    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **kwargs,
+):  # fmt: skip
+    """flash-linear-attention 0.6's, one token at a time; a gate g for every head, or (`chunk_kda`) for every key channel."""
+    assert q.dtype == k.dtype == v.dtype and q.shape == k.shape and beta.shape == q.shape[:3] == v.shape[:3] == g.shape[:3]
+    assert scale == 1.0 and output_final_state and not kwargs
+    assert not (use_qk_l2norm_in_kernel or use_beta_sigmoid_in_kernel or allow_neg_eigval or state_v_first)
+    bounds = [(row, 0, q.shape[1]) for row in range(len(q))]
+    if cu_seqlens is not None:
+        assert len(q) == 1 and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[1] and (cu_seqlens.diff() > 0).all()
+        bounds = [(0, start, stop) for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)]
+    H, K, V = q.shape[2], q.shape[3], v.shape[3]
+    assert initial_state is None or initial_state.shape == (len(bounds), H, K, V)
+    decay, outs, lasts = g.exp().view(*g.shape[:3], -1, 1), [], []
+    for number, (row, start, stop) in enumerate(bounds):
+        state = q.new_zeros(H, K, V) if initial_state is None else initial_state[number]
+        for t in range(start, stop):
+            state = state * decay[row, t]
+            wrong = v[row, t] - (state * k[row, t, :, :, None]).sum(1)
+            state = state + k[row, t, :, :, None] * (beta[row, t, :, None] * wrong)[:, None]
+            outs.append((state * q[row, t, :, :, None]).sum(1))
+        lasts.append(state)
+    return torch.stack(outs).view(v.shape).to(q.dtype), torch.stack(lasts)
+
+
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """mamba-ssm 2.3's, one token at a time; what its extension checks first."""
     batch, dim, seqlen = u.shape
@@ -118,6 +145,7 @@ STAND_INS = {
     "mamba_ssm": {}, "mamba_ssm.ops": {}, "mamba_ssm.ops.triton": {}, "fla": {}, "fla.ops": {},
     "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": mamba_chunk_scan_combined},
     "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
+    "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule}, "fla.ops.kda": {"chunk_kda": chunk_gated_delta_rule},
     "fla.ops.simple_gla": {"chunk_simple_gla": chunk_simple_gla}, "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
 }  # fmt: skip
 
@@ -152,6 +180,16 @@ def _ssd(rates: bool, H: int = 4, G: int = 2, without: str = "") -> dict[str, Te
     return {name: tensor for name, tensor in inputs.items() if name not in without.split()}
 
 
+def _delta(channels: bool, without: str = "") -> dict[str, Tensor]:
+    inputs = _randn(
+        x=(B, T, 2, P), a=(B, T, 4, *([N] if channels else [])), b=(B, T, 2, N), c=(B, T, 4, N), erase=(B, T, 4), write=(B, T, 4),
+        state=(B, 4, P, N),
+    )  # fmt: skip
+    unit = torch.nn.functional.normalize(inputs["b"], dim=-1)
+    inputs |= {"a": -inputs["a"].abs() * 0.1, "b": unit, "erase": inputs["erase"].sigmoid() / 2 + 0.5, "write": inputs["write"].sigmoid()}
+    return {name: tensor for name, tensor in inputs.items() if name not in without.split()}
+
+
 def cases() -> Iterator[tuple[str, Any, str, dict[str, Tensor], dict[str, Any]]]:
     """Name, operation, form, inputs and options of everything that a package is asked to do."""
     docs, holes = {"seq_idx": _documents()}, {"mask": _holes()}
@@ -163,6 +201,9 @@ def cases() -> Iterator[tuple[str, Any, str, dict[str, Tensor], dict[str, Any]]]
         yield f"{kind}, H = G, bare", ssd, form, _ssd(rates, 2, 2, "D state"), small
         yield f"{kind}, documents without a state", ssd, form, _ssd(rates, without="state"), small | docs
     yield "ssd fla discrete", ssd, "fla", _ssd(False, without="dt"), {"chunk": 16} | holes
+    for kind, channels in (("heads", False), ("channels", True)):
+        yield f"delta rule by {kind}, documents and padding", delta_rule, "fla", _delta(channels), docs | holes
+        yield f"delta rule by {kind}, bare", delta_rule, "fla", _delta(channels, "state write"), {}
     inputs = _randn(x=(B, T, 12), dt=(B, T, 12), A=(12, 3), b=(B, T, 2, 3), c=(B, T, 2, 3), D=(12,))
     inputs |= {"dt": inputs["dt"].abs(), "A": -inputs["A"].abs()}
     yield "selective_scan", selective_scan, "mamba_ssm", inputs, {}

@@ -297,7 +297,7 @@ def test_what_is_beyond_the_context_is_not_measured(tmp_path: Path, capsys) -> N
     asked = ["--pairs", "4", "400", "--names", "10", "300", "--lengths", "128", "1100", "9000", "--depths", "0", "--trials", "1"]
     main(["recall", str(TEACHER), "--out", str(tmp_path), "--max-new-tokens", "4", *asked])
     text, rows = capsys.readouterr().out, read_lines(tmp_path / "scores.jsonl")
-    assert [row["metric"] for row in rows] == ["4 pairs", "10 names", "128 tokens, depth 0.0"]
+    assert [row["metric"] for row in rows if "cell" in row] == ["4 pairs", "10 names", "128 tokens, depth 0.0"]
     assert text.count("not measured: beyond the model's context of 1024") == 4
     assert "everything asked for is beyond" in fails(
         capsys, ["recall", str(TEACHER), "--out", str(tmp_path), "--tasks", "mqar", "--pairs", "900"]

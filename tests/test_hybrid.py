@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import STUDENTS, TEACHERS, ids, rms_error, student, teacher
+from models import EVERY_STUDENT, TEACHERS, ids, rms_error, student, teacher
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -17,7 +17,7 @@ from llamba.models.hybrid import document_numbers
 T = 131
 DTYPES = {"fp64": (torch.float64, 1e-10), "fp32": (torch.float32, 2e-5)}
 precisions = pytest.mark.parametrize("precision", DTYPES)
-mixers = pytest.mark.parametrize("mixer", STUDENTS)
+mixers = pytest.mark.parametrize("mixer", EVERY_STUDENT)
 
 
 def logits(model: PreTrainedModel, tokens: Tensor, **more) -> Tensor:

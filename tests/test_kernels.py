@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_step
+from llamba.kernels.delta import delta_rule, delta_step
 from llamba.kernels.selective_scan import selective_scan, selective_scan_step
 from llamba.kernels.ssd import ssd, ssd_matrix, ssd_step
 
@@ -42,6 +43,17 @@ def _ssd_inputs(heads: int, groups: int) -> Callable[[int, int], Named]:
     return make
 
 
+def _delta_inputs(heads: int, groups: int, channels: bool) -> Callable[[int, int], Named]:
+    def make(B: int, T: int) -> Named:
+        x, b, c = _randn(B, T, groups, 5), _randn(B, T, groups, 3), _randn(B, T, heads, 3)
+        a = -torch.rand(B, T, heads, *([3] if channels else []), dtype=torch.float64)
+        erase, write = torch.rand(B, T, heads, dtype=torch.float64), _randn(B, T, heads)
+        unit = torch.nn.functional.normalize(b, dim=-1)
+        return {"x": x, "a": a, "b": unit, "c": c, "erase": erase, "write": write, "state": _randn(B, heads, 5, 3)}
+
+    return make
+
+
 def _scan_inputs(groups: int) -> Callable[[int, int], Named]:
     def make(B: int, T: int) -> Named:
         x, dt, A = _randn(B, T, 6), torch.rand(B, T, 6, dtype=torch.float64), -_randn(6, 3).exp()
@@ -58,6 +70,8 @@ def _conv_inputs(width: int) -> Callable[[int, int], Named]:
 OPS = {
     "ssd-H=G": Op(ssd, ssd_step, _ssd_inputs(2, 2), {"chunk": CHUNK}, ("x", "a", "b", "c", "dt")),
     "ssd-H>G": Op(ssd, ssd_step, _ssd_inputs(6, 2), {"chunk": CHUNK}, ("x", "a", "b", "c", "dt")),
+    "delta-H>G": Op(delta_rule, delta_step, _delta_inputs(4, 2, False), {"chunk": CHUNK}, ("x", "a", "b", "c", "erase", "write")),
+    "delta-channels": Op(delta_rule, delta_step, _delta_inputs(2, 1, True), {"chunk": CHUNK}, ("x", "a", "b", "c", "erase", "write")),
     "scan-S=1": Op(selective_scan, selective_scan_step, _scan_inputs(1), {"chunk": CHUNK}, ("x", "dt", "b", "c")),
     "scan-S=2": Op(selective_scan, selective_scan_step, _scan_inputs(2), {"chunk": CHUNK}, ("x", "dt", "b", "c")),
     "conv-W=1": Op(causal_conv1d, causal_conv1d_step, _conv_inputs(1), {"activation": "silu"}, ("x",)),
@@ -232,7 +246,7 @@ def test_autocast_changes_nothing(op: Op) -> None:
 @every_op
 def test_optional_inputs_default_to_nothing(op: Op) -> None:
     inputs = op.inputs(2, 40)
-    neutral = {"dt": torch.ones_like, "D": torch.zeros_like, "bias": torch.zeros_like, "state": torch.zeros_like}
+    neutral = {"dt": torch.ones_like, "write": torch.ones_like, "D": torch.zeros_like, "bias": torch.zeros_like, "state": torch.zeros_like}
     optional = [n for n in inputs if n in neutral and (n != "dt" or "a" in inputs)]
     full = inputs | {name: neutral[name](inputs[name]) for name in optional}
     bare = {name: t for name, t in inputs.items() if name not in optional}

@@ -28,7 +28,7 @@ def by_mamba_ssm(
     rate [H], at most 0; the rest as in `ssd`, with dt = 0 at masked tokens; docs [B, T].
     """
     scan = load("ssd", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
-    values, keys = _for_every_head(x, c.shape[2]), _for_every_head(b.to(x.dtype), c.shape[2])
+    values, keys = for_every_head(x, c.shape[2]), for_every_head(b.to(x.dtype), c.shape[2])
     seq_idx = None if docs is None else docs.to(torch.int32).contiguous()
     return scan(
         values, dt, rate, keys, c.to(x.dtype), _power_of_2(chunk), D=D, initial_states=state, seq_idx=seq_idx, return_final_states=True
@@ -44,11 +44,11 @@ def by_fla(
     """
     run = load("ssd", "fla.ops.simple_gla", "chunk_simple_gla")
     (B, T, H, _), P = c.shape, x.shape[3]
-    values, keys = _for_every_head(x, H), _for_every_head(b.to(x.dtype), H)
+    values, keys = for_every_head(x, H), for_every_head(b.to(x.dtype), H)
     write = values if dt is None else (values * dt[..., None]).to(x.dtype)
     inputs, first, named = [c.to(x.dtype), keys, write], None if state is None else state.transpose(2, 3), {}
     if docs is not None:
-        places, final = _sequences(docs)  # [S] among the B T tokens, [B] among the S sequences
+        places, final = sequences(docs)  # [S] among the B T tokens, [B] among the S sequences
         named["cu_seqlens"] = torch.nn.functional.pad(places, (0, 1), value=B * T)
         inputs, a = [t.reshape(1, B * T, H, -1) for t in inputs], a.reshape(1, B * T, H)
         if first is not None:
@@ -60,7 +60,7 @@ def by_fla(
     return (y if D is None else torch.addcmul(y, values, D[:, None])).to(x.dtype), last
 
 
-def _for_every_head(shared: Tensor, H: int) -> Tensor:
+def for_every_head(shared: Tensor, H: int) -> Tensor:
     """[B, T, G, ...] -> [B, T, H, ...]."""
     return shared if shared.shape[2] == H else shared.repeat_interleave(H // shared.shape[2], 2)
 
@@ -69,7 +69,7 @@ def _power_of_2(chunk: int) -> int:
     return 1 << (max(chunk, 16) - 1).bit_length()
 
 
-def _sequences(docs: Tensor) -> tuple[Tensor, Tensor]:
+def sequences(docs: Tensor) -> tuple[Tensor, Tensor]:
     """First tokens [S] of all documents among the B T tokens, and the last document of each row [B] among them; waits for the device."""
     new = docs != document_before(docs)
     new[:, 0] = True

@@ -131,8 +131,8 @@ def convert(
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
-    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2" or
-    "discrete_mamba2"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2",
+    "discrete_mamba2", "gated_delta" or "kda"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text

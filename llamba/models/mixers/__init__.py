@@ -4,12 +4,14 @@ from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
 from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, without_recurrence
+from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
 
 MIXERS: dict[str, type[Mixer]] = {
-    "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
+    "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "gated_delta": GatedDelta, "kda": KimiDelta,
+    "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
 }  # fmt: skip
 AUTO = "auto"
 BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
@@ -19,6 +21,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mamba1": {},
     "mamba2": {"out_norm": True},
     "discrete_mamba2": {"conv_activation": None},
+    "gated_delta": {"out_norm": True},
+    "kda": {"out_norm": True},
     "low_rank": {"conv_activation": None},
     "toeplitz": {"conv_activation": None},
 }
@@ -42,6 +46,8 @@ def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfi
     values["state"] = min(16, shape["head_dim"]) if kind == "mamba1" else shape["head_dim"]
     if kind == "mamba1":
         values["dt_rank"] = -(-shape["hidden_size"] // 16)
+    if kind == "kda":
+        values["dt_rank"] = shape["head_dim"]
     if kind in ("toeplitz", "none"):  # no queries, no keys
         values["qk_norm"] = None
     values |= own

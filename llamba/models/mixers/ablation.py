@@ -60,6 +60,8 @@ class NoMixer(Mixer):
 class LowRank(Mamba2):
     """Causal low-rank mixing tril(C B^T) that depends on the input (MOHAWK, arXiv 2408.10189, Table 4): an SSD that never forgets."""
 
+    has_rate = False
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.dt_bias

@@ -22,7 +22,7 @@ from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, wri
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
-FP32_PARAMETERS = ("A_log", "D", "dt_bias")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias")
 NAMES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", NoneType: "null"
 }  # fmt: skip
@@ -202,10 +202,14 @@ class Mixer(nn.Module):
 
     matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "q_norm", "k_norm")  # what M depends on
     reads_heads: ClassVar[bool] = True  # B and C are whole key and query heads (N = P), which can be turned and seen through a window
+    has_skip: ClassVar[bool] = True  # D
+    erases: ClassVar[bool] = False  # by a gate with a bias of its own, `erase_bias`
+    projects_steps: ClassVar[bool] = False  # from the dt rows, by `dt_proj`
     fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter
     A_log: nn.Parameter  # not in discrete Mamba-2
+    erase_bias: nn.Parameter  # in the delta rules
     dt_proj: nn.Linear  # in Mamba-1
     in_proj: nn.Linear
     conv1d: nn.Conv1d
@@ -432,7 +436,11 @@ class Mixer(nn.Module):
             windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
         )  # fmt: skip
         x, b, c = self._turned_heads(conv_out, parts)
-        inputs, firsts = layer.hold((x, b, parts["dt"]))
+        return self.hold(x, b, c, parts["dt"], layer, tree)
+
+    def hold(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+        """Output [B, T, H, P] of new tokens, whose inputs the cache holds from now on; `tree`: they are its last T nodes."""
+        inputs, firsts = layer.hold((x, b, dt))
         return self.resume(inputs, c, layer.state, firsts, tree)
 
     def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import initialization
 from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_least_fp32
 
 NO_DECAY = -40.0
+ERASED = 0.1  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
 
 
@@ -64,8 +65,7 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     taken = weights if rule.copy_attention else None
     origins = _projections(mixer, taken, rule, generator)
     origins += _convolution(mixer, rule, generator) + _decay(mixer, rule.decay, generator)
-    _set(mixer.D, torch.full_like(mixer.D, rule.skip))
-    origins.append(Origin("D", tuple(mixer.D.shape), f"new: {rule.skip:g}"))
+    origins += _skip(mixer, rule.skip) + _erasing(mixer, rule.decay)
     return origins + _join(mixer) + _qk_norms(mixer, taken)
 
 
@@ -77,6 +77,23 @@ def _join(mixer: Mixer) -> list[Origin]:
     value = 0.0 if mixer.sight else 1.0
     _set(weight, torch.full_like(weight, value))
     return [Origin(name, tuple(weight.shape), f"new: {value:g}")]
+
+
+def _skip(mixer: Mixer, value: float) -> list[Origin]:
+    if not mixer.has_skip:
+        return []
+    _set(mixer.D, torch.full_like(mixer.D, value))
+    return [Origin("D", tuple(mixer.D.shape), f"new: {value:g}")]
+
+
+def _erasing(mixer: Mixer, decay: str) -> list[Origin]:
+    """The bias of the gate that erases: half open where decays are Mamba's own, shut where there is none, else open a little."""
+    if not mixer.erases:
+        return []
+    share = {"paper": 0.5, "log_spaced": ERASED}.get(decay)
+    bias = NO_DECAY if share is None else math.log(share / (1 - share))
+    _set(mixer.erase_bias, torch.full_like(mixer.erase_bias, bias))
+    return [Origin("erase_bias", tuple(mixer.erase_bias.shape), "new: shut" if share is None else f"new: {share:g} erased")]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:
@@ -131,7 +148,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if name == "mass" or (name == "z" and rule.open_gate) or (name == "dt" and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name in ("dt", "erase") and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -199,7 +216,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
 
 
 def _step_projection(mixer: Mixer, generator: torch.Generator | None) -> list[Origin]:
-    if mixer.config.kind != "mamba1":
+    if not mixer.projects_steps:
         return []
     weight = mixer.dt_proj.weight
     _set(weight, _uniform(weight, weight.shape[1] ** -0.5, generator))

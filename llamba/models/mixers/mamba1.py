@@ -19,6 +19,7 @@ class Mamba1(Mixer):
     """
 
     reads_heads = False  # a head is read in groups of N coordinates
+    projects_steps = True
     fold_after = 1  # its replay costs as much as folding
 
     def __init__(self, config: MixerConfig, layer_idx: int):
