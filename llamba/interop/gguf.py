@@ -138,9 +138,11 @@ def _converted(bamba: Path, made: Path, kind: str) -> Path:
     return made
 
 
-def asked(model: Path, prompts: list[list[int]], new: int, threads: int = 1) -> dict[str, Any]:
+def asked(
+    model: Path, prompts: list[list[int]], new: int, threads: int = 1, exact: bool = True, probabilities: int = TOP
+) -> dict[str, Any]:
     """What llama.cpp generates from token ids; see `llamba.interop.llama_cpp.answer`. Raises ValueError where the engine ends otherwise."""
-    request = {"model": str(model), "prompts": prompts, "new": new, "threads": threads, "probabilities": TOP}
+    request = {"model": str(model), "prompts": prompts, "new": new, "threads": threads, "probabilities": probabilities, "exact": exact}
     command = [sys.executable, "-m", "llamba.interop.llama_cpp"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
