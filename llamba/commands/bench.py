@@ -30,6 +30,19 @@ def decode(argv: list[str]) -> None:
     main(args)
 
 
+def llama_cpp(argv: list[str]) -> None:
+    """GGUF files in llama.cpp behind texts of several lengths"""
+    parser = _parser("llama-cpp", "How fast llama.cpp runs GGUF files behind texts of several lengths.")
+    parser.add_argument("files", nargs="+", help="GGUF files, measured in turns")
+    parser.add_argument("--contexts", default="512,4096,8192", help="tokens of the text, with commas (default 512,4096,8192)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens (default 64)")
+    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    args = parser.read(argv)
+    from llamba.bench.llama_cpp import main
+
+    main(args)
+
+
 def losses(argv: list[str]) -> None:
     """distillation's loss in chunks against whole logits"""
     args = _parser("losses", "Distillation's loss in chunks against whole logits: time and memory, on a CPU.").read(argv)
@@ -115,8 +128,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-    "decode": decode, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep, "ops": ops, "speculative": speculative,
-    "train": train,
+    "decode": decode, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep, "ops": ops,
+    "speculative": speculative, "train": train,
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ UNKNOWN_LICENCE = "other"
 HOW = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)  # the code lies beside the weights; PyTorch alone
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.{load}("{name}", trust_remote_code=True)  # the code lies beside the weights; PyTorch alone
+tokenizer = AutoTokenizer.{load}("{name}")
 ```
 
 With `llamba` installed, `import llamba` takes the place of `trust_remote_code=True`, and its Triton kernels are used on a GPU."""
@@ -30,7 +30,7 @@ def card(folder: Path, config: PreTrainedConfig) -> str:
     front = ["---", f"license: {licence}", "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {teacher}"] if teacher and not Path(teacher).exists() else []
     parts = ["\n".join([*front, "tags: [mamba, hybrid, distillation, llamba]", "---"]), f"# {folder.resolve().name}"]
-    parts += [_what(config, teacher), "## How to load it", HOW.format(name=f"PATH/{folder.resolve().name}")]
+    parts += [_what(config, teacher), "## How to load it", HOW.format(load="from_pretrained", name=f"PATH/{folder.resolve().name}")]
     parts += ["## How it was made", _recipe(recipe), "## Scores", _scores(run, step), "## Licence", _of_licence(teacher, licence)]
     return "\n\n".join(parts) + "\n"
 

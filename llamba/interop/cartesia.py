@@ -9,9 +9,9 @@ from typing import Any
 from transformers import LlamaConfig
 
 from llamba.interop.discrete import layer_table, mixer_options
-from llamba.interop.folders import read_json
 from llamba.interop.published import Published, Shapes, same
 from llamba.models.convert import student_config
+from llamba.models.loading.checks import read_json
 
 NORM_EPS = 1e-5  # of the norms in the layers, whatever config.json says; its norm_epsilon is that of the last norm
 MLP: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from llamba.interop.folders import read_json
 from llamba.interop.stock import BAMBA, Exported, Source, obstacle, stock_config, stock_tensors, write_stock
+from llamba.models.loading import load_model
+from llamba.models.loading.checks import read_json
 from llamba.models.mixers import MixerConfig
 
 TYPES = ("f32", "f16", "bf16", "q8_0")  # what the converter itself writes; all others come from llama.cpp's own llama-quantize
@@ -138,9 +139,11 @@ def _converted(bamba: Path, made: Path, kind: str) -> Path:
     return made
 
 
-def asked(model: Path, prompts: list[list[int]], new: int, threads: int = 1) -> dict[str, Any]:
+def asked(
+    model: Path, prompts: list[list[int]], new: int, threads: int = 1, exact: bool = True, probabilities: int = TOP
+) -> dict[str, Any]:
     """What llama.cpp generates from token ids; see `llamba.interop.llama_cpp.answer`. Raises ValueError where the engine ends otherwise."""
-    request = {"model": str(model), "prompts": prompts, "new": new, "threads": threads, "probabilities": TOP}
+    request = {"model": str(model), "prompts": prompts, "new": new, "threads": threads, "probabilities": probabilities, "exact": exact}
     command = [sys.executable, "-m", "llamba.interop.llama_cpp"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
@@ -159,7 +162,7 @@ def compared(source: Source, model: Path, new: int = NEW) -> tuple[float, int, i
 
     Both engines read the same random tokens; where greedy tokens part, what follows is not compared.
     """
-    own = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    own = load_model(source.folder, torch.float32)
     ends = torch.tensor(own.generation_config.eos_token_id or [], dtype=torch.long).flatten()  # the engine is told to go on
     prompts = _prompts(source.config.vocab_size)
     found, worst, alike = asked(model, prompts, new), 0.0, 0

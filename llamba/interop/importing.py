@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from llamba.interop import cartesia, mamba_in_llama, phi_mamba
-from llamba.interop.folders import Weights, check_names, copy_tokenizer, read_json, whole_folder
+from llamba.interop.folders import Weights, check_names, copy_tokenizer, whole_folder
 from llamba.interop.published import Published, Shapes
 from llamba.interop.students import expected_tensors, write_student
+from llamba.models.loading import load_generation_config
+from llamba.models.loading.checks import read_json
 from llamba.models.mixers.base import FP32_PARAMETERS
 
 Describe = Callable[[Path, Shapes], Published]
@@ -138,5 +139,6 @@ def _dtype(made: Published, read: _Read) -> torch.dtype:
 
 
 def _generation(folder: Path, out: Path) -> None:
-    if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder).save_pretrained(out)
+    found = load_generation_config(folder) if (folder / "generation_config.json").is_file() else None
+    if found is not None:
+        found.save_pretrained(out)

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PhiConfig
 
 from llamba.interop.discrete import layer_table, mixer_options
-from llamba.interop.folders import read_json
 from llamba.interop.published import Published, Shapes, Take, same
 from llamba.models.convert import student_config
+from llamba.models.loading.checks import read_json
 
 MIXER, ATTENTION = "modules.mixers.discrete_mamba2", "modules.mixers.phi_attention"
 PHI = (2048, 32)  # width and heads of PhiConfig's defaults, of which their attention is built, whatever the file says of it
