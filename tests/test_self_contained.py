@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from llamba.interop.remote_code import export_remote_code
 from llamba.models.self_contained import add_code, flat_files
 
-MIXERS = ("mamba1", "mamba2")
+MIXERS = ("mamba2", "gated_delta")
 ALONE = """
 import sys
 sys.modules["llamba"] = None  # importing it fails

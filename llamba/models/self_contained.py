@@ -71,15 +71,28 @@ def _rewritten(module: str) -> tuple[str, list[str]]:
             assert node.col_offset, f"{module} imports {target} at its top; flat files have no place for it"
             lines[node.lineno - 1 : end] = [f"{indent}{REFUSAL}\n"] + ["\n"] * (end - node.lineno)
             continue
+        if node.module is None:  # `from . import part`: files next to each other, which transformers must see
+            parts = {alias.name: f"{target}.{alias.name}" for alias in node.names}
+            lines[node.lineno - 1 : end] = [f"{indent}{_module_itself(name, part)}\n" for name, part in parts.items()]
+            lines[node.lineno - 1] = f"{indent}import sys\n\n" + lines[node.lineno - 1]
+            needed += parts.values()
+            continue
         needed.append(target)
         lines[node.lineno - 1] = lines[node.lineno - 1].replace("." * node.level + (node.module or ""), f".{_flat(target)}", 1)
     own = "".join(lines) + BEHIND.get(module, "")
     return (own.rpartition("\n\nregister()")[0] + "\n" if module == ENTRY else own), needed
 
 
+def _module_itself(name: str, module: str) -> str:
+    """A line that gives `name` the flat file of a module; `from . import` is not seen by transformers."""
+    return f"from .{_flat(module)} import __name__ as _{name}; {name} = sys.modules[_{name}]"
+
+
 def _of_llamba(tree: ast.Module) -> list[ast.ImportFrom]:
+    """The imports to rewrite, the last one first, so that line numbers stay right."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return [node for node in found if node.level or (node.module or "").startswith("llamba.")]
+    mine = [node for node in found if node.level or (node.module or "").startswith("llamba.")]
+    return sorted(mine, key=lambda node: -node.lineno)
 
 
 def _absolute(node: ast.ImportFrom, package: str) -> str:
