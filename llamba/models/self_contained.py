@@ -62,7 +62,7 @@ def _rewritten(module: str) -> tuple[str, list[str]]:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, module
     text, package = Path(spec.origin).read_text(), module if spec.submodule_search_locations else module.rpartition(".")[0]
-    lines, needed = text.splitlines(keepends=True), []
+    lines, needed = text.splitlines(keepends=True), list[str]()
     for node in _of_llamba(ast.parse(text)):
         target = _absolute(node, package)
         indent = lines[node.lineno - 1][: node.col_offset]
