@@ -333,7 +333,7 @@ def export_stock(folder: str | Path, out: str | Path, layout: Layout = GRANITE) 
     source = Source(folder)
     reason = obstacle(source.config, layout)
     if reason is not None:
-        raise ValueError(f"{layout.architecture} cannot hold this student: {reason}")
+        raise ValueError(f'{layout.architecture} cannot hold this student: {reason}; one with mixer="mamba2" and no options can go')
     proj_bias = source.proj_bias()
     with whole_folder(out) as made:
         tokenizer = write_stock(
