@@ -20,21 +20,21 @@ RIDGE = 1e-2  # of the mean square of an input's coordinate
 
 
 @torch.no_grad()
-def own_text(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
+def own_text(model: PreTrainedModel, generator: torch.Generator, device: torch.device) -> Tensor:
     """TEXTS texts of LENGTH tokens [R, T] that the model makes up, at temperature 1."""
     start = model.config.to_dict().get("bos_token_id")
     vocabulary = model.config.vocab_size
     first = torch.randint(vocabulary, (TEXTS, 1), generator=generator) if start is None else torch.full((TEXTS, 1), start)
     tokens, cache = [first], None
     while len(tokens) < LENGTH:
-        out = model(tokens[-1].to(model.device), past_key_values=cache, use_cache=True)
+        out = model(tokens[-1].to(device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         tokens.append(torch.multinomial(out.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator))
     return torch.cat(tokens, 1)
 
 
 @torch.no_grad()
-def open_directions(model: Any, layers: list[int], generator: torch.Generator) -> dict[int, Tensor]:
+def open_directions(model: Any, layers: list[int], generator: torch.Generator, device: torch.device) -> dict[int, Tensor]:
     """For each of the layers the row w [D] (fp64) whose product with the attention's input is OPEN_GATE, as nearly as a ridge allows."""
     seen: dict[int, Tensor] = {}
 
@@ -47,11 +47,11 @@ def open_directions(model: Any, layers: list[int], generator: torch.Generator) -
 
     was_training = model.training
     model.eval()
-    tokens = own_text(model, generator)
+    tokens = own_text(model, generator, device)
     modules = {index: model.base_model.layers[index].self_attn for index in layers}
     hooks = [module.register_forward_pre_hook(keep(index), with_kwargs=True) for index, module in modules.items()]
     try:
-        model(tokens.to(model.device), use_cache=False)
+        model(tokens.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
