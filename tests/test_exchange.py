@@ -6,6 +6,15 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from llamba.cli import main
+from llamba.models.convert import convert
+
+
+@pytest.fixture(scope="module")
+def student_folder(tmp_path_factory, teacher_folder: Path, tokenizer) -> str:
+    folder = tmp_path_factory.mktemp("student")
+    convert(str(teacher_folder), mixer="mamba2").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def fails(capsys, *argv: str) -> str:

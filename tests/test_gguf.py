@@ -25,7 +25,7 @@ def a_student(folder: Path, vocabulary: int = 101, bias: bool = False, attention
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
     init = "attention" if bias else "paper"  # which opens the gate by a bias, and which has none that is not zero
-    convert(teacher, attention=attention, init=init, options={"proj_bias": bias}).save_pretrained(folder)
+    convert(teacher, mixer="mamba2", attention=attention, init=init, options={"proj_bias": bias}).save_pretrained(folder)
     return folder
 
 

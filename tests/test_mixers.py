@@ -181,7 +181,7 @@ def test_bad_configurations_say_what_was_needed(change: dict, words: str) -> Non
 
 def test_state_width_must_fit_the_kind() -> None:
     with pytest.raises(ValueError, match="state = head_dim"):
-        convert(teacher(), options={"state": 4})
+        convert(teacher(), mixer="mamba2", options={"state": 4})
     with pytest.raises(ValueError, match="state = head_dim"):
         build_mixer(vars(config("mamba2", state=4, qk_norm="rms")), 0)
     with pytest.raises(ValueError, match="multiple of state"):
@@ -198,7 +198,7 @@ def test_a_gate_without_a_bias_starts_open(name: str) -> None:
         source.get_input_embeddings().weight.add_(torch.linspace(-1, 1, 32, dtype=torch.float64))
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    student = convert(source, attention=[1, 3], options={"proj_bias": False})
+    student = convert(source, mixer="mamba2", attention=[1, 3], options={"proj_bias": False})
     assert torch.equal(before, torch.random.get_rng_state())
     seen: dict[int, Tensor] = {}
     for index in (0, 2):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from llamba.interop.remote_code import export_remote_code
 from llamba.models.self_contained import add_code, flat_files
 
-MIXERS = ("mamba2", "gated_delta")
+MIXERS = ("auto", "gated_delta")
 ALONE = """
 import sys
 sys.modules["llamba"] = None  # importing it fails
@@ -36,7 +36,7 @@ def test_mixers_run_without_llamba(tmp_path: Path) -> None:
     models, rows = {}, ids(2, 40)
     torch.save(rows, tmp_path / "rows.pt")
     for mixer in MIXERS:
-        models[mixer] = student(mixer, "qwen3" if mixer == "mamba2" else "llama", dtype=torch.float32).eval()
+        models[mixer] = student(mixer, "qwen3" if mixer == "auto" else "llama", dtype=torch.float32).eval()
         models[mixer].save_pretrained(tmp_path / mixer, self_contained=True)
     folders = [str(tmp_path / mixer) for mixer in MIXERS]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}

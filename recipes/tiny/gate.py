@@ -35,7 +35,7 @@ def divergence(student: Any, teacher: Any, rows: torch.Tensor) -> torch.Tensor:
 
 def student_of(teacher: Any, start: str) -> Any:
     """The student with this start; a random gate in an otherwise equal one."""
-    made = convert(teacher, **STARTS[start])
+    made = convert(teacher, mixer="mamba2", **STARTS[start])
     if "random" in start:
         generator = torch.Generator().manual_seed(0)
         for layer, kind in zip(made.model.layers, made.config.layer_types, strict=True):
