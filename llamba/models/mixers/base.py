@@ -234,6 +234,11 @@ class Mixer(nn.Module):
     drop_window = 0.0  # share of sequences that do without the window in training
     recurrence_off = False
 
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """The mixer's own values of its configuration for attention of this shape; a user's options come over them."""
+        return {"state": shape["head_dim"]}
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
