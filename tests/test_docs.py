@@ -58,20 +58,17 @@ def finished_run(tmp_path_factory, teacher_folder: Path, chat_file: Path) -> Pat
     out = tmp_path_factory.mktemp("docs") / "run"
     short = dict(batch=2, micro_batch=2, steps=1, warmup=0, precision="fp32")
     stages = [Distill(**short), Draft(layers=1, **short)]
-    run.run(Recipe(str(teacher_folder), Student(), Data(train=str(chat_file), length=48), stages, str(out)))
+    run.run(Recipe(str(teacher_folder), Student(mixer="mamba2"), Data(train=str(chat_file), length=48), stages, str(out)))
     return out
 
 
 @pytest.fixture
-def here(tmp_path: Path, finished_run: Path, teacher_folder: Path, chat_file: Path, monkeypatch) -> Path:
+def here(tmp_path: Path, finished_run: Path, chat_file: Path, monkeypatch) -> Path:
     """A folder in which the documents' commands find what they name."""
     for name in ("recipes", "eval", "kernels", "docs", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("demo", "llama3_50pct", "quarter"):
         shutil.copytree(finished_run, tmp_path / "runs" / name)
-    convert(str(teacher_folder), mixer="mamba2").save_pretrained(tmp_path / "runs" / "mamba2")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(teacher_folder / name, tmp_path / "runs" / "mamba2" / name)
     (tmp_path / "runs" / "demo-data").mkdir()
     for name in ("chats.jsonl", "runs/demo-data/train.jsonl", "runs/demo-data/held_out.jsonl"):
         (tmp_path / name).write_text("".join(chat_file.read_text().splitlines(keepends=True)[:4]))
