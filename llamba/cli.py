@@ -12,9 +12,11 @@ from llamba.base.errors import one_line_errors
 from llamba.base.progress import quiet_libraries
 from llamba.commands.bench import bench
 from llamba.commands.convert import convert
+from llamba.commands.exchange import export, import_
 from llamba.commands.recipes import plan, run
 from llamba.commands.report import report
 from llamba.commands.select import select
+from llamba.commands.serve import serve
 from llamba.commands.talk import chat, generate
 from llamba.eval.commands import evaluate
 
@@ -26,6 +28,9 @@ COMMANDS: dict[str, Main] = {
     "chat": chat,
     "generate": generate,
     "eval": evaluate,
+    "serve": serve,
+    "export": export,
+    "import": import_,
     "report": report,
     "bench": bench,
 }

@@ -35,7 +35,7 @@ SMALLER = {  # what makes a command fit into a test; what it says is run as it s
 }
 ELSEWHERE = {  # benchmarks that another test runs, small
     "bench train": "test_bench.py", "bench ops": "test_bench.py", "bench mfu": "test_bench.py", "bench multistep": "test_triton_decode.py",
-    "bench matrices": "test_structured.py",
+    "bench matrices": "test_structured.py", "serve": "test_serving.py", "import": "test_import.py",
 }  # fmt: skip
 TEACHER = re.compile(r"(meta-llama/[\w.-]+|recipes/tiny/teacher)")
 
@@ -58,7 +58,7 @@ def finished_run(tmp_path_factory, teacher_folder: Path, chat_file: Path) -> Pat
     out = tmp_path_factory.mktemp("docs") / "run"
     short = dict(batch=2, micro_batch=2, steps=1, warmup=0, precision="fp32")
     stages = [Distill(**short), Draft(layers=1, **short)]
-    run.run(Recipe(str(teacher_folder), Student(), Data(train=str(chat_file), length=48), stages, str(out)))
+    run.run(Recipe(str(teacher_folder), Student(mixer="mamba2"), Data(train=str(chat_file), length=48), stages, str(out)))
     return out
 
 

@@ -24,9 +24,9 @@ ARROWS: dict[str, set[str]] = {
     "data": {"settings", "base"},
     "training": {"data", "settings", "models", "kernels", "base"},
     "stages": {"training", "data", "settings", "chat", "models", "base"},
-    "running": {"stages", "training", "data", "settings", "chat", "models", "base"},
+    "running": {"interop", "stages", "training", "data", "settings", "chat", "models", "base"},
     "eval": {"data", "chat", "speculative", "models", "base"},
-    "bench": {"running", "stages", "training", "data", "settings", "chat", "speculative", "models", "kernels", "base"},
+    "bench": {"interop", "running", "stages", "training", "data", "settings", "chat", "speculative", "models", "kernels", "base"},
     "interop": {"models", "base"},
     "commands": {"eval", "bench", "interop", "running", "stages", "training", "settings", "chat", "speculative", "models", "base"},
 }

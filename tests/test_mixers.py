@@ -181,8 +181,32 @@ def test_bad_configurations_say_what_was_needed(change: dict, words: str) -> Non
 
 def test_state_width_must_fit_the_kind() -> None:
     with pytest.raises(ValueError, match="state = head_dim"):
-        convert(teacher(), options={"state": 4})
+        convert(teacher(), mixer="mamba2", options={"state": 4})
     with pytest.raises(ValueError, match="state = head_dim"):
         build_mixer(vars(config("mamba2", state=4, qk_norm="rms")), 0)
     with pytest.raises(ValueError, match="multiple of state"):
         build_mixer(vars(config("mamba1", state=3)), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "mistral"])
+def test_a_gate_without_a_bias_starts_open(name: str) -> None:
+    """On tokens that conversion did not see, every channel's gate is near SiLU(OPEN_GATE) = 1; and no random number elsewhere moves."""
+    source = teacher(name)
+    with torch.no_grad():  # inputs with a mean, as trained models have
+        for layer in source.base_model.layers:
+            layer.input_layernorm.weight.add_(1)
+        source.get_input_embeddings().weight.add_(torch.linspace(-1, 1, 32, dtype=torch.float64))
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    student = convert(source, mixer="mamba2", attention=[1, 3], options={"proj_bias": False})
+    assert torch.equal(before, torch.random.get_rng_state())
+    seen: dict[int, Tensor] = {}
+    for index in (0, 2):
+        mixer = student.model.layers[index].self_attn
+        assert mixer.in_proj.bias is None
+        mixer.register_forward_pre_hook(lambda m, a, k, i=index: seen.update({i: k["hidden_states"]}), with_kwargs=True)
+    student(torch.randint(3, 101, (2, 50), generator=torch.Generator().manual_seed(9)))
+    mixer = student.model.layers[0].self_attn
+    opened = nn.functional.silu(seen[0] @ mixer.in_proj.weight[: mixer.config.inner].T)
+    assert opened.min() > 0.3 and abs(opened.mean() - 1) < 0.2
+    assert "open gate on 8 x 128 tokens" in str(student.conversion)

@@ -41,6 +41,19 @@ def gpu(argv: list[str]) -> None:
     main(args)
 
 
+def llama_cpp(argv: list[str]) -> None:
+    """GGUF files in llama.cpp behind texts of several lengths"""
+    parser = _parser("llama-cpp", "How fast llama.cpp runs GGUF files behind texts of several lengths.")
+    parser.add_argument("files", nargs="+", help="GGUF files, measured in turns")
+    parser.add_argument("--contexts", default="512,4096,8192", help="tokens of the text, with commas (default 512,4096,8192)")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens (default 64)")
+    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    args = parser.read(argv)
+    from llamba.bench.llama_cpp import main
+
+    main(args)
+
+
 def losses(argv: list[str]) -> None:
     """distillation's loss in chunks against whole logits"""
     args = _parser("losses", "Distillation's loss in chunks against whole logits: time and memory, on a CPU.").read(argv)
@@ -136,8 +149,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-    "decode": decode, "gpu": gpu, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke,
-    "speculative": speculative, "train": train,
+    "decode": decode, "gpu": gpu, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep,
+    "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
 }  # fmt: skip
 
 

@@ -15,25 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llamba.models.loading.checks import read_json
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 SHARD_BYTES = 4 * 2**30
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path.parent} must hold {path.name}, found none") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON; {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
 
 
 @contextmanager

@@ -118,9 +118,23 @@ SHARED_FIELDS = (
 NEEDED = {"out_norm": True, "conv_activation": "silu"}
 
 
+# Why no stock architecture (transformers 5.23) is exactly the model with this mixer, and which comes nearest.
+NEAREST = {
+    "mamba1": "Jamba's Mamba-1 normalises step, B and C, and shares B and C between all channels",
+    "discrete_mamba2": "every stock mixer scales what it writes by its step",
+    "gated_delta": "Qwen3-Next and OLMo-hybrid have the delta rule, beside attention whose queries and keys are normalised and whose "
+    "output is gated or normalised, which this model's is not",
+    "kda": "Kimi-Linear has it, beside multi-head latent attention, which this model has not",
+    "window": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
+    "sinks": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
+    "rotary": "no stock Mamba-2 turns B and C by position",
+}
+
+
 def _mixer_obstacle(c: MixerConfig) -> str | None:
     if c.kind != "mamba2":
-        return f'the stock mixer is Mamba-2 and this student\'s is mixer="{c.kind}"'
+        why = f" ({NEAREST[c.kind]})" if c.kind in NEAREST else ""
+        return f'the stock mixer is Mamba-2 and this student\'s is mixer="{c.kind}"{why}'
     if c.state != c.head_dim:
         return f"the output norm is per head and the state must be as wide as a head; got state {c.state} and head_dim {c.head_dim}"
     for spec in fields(MixerConfig):
@@ -132,7 +146,8 @@ def _mixer_obstacle(c: MixerConfig) -> str | None:
             return f'norms of queries and keys (mixer.qk_norm="{value}", as of Qwen3) have no place there'
         if spec.name in NEEDED:
             return f"the stock mixer has mixer.{spec.name}={NEEDED[spec.name]!r}; got {value!r}"
-        return f"mixer.{spec.name}={value!r} has no place there"
+        why = f" ({NEAREST[spec.name]})" if spec.name in NEAREST else ""
+        return f"mixer.{spec.name}={value!r} has no place there{why}"
     return None
 
 
@@ -318,7 +333,7 @@ def export_stock(folder: str | Path, out: str | Path, layout: Layout = GRANITE) 
     source = Source(folder)
     reason = obstacle(source.config, layout)
     if reason is not None:
-        raise ValueError(f"{layout.architecture} cannot hold this student: {reason}")
+        raise ValueError(f'{layout.architecture} cannot hold this student: {reason}; one with mixer="mamba2" and no options can go')
     proj_bias = source.proj_bias()
     with whole_folder(out) as made:
         tokenizer = write_stock(

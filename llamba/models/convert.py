@@ -16,12 +16,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llamba.models.families import Family, family_of
+from llamba.models.gate import open_by, open_directions
 from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.models.loading import load_config, load_model
 from llamba.models.mixers import ATTENTION, AUTO, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
 from llamba.models.offloaded import CPU, all_weights, is_offloaded, present
 
 Attention = float | Sequence[int]
+MIXERS_WITH_GATE = ("mamba1", "mamba2", "discrete_mamba2")
 
 
 @dataclass
@@ -135,7 +137,8 @@ def convert(
     "discrete_mamba2", "gated_delta" or "kda"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
-    e.g. {"window": 64, "sinks": 4, "rotary": True}. Source: Mamba-in-Llama, Algorithm 1.
+    e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
+    on which the gate is opened. Source: Mamba-in-Llama, Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded or
     has weights without values.
@@ -149,7 +152,9 @@ def convert(
         student = family.causal_lm(config)
     generator, home = torch.Generator().manual_seed(seed), _home(source)
     record: dict[int, list[Origin]] = {}
-    for index in sorted(set(mixer_layers(config)) - set(mixer_layers(source.config))):
+    new = sorted(set(mixer_layers(config)) - set(mixer_layers(source.config)))
+    gates = open_directions(source, new, generator, home) if _needs_directions(config, init) else {}
+    for index in new:
         attention_module, place = _layers(source)[index].self_attn, _layers(student)[index]
         if mixer == ATTENTION:
             place.self_attn.to_empty(device=home).to(source.dtype)
@@ -158,11 +163,19 @@ def convert(
         else:
             made = build_mixer(config.mixer, index).to(source.dtype)
             record[index] = initialise(made, family.read(attention_module), init, generator)
+            if index in gates:
+                record[index] = open_by(made, gates[index], record[index])
             place.self_attn = made.to(home)
     _copy_rest(source, student, home, share=isinstance(teacher, str))
     student.generation_config = copy.deepcopy(source.generation_config)
     student.conversion = Conversion([i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)], record)
     return student.eval()
+
+
+def _needs_directions(config: PreTrainedConfig, init: str) -> bool:
+    """Whether the gate should start open and has no bias that could open it."""
+    mixer = config.to_dict()["mixer"]
+    return mixer["kind"] in MIXERS_WITH_GATE and not mixer["proj_bias"] and init in INITS and INITS[init].open_gate
 
 
 @torch.no_grad()

@@ -246,6 +246,15 @@ class HybridCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(super(), module)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, self_contained: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; `self_contained` puts the code beside the weights, for `trust_remote_code=True` without llamba."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if self_contained and kwargs.get("is_main_process", True):
+            from llamba.models.self_contained import add_code
+
+            add_code(save_directory)
+        return saved
+
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
         if assistant_model is not None:
             check_draft(self, assistant_model)

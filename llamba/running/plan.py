@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llamba.base.folders import resolve_model
+from llamba.interop.exporting import where_to
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
 from llamba.models.families import family_of
@@ -55,7 +56,7 @@ class Plan:
             f"teacher   {self.recipe.teacher}",
             f"student   {_mixer(self.config)}, init {student.init}, {self.config.num_hidden_layers} layers",
         ]
-        lines += [_layers(self.config, student.attention), *_parameters(self.counts)]
+        lines += [_layers(self.config, student.attention), *_parameters(self.counts), *where_to(self.config)]
         config, counts = self.config, self.counts
         for number, stage in enumerate(self.recipe.stages, 1):
             if stage.skip:

@@ -27,8 +27,8 @@ class Mamba2(Mixer):
         return super().defaults(shape) | {"out_norm": True}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
-        if config.state != config.head_dim and config.qk_norm is not None:
-            raise ValueError(f"norms of keys and queries need state = head_dim; got {config.state} and {config.head_dim}")
+        if config.state != config.head_dim and (config.qk_norm is not None or config.rotary or config.window):
+            raise ValueError(f"norms, rotation and windows need state = head_dim; got {config.state} and {config.head_dim}")
         super().__init__(config, layer_idx)
         self.dt_bias = nn.Parameter(torch.zeros(config.heads))
         self.D = nn.Parameter(torch.zeros(config.heads))
