@@ -41,7 +41,7 @@ def _carried(added: Tensor, transfer: Tensor, first: Tensor, reverse: bool) -> T
     with on_device(added):
         transfer_states[triton.cdiv(P, BP), H, B](
             added.contiguous(), transfer.contiguous(), first.contiguous(), states, H, P=P, N=N, K=K, REVERSE=reverse, BP=BP, BN=width(N),
-            ACC=sums_in(added), PRECISION=precision(added), num_warps=4, num_stages=2,
+            ACC=sums_in(added), PRECISION=precision(added), num_warps=4 if N <= 64 else 8, num_stages=1,
         )  # fmt: skip
     return states
 
