@@ -103,8 +103,8 @@ def _their_delta_rule(kind: str, work: Work) -> nn.Module:
     one: dict[str, Any] = ONE_LAYER | {"layer_types": ["linear_attention"], "hidden_size": work.inner, "linear_conv_kernel_dim": W}
     if kind == "kda":
         return KimiLinearDeltaAttention(KimiLinearConfig(**one, linear_num_heads=work.heads, linear_head_dim=work.width), 0)
-    heads = {"linear_num_value_heads": work.heads, "linear_num_key_heads": work.heads}
-    widths = {"linear_key_head_dim": work.width, "linear_value_head_dim": work.width}
+    heads: dict[str, Any] = {"linear_num_value_heads": work.heads, "linear_num_key_heads": work.heads}
+    widths: dict[str, Any] = {"linear_key_head_dim": work.width, "linear_value_head_dim": work.width}
     return Qwen3NextGatedDeltaNet(Qwen3NextConfig(**one, **heads, **widths), 0)
 
 

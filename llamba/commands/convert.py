@@ -24,7 +24,7 @@ def convert(argv: list[str]) -> None:
     parser.add_argument(
         "--mixer",
         default="mamba2",
-        help="mamba1, mamba2 (default), discrete_mamba2, gated_delta, kda; for ablations low_rank, toeplitz, none, attention",
+        help="mamba1, mamba2 (default), discrete_mamba2, gated_delta, kda, mamba3; for ablations low_rank, toeplitz, none, attention",
     )
     parser.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     parser.add_argument("--init", default="attention", help="attention (default), paper, mohawk, random or linear_attention")

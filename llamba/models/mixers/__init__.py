@@ -8,10 +8,11 @@ from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
+from llamba.models.mixers.mamba3 import Mamba3
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "gated_delta": GatedDelta, "kda": KimiDelta,
-    "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
+    "mamba3": Mamba3, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
 }  # fmt: skip
 AUTO = "auto"
 BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
@@ -23,6 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "discrete_mamba2": {"conv_activation": None},
     "gated_delta": {"out_norm": True},
     "kda": {"out_norm": True},
+    "mamba3": {"out_norm": True, "conv_activation": None},
     "low_rank": {"conv_activation": None},
     "toeplitz": {"conv_activation": None},
 }
@@ -50,6 +52,8 @@ def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfi
         values["dt_rank"] = shape["head_dim"]
     if kind in ("toeplitz", "none"):  # no queries, no keys
         values["qk_norm"] = None
+    if kind != "mamba3":
+        values["angles"] = 0
     values |= own
     if not values.get("window") and not values.get("sinks"):
         values["sliding_window"] = values["sliding_layers"] = None
