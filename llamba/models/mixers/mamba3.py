@@ -27,6 +27,12 @@ class Mamba3(Mixer):
     matrix_parts = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "trap_bias", "theta", "B_bias", "C_bias", "q_norm", "k_norm")
     turns = True
 
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """With the norm of its output, a linear convolution, and an angle for each that the teacher's attention has."""
+        own = {"out_norm": True, "conv_activation": None, "angles": shape.get("angles", shape["head_dim"] // 2)}
+        return super().defaults(shape) | own
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.rotary:
             raise ValueError("mamba3 needs mixer.rotary=false: it turns keys and queries by angles of its own; got true")
