@@ -23,6 +23,7 @@ import llamba.kernels.block.triton_op as block
 import llamba.kernels.conv1d.triton_op as conv1d
 import llamba.kernels.decode.triton_dual as dual
 import llamba.kernels.decode.triton_op as decode
+import llamba.kernels.delta.triton_op as delta
 import llamba.kernels.selective_scan.triton_op as selective_scan
 import llamba.kernels.slots.triton_op as slots
 import llamba.kernels.ssd.triton_op as ssd
@@ -60,7 +61,7 @@ def _dual_launches(wide: torch.Tensor, weights: Weights, noted: list) -> None:
 def launches(dtype: torch.dtype) -> list:
     """Every launch of a training step's SSD, selective scan and convolution, of one token, and of rounds of decoding, on empty tensors."""
     noted: list = []
-    for module in (ssd, step, selective_scan, conv1d, decode, slots, block):
+    for module in (ssd, step, delta, selective_scan, conv1d, decode, slots, block):
         for name, value in vars(module).copy().items():
             if isinstance(value, (triton.JITFunction, Recorder)):
                 setattr(module, name, Recorder(value.kernel if isinstance(value, Recorder) else value, noted))
@@ -77,6 +78,7 @@ def launches(dtype: torch.dtype) -> list:
     _mamba1_scan(1, H, P, None, dtype)
     with torch.no_grad():
         step.fused_step(x[:, 0], a[:, 0], b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(H), torch.empty(1, H, P, P))
+    _delta_rule(x, b, c, dtype)
     weights = Weights(conv.detach(), bias, *torch.empty(3, H), torch.empty(H * P))
     decode.fused(wide[:, :5], weights, buffers(1, H, G, P, P, W, 5, dtype, "cpu"), cursors(1, "cpu"))
     if dtype == torch.bfloat16:
@@ -91,6 +93,16 @@ def launches(dtype: torch.dtype) -> list:
     block.fused_norm(q.flatten(2), q.flatten(2), angles[0].repeat(H), 1e-5)
     block.fused_gate(q, q)
     return noted
+
+
+def _delta_rule(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, dtype: torch.dtype) -> None:
+    """Two chunks of the delta rule and their gradient, and one token with either kind of decay."""
+    (x, b, c), a = (t[:, :128].detach() for t in (x, b, c)), torch.zeros(1, 128, H, requires_grad=True)
+    y, last = delta.fused(x, a, b, c, torch.empty(1, 128, H), None, None, None, 64)
+    torch.autograd.grad(y.sum() + last.sum(), a)
+    for rate in (a[:, 0], torch.empty(1, H, P)):
+        with torch.no_grad():
+            delta.fused_step(x[:, 0], rate, b[:, 0], c[:, 0], torch.empty(1, H), torch.empty(1, H), torch.empty(1, H, P, P))
 
 
 def _mamba1_scan(T: int, S: int, N: int, docs: torch.Tensor | None, dtype: torch.dtype) -> None:

@@ -47,7 +47,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # mixers with options, as st
 }
 STUDENTS = (*MIXERS, "mamba2-window")
 DELTA_RULES = ("gated_delta", "kda")
-EVERY_STUDENT = (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*DELTA_RULES, "gated_delta-window")))
+LATER = (*DELTA_RULES, "mamba3")  # mixers whose widest tests are slow
+EVERY_STUDENT = (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*LATER, "gated_delta-window")))
 
 
 def teacher(name: str = "llama", groups: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from llamba.models.mixers import Mixing, Recurrence
 from llamba.training import layer_distances as alignment
 from llamba.training.layer_distances import Part, norm, one_graph_at_a_time, squared_distance
 
-MATRIX_MIXERS = ("mamba2", "discrete_mamba2", "low_rank", "toeplitz", "gated_delta")
+MATRIX_MIXERS = ("mamba2", "discrete_mamba2", "low_rank", "toeplitz", "gated_delta", "mamba3")
 T = 40
 
 

@@ -70,8 +70,8 @@ def test_what_is_counted_is_what_a_step_multiplies() -> None:
 def test_mixers_against_those_of_transformers(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(ops, "_peak_apart", lambda *_: 1.0)  # each takes a process of its own, which imports everything anew
     monkeypatch.setattr(ops, "THREADS", torch.get_num_threads())
-    rows = _rows("bench ops --shrink 64", tmp_path)
-    assert [(row["mixer"], row["work"]) for row in rows] == [(kind, what) for kind in ("mamba2", "mamba1") for what in ops.WORK]
+    rows = _rows("bench ops --shrink 64 --mixers mamba2 gated_delta", tmp_path)
+    assert [(row["mixer"], row["work"]) for row in rows] == [(kind, what) for kind in ("mamba2", "gated_delta") for what in ops.WORK]
     assert all(row["theirs_in"] == "torch" and row["speedup"] > 0 for row in rows)
     assert "theirs: transformers' mixers in torch" in capsys.readouterr().out
     cuda = ops.work_on("cuda", "auto", 1)

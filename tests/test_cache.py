@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import DELTA_RULES, OPTIONS, SHAPE, STUDENTS, ids, open_join, rms_error
+from models import LATER, OPTIONS, SHAPE, STUDENTS, ids, open_join, rms_error
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
@@ -31,7 +31,7 @@ def states(model: PreTrainedModel, row: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
+@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LATER)))
 def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(mixer: str) -> None:
     """Rows accept different numbers of tokens, folds happen, now and then rows are reordered; settled and open tokens alternate."""
     model, draw = two_layers(mixer), torch.Generator().manual_seed(3)
@@ -69,7 +69,7 @@ def places(mask: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
+@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LATER)))
 def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
     model = two_layers(mixer)
     cache = adopt(DynamicCache(config=model.config), model.config)

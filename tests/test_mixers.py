@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import DELTA_RULES, MIXERS, TEACHERS, rms_error, teacher
+from models import LATER, MIXERS, TEACHERS, rms_error, teacher
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -44,7 +44,7 @@ def linear_attention(attention: nn.Module, u: Tensor, heads: int, groups: int, a
 
 
 @pytest.mark.parametrize("groups", [4, 2], ids=["H=G", "H>G"])
-@pytest.mark.parametrize("mixer", (*MIXERS, *DELTA_RULES))
+@pytest.mark.parametrize("mixer", (*MIXERS, *LATER))
 @pytest.mark.parametrize("name", TEACHERS)
 def test_without_decay_a_mixer_is_the_teachers_linear_attention(name: str, mixer: str, groups: int) -> None:
     source = teacher(name, groups)
@@ -70,7 +70,7 @@ def test_the_families_above_cover_what_they_should() -> None:
     assert sources["qwen2"].model.layers[0].self_attn.q_proj.bias is not None
 
 
-@pytest.mark.parametrize("mixer", (*MIXERS, *DELTA_RULES))
+@pytest.mark.parametrize("mixer", (*MIXERS, *LATER))
 def test_a_wrong_key_value_head_is_noticed(mixer: str) -> None:
     """The oracle above can fail: with the key rows of the two groups exchanged it does."""
     source = teacher("llama", 2)

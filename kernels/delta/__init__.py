@@ -5,12 +5,13 @@ Sources: Yang et al., "Gated Delta Networks", 2024 (arXiv 2412.06464); "Kimi Lin
 There erase = write = beta; with erase = 0 and no decay this is linear attention.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..choice import choose
+from ..choice import Obstacle, choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
 from ..graph import operation
 from .chunked import chunked
@@ -21,7 +22,8 @@ from .resume import fold, resume
 
 __all__ = ["delta_fold", "delta_matrix", "delta_resume", "delta_rule", "delta_step"]
 
-FORMS = ("torch", "sequential", "fla")
+FORMS = ("torch", "sequential", "triton", "fla")
+TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
 CHUNKS = {"cpu": 32}  # tokens of a chunk, by kind of device, as measured
 CHUNK_ELSEWHERE = 64
 
@@ -59,7 +61,7 @@ def delta_rule(
     Returns y [B, T, H, P] in the dtype of x and the state after the last token [B, H, P, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    form = choose("delta_rule", impl, FORMS, x, None, obstacles(x, b))
+    form = choose("delta_rule", impl, FORMS, x, _obstacle(x, b), obstacles(x, b))
     chunk = CHUNKS.get(x.device.type, CHUNK_ELSEWHERE) if chunk is None else chunk
     check_positive("chunk", chunk)
     _check(x, a, b, c, erase, write, state, seq_idx, mask)
@@ -68,10 +70,17 @@ def delta_rule(
         a = a.masked_fill(~mask.view(*mask.shape, *[1] * (a.ndim - 2)), 0)
         erase = erase.masked_fill(~mask[..., None], 0)
         write = (torch.ones_like(erase) if write is None else write).masked_fill(~mask[..., None], 0)
-    run = {"sequential": sequential, "fla": by_fla, "torch": _CHUNKED if traced(x.shape[1]) else chunked}[form]
     with no_autocast(x):
-        y, last = run(x, a, b, c, erase, write, state, docs, chunk)
+        y, last = _form(form, traced(x.shape[1]))(x, a, b, c, erase, write, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None, None], 0)), last
+
+
+def _form(name: str, in_graph: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    if name == "triton":
+        from .triton_op import fused
+
+        return fused
+    return {"sequential": sequential, "fla": by_fla, "torch": _CHUNKED if in_graph else chunked}[name]
 
 
 def delta_step(
@@ -80,7 +89,7 @@ def delta_step(
     """Advance the recurrence of `delta_rule` by one token.
 
     x [B, G, P]; a [B, H] or [B, H, N]; b [B, G, N]; c [B, H, N]; erase [B, H]; write [B, H]; state [B, H, P, N]. impl: see
-    `kernels.choice`.
+    `kernels.choice`; Triton's step has no gradient, and "auto" takes PyTorch where one is recorded.
     Returns y [B, H, P] in the dtype of x and the new state; the given one is left as it is.
     Raises `ValueError` for shapes that do not fit the state, and for an `impl` that is unknown or cannot run here.
     """
@@ -89,7 +98,12 @@ def delta_step(
     shapes = (("x", x, (B, G, P)), ("a", a, (B, H, N)[: a.ndim]), ("b", b, (B, G, N)), ("c", c, (B, H, N)), ("erase", erase, (B, H)))
     for name, tensor, shape in (*shapes, ("write", write, (B, H))):
         check_shape(name, tensor, *shape)
-    choose("delta_step", impl, ("torch",), x)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, b, c, erase, write, state))
+    obstacle = "its one-token step has no gradient; call it under torch.no_grad()" if needed else _obstacle(x, b)
+    if choose("delta_step", impl, ("torch", "triton"), x, obstacle) == "triton":
+        from .triton_op import fused_step
+
+        return fused_step(x, a, b, c, erase, write, state)
     acc = accumulator(x.dtype)
     decay = a.to(acc).exp()
     kept = state * (decay[..., None, None] if a.ndim == 2 else decay[:, :, None])
@@ -184,6 +198,11 @@ def delta_matrix(
     _check(b, a, b, c, erase, write, None, seq_idx, mask)
     with no_autocast(a):
         return matrix(a, b, c, erase, write, documents(seq_idx, mask), mask, slice(None) if rows is None else rows)
+
+
+def _obstacle(x: Tensor, b: Tensor) -> Obstacle:
+    widest = max(x.shape[-1], b.shape[-1])
+    return f"the Triton kernels of delta_rule hold P and N up to {TRITON_WIDEST}, got {widest}" if widest > TRITON_WIDEST else None
 
 
 def _check_groups(H: int, G: int) -> None:

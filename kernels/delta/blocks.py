@@ -5,6 +5,7 @@ both sides are linear in the state S before the chunk, so chunk after chunk only
 Shapes: K chunks, B batch, Q tokens of a chunk, H query heads, G key/value heads, P head width, N state width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,21 +42,45 @@ class Solved(NamedTuple):
     updates: Tensor  # [K, B, H, Q, P]
 
 
-def solve(products: Products, rule: Rule, state: Tensor) -> Solved:
+class Tools(NamedTuple):
+    """What a batched product of matrices cannot do."""
+
+    # The solution X of (I + tril(system, -1)) X = right, or of its transposed; system [..., Q, Q], right [..., Q, n]
+    solved: Callable[[Tensor, Tensor, bool], Tensor]
+    # The states [K + 1, B, H, P, N] of S <- S transfer + added from the first, or from the last backwards by the transposed
+    carried: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def _solved(system: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    return torch.linalg.solve_triangular(system.mT if transposed else system, right, upper=transposed, unitriangular=True)
+
+
+def _carried(added: Tensor, transfer: Tensor, first: Tensor, reverse: bool) -> Tensor:
+    K, P, N = len(added), *first.shape[-2:]
+    states = torch.empty(K + 1, *first.shape, dtype=added.dtype, device=added.device)
+    states[-1 if reverse else 0] = first
+    for k in reversed(range(K)) if reverse else range(K):
+        before, after = (k + 1, k) if reverse else (k, k + 1)
+        step = transfer[k].mT if reverse else transfer[k]
+        torch.baddbmm(added[k].flatten(0, 1), states[before].flatten(0, 1), step.flatten(0, 1), out=states[after].view(-1, P, N))
+    return states
+
+
+IN_TORCH = Tools(_solved, _carried)
+
+
+def solve(products: Products, rule: Rule, state: Tensor, tools: Tools) -> Solved:
     """The updates of a block and its states, from `state` [B, H, P, N] before it."""
     system = rule.erase[..., None] * products.overlap
     values = _written(rule)
     P, N = values.shape[-1], products.probe.shape[-1]
     right = torch.cat((values, rule.erase[..., None] * products.probe), -1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    solved = tools.solved(system, right, False)
     written, probing = solved.split([P, N], -1)
     added, lost = torch.matmul(solved.mT, products.leave).split([P, N], -2)  # [K, B, H, P, N], [K, B, H, N, N]
     transfer = lost.neg()
     transfer.diagonal(dim1=-2, dim2=-1).add_(products.across)
-    states = torch.empty(len(added) + 1, *state.shape, dtype=added.dtype, device=added.device)
-    states[0] = state
-    for k in range(len(added)):
-        torch.baddbmm(added[k].flatten(0, 1), states[k].flatten(0, 1), transfer[k].flatten(0, 1), out=states[k + 1].view(-1, P, N))
+    states = tools.carried(added, transfer, state, False)
     updates = written - torch.matmul(probing, states[:-1].mT)
     return Solved(system, written, probing, transfer, states, updates)
 
@@ -65,20 +90,14 @@ def outputs(products: Products, solved: Solved) -> Tensor:
     return torch.matmul(products.read, solved.states[:-1].mT).add_(torch.matmul(products.mixing, solved.updates))
 
 
-def backward(products: Products, rule: Rule, solved: Solved, dy: Tensor, dlast: Tensor) -> tuple[Products, Rule, Tensor]:
+def backward(products: Products, rule: Rule, solved: Solved, dy: Tensor, dlast: Tensor, tools: Tools) -> tuple[Products, Rule, Tensor]:
     """Gradients of products, rule and the state before the block, from dy [K, B, H, Q, P] and dlast [B, H, P, N]."""
     states, updates = solved.states[:-1], solved.updates
     inside = torch.matmul(products.mixing.mT, dy)  # of the updates, through the outputs of their own chunk
     reach = torch.matmul(dy.mT, products.read).sub_(torch.matmul(inside.mT, solved.probing))
-    dstates = torch.empty_like(solved.states)
-    dstates[-1] = dlast
-    for k in reversed(range(len(reach))):
-        torch.baddbmm(
-            reach[k].flatten(0, 1), dstates[k + 1].flatten(0, 1), solved.transfer[k].flatten(0, 1).mT,
-            out=dstates[k].view(-1, *reach.shape[-2:]),
-        )  # fmt: skip
+    dstates = tools.carried(reach, solved.transfer, dlast, True)
     dupdates = inside.add_(torch.matmul(products.leave, dstates[1:].mT))
-    dright = torch.linalg.solve_triangular(solved.system.mT, dupdates, upper=True, unitriangular=True)  # of write V - erase K S^T
+    dright = tools.solved(solved.system, dupdates, True)  # of write V - erase K S^T
     doverlap = torch.matmul(dright, updates.mT).neg_()
     dprobe = torch.matmul(dright, states).neg_()
     derase = (doverlap * products.overlap).sum(-1).add_((dprobe * products.probe).sum(-1))

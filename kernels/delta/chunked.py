@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..common import accumulator, document_before, no_autocast
 from ..ssd.blocks import Span, heads_first, tokens_first
 from . import per_channel, per_head
-from .blocks import Rule, backward, outputs, solve
+from .blocks import IN_TORCH, Rule, Tools, backward, outputs, solve
 
 BLOCK_NUMBERS = {"cpu": 1 << 20}  # numbers in the largest tensor of a block, by kind of device
 BLOCK_NUMBERS_ELSEWHERE = 1 << 25
@@ -35,12 +35,21 @@ class Inputs(NamedTuple):
 
 
 def chunked(
-    x: Tensor, a: Tensor, b: Tensor, c: Tensor, erase: Tensor, write: Tensor | None, state: Tensor | None, docs: Tensor | None, chunk: int
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    erase: Tensor,
+    write: Tensor | None,
+    state: Tensor | None,
+    docs: Tensor | None,
+    chunk: int,
+    tools: Tools = IN_TORCH,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of `delta_rule`, with masked tokens already at a = erase = write = 0; shapes as in `delta_rule`, docs [B, T]."""
     if state is None:
         state = x.new_zeros(x.shape[0], c.shape[2], x.shape[3], c.shape[3], dtype=accumulator(x.dtype))
-    return _Chunked.apply(x, a, b, c, erase, write, state, docs, chunk)
+    return _Chunked.apply(x, a, b, c, erase, write, state, docs, chunk, tools)
 
 
 def _spans(inputs: Inputs, chunk: int) -> list[Span]:
@@ -75,6 +84,7 @@ class _Chunked(torch.autograd.Function):
         state: Tensor,
         docs: Tensor | None,
         chunk: int,
+        tools: Tools,
     ) -> tuple[Tensor, Tensor]:
         """Outputs y and the last state, block after block; keeps the state before each block."""
         inputs = Inputs(x, a, b, c, erase, write, docs, None if docs is None else document_before(docs))
@@ -84,11 +94,11 @@ class _Chunked(torch.autograd.Function):
             states.append(last)
             form, block, rule = _cut(inputs, span)
             made = form.products(block)
-            solved = solve(made, rule, last)
+            solved = solve(made, rule, last, tools)
             tokens_first(outputs(made, solved), y, span)
             last = solved.states[-1].clone()
         ctx.save_for_backward(*inputs, state, *states)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.tools = chunk, tools
         return y, last
 
     @staticmethod
@@ -102,10 +112,10 @@ class _Chunked(torch.autograd.Function):
             for span, before in reversed(list(zip(_spans(inputs, ctx.chunk), states, strict=True))):
                 form, block, rule = _cut(inputs, span)
                 made = form.products(block)
-                solved = solve(made, rule, before)
-                products, own, dlast = backward(made, rule, solved, heads_first(dy, span), dlast)
+                solved = solve(made, rule, before, ctx.tools)
+                products, own, dlast = backward(made, rule, solved, heads_first(dy, span), dlast, ctx.tools)
                 da, db, dc = form.gradients(block, made, products)
                 for whole, part in zip(grads, (own.x, da, db, dc, own.erase, own.write), strict=True):
                     if whole is not None and part is not None:
                         tokens_first(part, whole, span)
-        return *grads, dlast.to(state.dtype), None, None
+        return *grads, dlast.to(state.dtype), None, None, None

@@ -16,15 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BambaConfig, DynamicCache, MambaConfig
+from transformers import BambaConfig, DynamicCache, KimiLinearConfig, MambaConfig, Qwen3NextConfig
 from transformers.models.bamba.modeling_bamba import BambaMixer
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from llamba.base.devices import meant
 from llamba.base.provenance import append_row
 from llamba.bench.memory import forget_peak, mib
+from llamba.kernels.choice import need
 from llamba.models.cache import RecurrentLayer
-from llamba.models.mixers import build_mixer, initialise, mixer_config
+from llamba.models.mixers import Recurrence, build_mixer, initialise, mixer_config
+from llamba.models.mixers.delta import GatedDelta, written
 
 W = 4
 THREADS = 2
@@ -87,9 +91,21 @@ def _theirs(kind: str, work: Work) -> nn.Module:
             "mamba_d_conv": W, "mamba_expand": 1,
         }  # fmt: skip
         made = BambaMixer(BambaConfig(hidden_size=work.inner, **ONE_LAYER, **shape), 0)
+    elif kind in ("gated_delta", "kda"):
+        made = _their_delta_rule(kind, work)
     else:
         made = MambaMixer(MambaConfig(hidden_size=work.inner, expand=1, state_size=16, conv_kernel=W, num_hidden_layers=1), 0)
     return made.to(work.device, work.dtype)
+
+
+def _their_delta_rule(kind: str, work: Work) -> nn.Module:
+    """Of as many key as value heads: theirs share keys among values, ours share both among queries."""
+    one: dict[str, Any] = ONE_LAYER | {"layer_types": ["linear_attention"], "hidden_size": work.inner, "linear_conv_kernel_dim": W}
+    if kind == "kda":
+        return KimiLinearDeltaAttention(KimiLinearConfig(**one, linear_num_heads=work.heads, linear_head_dim=work.width), 0)
+    heads: dict[str, Any] = {"linear_num_value_heads": work.heads, "linear_num_key_heads": work.heads}
+    widths: dict[str, Any] = {"linear_key_head_dim": work.width, "linear_value_head_dim": work.width}
+    return Qwen3NextGatedDeltaNet(Qwen3NextConfig(**one, **heads, **widths), 0)
 
 
 def their_kernels(work: Work) -> str:
@@ -107,6 +123,8 @@ def _forward(mixer: nn.Module, own: bool, u: Tensor, cache: Any = None) -> Tenso
 def _cache_for(own: bool, kind: str) -> Any:
     if own:
         return _Cache()
+    if kind in ("gated_delta", "kda"):
+        return DynamicCache(config=Qwen3NextConfig(**ONE_LAYER, layer_types=["linear_attention"]))
     return DynamicCache(config=BambaConfig(**ONE_LAYER))
 
 
@@ -206,6 +224,34 @@ def measure(kind: str, what: str, work: Work, repeats: int) -> dict[str, Any]:
     return row
 
 
+class NaiveDelta(GatedDelta):
+    """Our mixer with flash-linear-attention's chunked form in plain PyTorch in place of our recurrence."""
+
+    def scan(self, x: Tensor, b: Tensor, c: Tensor | None, dt: Tensor, state: Tensor | None, rec: Recurrence) -> tuple[Tensor, Tensor]:
+        """`naive_chunk_gated_delta_rule`, which has one gate: the values are divided by it."""
+        a, erase = self.gates(dt)
+        x, b = written(x, b)
+        x, b = (shared.repeat_interleave(self.config.heads // self.config.groups, 2) for shared in (x, b))
+        naive = importlib.import_module("fla.ops.gated_delta_rule.naive").naive_chunk_gated_delta_rule
+        return naive(c, b, x / erase[..., None], a, erase, scale=1.0, output_final_state=True)
+
+
+def measure_naive(work: Work, repeats: int) -> dict[str, Any]:
+    """A training step of our Mamba-2, of our gated delta rule, and of that in flash-linear-attention's naive form, by turns."""
+    need("gated_delta", "fla")
+    mixers = {"mamba2": _ours("mamba2", work), "ours": _ours("gated_delta", work)}
+    mixers["naive"] = NaiveDelta(mixers["ours"].config, 0).to(work.device, work.dtype)
+    mixers["naive"].load_state_dict(mixers["ours"].state_dict())
+    runs = {name: _training_step(mixer, True, "gated_delta", work) for name, mixer in mixers.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            times[name].append(_seconds(run))
+    mamba2, ours, naive = (statistics.median(times[name][1:]) for name in runs)
+    row: dict[str, Any] = {"mixer": "gated_delta", "work": "training step", "ours_s": ours, "mamba2_s": mamba2, "fla_naive_s": naive}
+    return row | {"times_of_mamba2": ours / mamba2, "speedup": naive / ours, "repeats": repeats}
+
+
 def is_slow(kind: str, what: str, work: Work) -> bool:
     """Whether transformers' side takes minutes: the backward pass of its Mamba-1 in PyTorch is quadratic in T."""
     return kind == "mamba1" and what == "training step" and their_kernels(work) == "torch"
@@ -223,11 +269,14 @@ def measure_compiled(kind: str, what: str, work: Work, repeats: int) -> dict[str
 def _line(row: dict[str, Any]) -> str:
     if "compiled_s" in row:
         text = f"ours {row['ours_s'] * 1e3:9.1f} ms   compiled {row['compiled_s'] * 1e3:9.1f} ms   x{row['compile_speedup']:.2f}"
+    elif "fla_naive_s" in row:
+        text = f"ours {row['ours_s'] * 1e3:9.1f} ms   fla's naive form {row['fla_naive_s'] * 1e3:9.1f} ms   x{row['speedup']:.2f}"
+        text += f"   {row['times_of_mamba2']:.2f} x our mamba2's {row['mamba2_s'] * 1e3:.1f} ms"
     else:
         text = f"ours {row['ours_s'] * 1e3:9.1f} ms   theirs {row['theirs_s'] * 1e3:9.1f} ms   x{row['speedup']:.2f}"
     if "memory" in row:
         text += f"   peak {row['ours_mib']:6.0f} / {row['theirs_mib']:6.0f} MiB = {row['memory']:.2f}"
-    return f"{row['mixer']:<8} {row['work']:<18} {text}"
+    return f"{row['mixer']:<11} {row['work']:<18} {text}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -236,8 +285,11 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(THREADS)
     work = work_on(device, args.dtype, args.shrink)
     where = {"device": device, "dtype": str(work.dtype), "shrink": args.shrink, "theirs_in": their_kernels(work)}
+    if args.fla:
+        _report(measure_naive(work, args.repeats), args.out, where)
+        return
     print(f"theirs: transformers' mixers in {where['theirs_in']}")
-    for kind in ("mamba2", "mamba1"):
+    for kind in args.mixers:
         for what in WORK:
             if device.startswith("cuda") and is_slow(kind, what, work):
                 print(f"{kind:<8} {what:<18} left out: without mamba-ssm, transformers' backward pass is quadratic in T")
@@ -245,7 +297,10 @@ def main(args: argparse.Namespace) -> None:
             compiled = args.compile and what != "decode, 50 tokens" and kind == "mamba2"  # Mamba-1's scan compiles for minutes
             measures = [measure] + ([measure_compiled] if compiled else [])
             for made in measures:
-                row = made(kind, what, work, args.repeats)
-                print(_line(row), flush=True)
-                if args.out:
-                    append_row(args.out, row | where)
+                _report(made(kind, what, work, args.repeats), args.out, where)
+
+
+def _report(row: dict[str, Any], out: str | None, where: dict[str, Any]) -> None:
+    print(_line(row), flush=True)
+    if out:
+        append_row(out, row | where)

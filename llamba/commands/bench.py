@@ -104,6 +104,9 @@ def ops(argv: list[str]) -> None:
     parser = _parser("ops", "Whole mixers against those of transformers, which run in mamba-ssm where it is installed.")
     _on_device(parser)
     parser.add_argument("--compile", action="store_true", help="also time ours under torch.compile")
+    kinds = ("mamba2", "mamba1", "gated_delta", "kda")
+    parser.add_argument("--mixers", nargs="+", default=list(kinds), choices=kinds, help="default: all")
+    parser.add_argument("--fla", action="store_true", help="the gated delta rule's training step beside flash-linear-attention's, alone")
     args = parser.read(argv)
     from llamba.bench.ops import main
 

@@ -134,7 +134,7 @@ def convert(
     `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it; of one that is
     offloaded or spread over devices the student is on the CPU). `mixer`:
     "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2",
-    "discrete_mamba2", "gated_delta" or "kda"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
+    "discrete_mamba2", "gated_delta", "kda" or "mamba3"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
@@ -162,7 +162,9 @@ def convert(
                 record[index] = _attention_anew(place.self_attn, attention_module, init, config.initializer_range, generator)
         else:
             made = build_mixer(config.mixer, index).to(source.dtype)
-            record[index] = initialise(made, family.read(attention_module), init, generator)
+            weights = family.read(attention_module)
+            weights.frequencies = _frequencies(source)
+            record[index] = initialise(made, weights, init, generator)
             if index in gates:
                 record[index] = open_by(made, gates[index], record[index])
             place.self_attn = made.to(home)
@@ -204,6 +206,10 @@ def _home(source: PreTrainedModel) -> torch.device:
 
 def _layers(model: Any) -> Any:
     return model.base_model.layers
+
+
+def _frequencies(model: Any) -> torch.Tensor:
+    return model.base_model.rotary_emb.inv_freq
 
 
 def _copy_rest(source: PreTrainedModel, student: PreTrainedModel, home: torch.device, share: bool) -> None:

@@ -151,16 +151,18 @@ class Family:
         """The attention's shape as arguments of `llamba.models.mixers.mixer_config`."""
         eps, values = getattr(config, self.norm_eps), config.to_dict()
         sliding = values.get("sliding_window")
+        head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
         kinds = values.get("layer_types") or ["sliding_attention"] * config.num_hidden_layers
         return {
             "hidden_size": config.hidden_size,
             "heads": config.num_attention_heads,
             "groups": config.num_key_value_heads,
-            "head_dim": values.get("head_dim") or config.hidden_size // config.num_attention_heads,
+            "head_dim": head_dim,
             "out_bias": self.biases(config)[1],
             "qk_norm": self.norm_kind(config),
             "qk_norm_eps": eps,
             "norm_eps": eps,
+            "angles": int(head_dim * values["rope_parameters"].get("partial_rotary_factor", 1.0)) // 2,
             "sliding_window": sliding,
             "sliding_layers": None if sliding is None else [index for index, kind in enumerate(kinds) if kind == "sliding_attention"],
         }

@@ -8,10 +8,11 @@ from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
+from llamba.models.mixers.mamba3 import Mamba3
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "gated_delta": GatedDelta, "kda": KimiDelta,
-    "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
+    "mamba3": Mamba3, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
 }  # fmt: skip
 AUTO = "auto"
 BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
@@ -32,7 +33,7 @@ def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfi
         if options.get(name) and (kind == ATTENTION or not MIXERS[kind].reads_heads):
             able = [one for one, mixer in MIXERS.items() if mixer.reads_heads]
             raise ValueError(f"mixer.{name} is for mixers that read whole heads ({', '.join(able)}); got {options[name]!r} for {kind}")
-    values = shape | MIXERS.get(kind, Mixer).defaults(shape) | own
+    values = shape | {"angles": 0} | MIXERS.get(kind, Mixer).defaults(shape) | own
     if not values.get("window") and not values.get("sinks"):
         values["sliding_window"] = values["sliding_layers"] = None
     return MixerConfig(kind=kind, **values)

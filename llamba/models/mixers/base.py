@@ -22,7 +22,7 @@ from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, wri
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
-FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta")
 NAMES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", NoneType: "null"
 }  # fmt: skip
@@ -38,7 +38,8 @@ class MixerConfig:
     `layers` lists the layers of a student whose mixer is attention again; `layer_types` cannot tell them.
     Beside the recurrence, softmax attention reads the last `window` tokens (the token itself included) and the first `sinks` ones of
     the document; in the layers `sliding_layers` nothing `sliding_window` tokens back or further, as there in the teacher. `rotary`: the
-    recurrence reads and writes by keys and queries that are turned by their positions.
+    recurrence reads and writes by keys and queries that are turned by their positions. Mamba-3 turns `angles` pairs of coordinates by
+    angles of its own, and its rate of decay is at least `rate_floor`.
     """
 
     kind: str
@@ -65,6 +66,8 @@ class MixerConfig:
     rotary: bool = False
     sliding_window: int | None = None
     sliding_layers: list[int] | None = None
+    angles: int = 0
+    rate_floor: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -118,6 +121,7 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    frequencies: Tensor | None = None  # radians a token by which RoPE turns the coordinates i and i + S [S]
     norms: dict[str, Tensor] = field(default_factory=dict)  # "q_norm.weight", "k_norm.weight" and, for LayerNorm, the biases
 
 
@@ -220,11 +224,16 @@ class Mixer(nn.Module):
     has_skip: ClassVar[bool] = True  # D
     erases: ClassVar[bool] = False  # by a gate with a bias of its own, `erase_bias`
     projects_steps: ClassVar[bool] = False  # from the dt rows, by `dt_proj`
+    turns: ClassVar[bool] = False  # keys and queries by angles of its own
     fold_after = 16  # settled tokens that are replayed from the cache before they are folded into the state
     dt_bias: nn.Parameter
     D: nn.Parameter
     A_log: nn.Parameter  # not in discrete Mamba-2
     erase_bias: nn.Parameter  # in the delta rules
+    trap_bias: nn.Parameter  # in Mamba-3, as the next three
+    theta: nn.Parameter
+    B_bias: nn.Parameter
+    C_bias: nn.Parameter
     dt_proj: nn.Linear  # in Mamba-1
     in_proj: nn.Linear
     conv1d: CausalConv
@@ -394,7 +403,7 @@ class Mixer(nn.Module):
         """The teacher's norms over the heads of B and C, wherever they stand."""
         together, rows = self.conv_rows(), self._split(parts)
         for name, norm in (("B", self.k_norm), ("C", self.q_norm)):
-            rows[name] = norm(rows[name].unflatten(-1, (-1, self.config.head_dim))).flatten(-2)
+            rows[name] = norm(rows[name].unflatten(-1, (-1, len(norm.weight)))).flatten(-2)
         return rows | {"conv": torch.cat([rows[name] for name in together], -1)}
 
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:

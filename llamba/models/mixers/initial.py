@@ -14,6 +14,7 @@ from transformers import initialization
 from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_least_fp32
 
 NO_DECAY = -40.0
+AT_ONCE = 6.0  # bias of the share of a write that comes at once
 ERASED = 0.1  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
 
@@ -65,7 +66,7 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     taken = weights if rule.copy_attention else None
     origins = _projections(mixer, taken, rule, generator)
     origins += _convolution(mixer, rule, generator) + _decay(mixer, rule.decay, generator)
-    origins += _skip(mixer, rule.skip) + _erasing(mixer, rule.decay)
+    origins += _skip(mixer, rule.skip) + _erasing(mixer, rule.decay) + _turning(mixer, weights, rule)
     return origins + _join(mixer) + _qk_norms(mixer, taken)
 
 
@@ -94,6 +95,22 @@ def _erasing(mixer: Mixer, decay: str) -> list[Origin]:
     bias = NO_DECAY if share is None else math.log(share / (1 - share))
     _set(mixer.erase_bias, torch.full_like(mixer.erase_bias, bias))
     return [Origin("erase_bias", tuple(mixer.erase_bias.shape), "new: shut" if share is None else f"new: {share:g} erased")]
+
+
+def _turning(mixer: Mixer, weights: AttentionWeights | None, rule: Init) -> list[Origin]:
+    """Mamba-3's own: the teacher's angles where it forgets, writes that come at once, biases of keys and queries that do nothing yet."""
+    if not mixer.turns:
+        return []
+    known = None if weights is None or rule.decay == "none" else weights.frequencies
+    now = {"paper": 0.0, "log_spaced": AT_ONCE}.get(rule.decay, -NO_DECAY)
+    values = {
+        "theta": torch.zeros_like(mixer.theta) if known is None else known, "trap_bias": torch.full_like(mixer.trap_bias, now),
+        "B_bias": torch.zeros_like(mixer.B_bias), "C_bias": torch.zeros_like(mixer.C_bias),
+    }  # fmt: skip
+    for name, value in values.items():
+        _set(mixer.get_parameter(name), value)
+    sources = {"theta": "new: 0" if known is None else "RoPE's frequencies", "trap_bias": f"new: {now:g}"}
+    return [Origin(name, tuple(value.shape), sources.get(name, "new: 0")) for name, value in values.items()]
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:
@@ -148,7 +165,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if name == "mass" or (name == "z" and rule.open_gate) or (name in ("dt", "erase") and rule.decay != "paper"):
+    if name == "mass" or (name == "z" and rule.open_gate) or (name in ("dt", "erase", "rate", "trap", "angle") and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
