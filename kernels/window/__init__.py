@@ -15,8 +15,9 @@ from .blocked import attend, blocked
 from .reference import dense
 from .rotation import turned
 from .sight import Past, Sight, sees
+from .slots import attend_slots
 
-__all__ = ["Past", "Sight", "attend", "sees", "turned", "window_attention", "window_rows"]
+__all__ = ["Past", "Sight", "attend", "attend_slots", "sees", "turned", "window_attention", "window_rows"]
 
 FORMS = ("torch", "sequential")
 

@@ -13,4 +13,4 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if width < heads.shape[-1]:
         return torch.cat((turned(heads[..., :width], cos, sin), heads[..., width:]), -1)
     first, second = heads.chunk(2, -1)
-    return heads * cos[..., None, :] + torch.cat((-second, first), -1) * sin[..., None, :]
+    return torch.addcmul(heads * cos[..., None, :], torch.cat((-second, first), -1), sin[..., None, :])

@@ -6,112 +6,161 @@ the window and as many tokens more as can be taken back, so that what was overwr
 """
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llamba.kernels.window import Past, Sight, attend, sees, window_attention
+from llamba.kernels.window import Past, Sight, attend, attend_slots, sees, window_attention
 from llamba.models.tree import Tree
+
+Lengths = tuple[int, ...]
+
+
+class Slots(NamedTuple):
+    """Which tokens stand where: `sinks` M and `turns` L slots of a row."""
+
+    sinks: int
+    turns: int
+
+    def of(self, places: Tensor) -> Tensor:
+        """The slots of tokens."""
+        return torch.where(places < self.sinks, places, self.sinks + (places - self.sinks) % self.turns)
+
+    def places(self, length: Tensor) -> Tensor:
+        """Which token stands in each slot of rows with length [B, 1] tokens, [B, S]; negative: none."""
+        slot, newest = torch.arange(self.turns, device=length.device), length - 1 - self.sinks
+        behind = newest - (newest - slot) % self.turns + self.sinks  # the newest of the tokens that share the slot
+        first = torch.arange(self.sinks, device=length.device).expand(len(length), -1)
+        return torch.cat((first.masked_fill(first >= length, -1), behind.masked_fill(behind < self.sinks, -1)), 1)
+
+
+# What follows from the lengths alone is made once for all layers of a model; it outlives the call.
+
+
+@lru_cache(maxsize=16)
+def _mask(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What is added to the scores of each row's last `tokens` tokens [B or 1, T, S]; None where they see all slots."""
+    with torch.inference_mode(False):
+        rows = lengths[:1] if len(set(lengths)) == 1 else lengths
+        length = torch.tensor(rows, device=device)[:, None]
+        last = length - tokens + torch.arange(tokens, device=device)
+        seen = sees(last, torch.zeros_like(last), slots.places(length), sight)
+        if bool(seen.all()):
+            return None
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+@lru_cache(maxsize=16)
+def _past(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Places [B, M + count] of the sinks and of the last `count` tokens, their slots, and the lengths [B]."""
+    with torch.inference_mode(False):
+        length = torch.tensor(lengths, device=device)
+        recent = length[:, None] - count + torch.arange(count, device=device)
+        first = torch.arange(slots.sinks, device=device).expand(len(lengths), -1)
+        places = torch.cat((first.masked_fill(first >= length[:, None], -1), recent.masked_fill(recent < slots.sinks, -1)), 1)
+        return places, slots.of(places.clamp_min(0)), length
+
+
+@lru_cache(maxsize=16)
+def _new(lengths: Lengths, tokens: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [B, 1] and slots [B, T] of the tokens behind each row."""
+    with torch.inference_mode(False):
+        place = torch.tensor(lengths, device=device)[:, None] + torch.arange(tokens, device=device)
+        return torch.arange(len(lengths), device=device)[:, None], slots.of(place)
 
 
 class KeyRing:
-    """What one mixer's attention can see of the past, `lengths[b]` tokens of row b; absent tokens are not counted."""
+    """What one mixer's attention can see of the past, `lengths[b]` tokens of row b; absent tokens are not counted.
+
+    `keys` and `values` [B, G, S, P].
+    """
 
     def __init__(self, sight: Sight, spare: int, keys: Tensor, values: Tensor):
         """Empty, for heads like keys and values [B, T, G, P]; `spare` tokens can be taken back."""
         self.sight, self.spare = sight, spare
-        shape = len(keys), self.slots, *keys.shape[2:]
-        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
         self.lengths = [0] * len(keys)
+        self._make(keys.transpose(1, 2), values.transpose(1, 2))
 
     @property
-    def slots(self) -> int:
-        """Slots of a row, S."""
-        return self.sight.sinks + self.sight.window + self.spare
+    def slots(self) -> Slots:
+        """The slots of a row."""
+        return Slots(self.sight.sinks, self.sight.window + self.spare)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every slot holds a token that the last one sees."""
+        return not self.spare and self.sight.reach is None and min(self.lengths) >= sum(self.slots)
+
+    def _make(self, keys: Tensor, values: Tensor) -> None:
+        shape = *keys.shape[:2], sum(self.slots), keys.shape[3]
+        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, tree: Tree | None) -> Tensor:
         """Append keys and values [B, T, G, P] and return what queries [B, T, H, P] see of them and of the past: [B, T, H, P].
 
         mask [B, T]: True at real tokens. `tree`: the tokens are its last T nodes, and the nodes before those were appended last.
         """
+        T = q.shape[1]
         if tree is not None:
             return self._look_from_tree(q, k, v, scale, tree)
-        if q.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
-            return self._look_from_last(q, k, v, scale)
-        past = self._past(self.lengths, self.sight.window - 1) if any(self.lengths) else None
+        if mask is None and T <= self.spare + 1 and not torch.is_grad_enabled():  # what they see is not overwritten
+            self._append(k, v)
+            if self.sees_all:
+                return attend_slots(q, self.keys, self.values, None, scale)
+            added = _mask(tuple(self.lengths), T, self.sight, self.slots, q.dtype, q.device)
+            return attend_slots(q, self.keys, self.values, added, scale)
+        past = self._past(self.lengths) if any(self.lengths) else None
         y = window_attention(q, k, v, self.sight, scale=scale, mask=mask, past=past)
-        if mask is None:
-            self._append(k, v, [q.shape[1]] * len(q))
+        if mask is None and T <= self.slots.turns:
+            self._append(k, v)
+        elif mask is None:
+            self._append_some(k, v, [T] * len(q))
         else:
             order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
-            self._append(k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v)), mask.sum(1).tolist())
+            self._append_some(k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v)), mask.sum(1).tolist())
         return y
-
-    def _look_from_last(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self._append(k, v, [1] * len(q))
-        places = self._places(self.lengths)
-        last = torch.tensor([[length - 1] for length in self.lengths], device=q.device)
-        return attend(q, self.keys, self.values, sees(last, torch.zeros_like(last), places, self.sight), scale)
 
     def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> Tensor:
         T, M = q.shape[1], len(tree)
-        self._append(k, v, [T] * len(q))
+        self._append(k, v)
         roots = [length - M for length in self.lengths]
-        past = self._past(roots, self.sight.window - 1)
-        nodes = self._slots(torch.tensor(roots, device=q.device)[:, None] + torch.arange(M, device=q.device))
-        rows, root = torch.arange(len(q), device=q.device)[:, None], past.length[:, None]
-        keys, values = (torch.cat((old, now[rows, nodes]), 1) for old, now in ((past.keys, self.keys), (past.values, self.values)))
-        at = root + tree.depths
-        places = torch.cat((past.places, at), 1)
-        seen = sees(at[:, M - T :], torch.zeros_like(at[:, M - T :]), places, self.sight)  # [B, T, S + M]
+        past = self._past(roots)
+        rows, nodes = _new(tuple(roots), M, self.slots, q.device)
+        keys, values = (torch.cat((old, now[rows, :, nodes]), 1) for old, now in ((past.keys, self.keys), (past.values, self.values)))
+        at = past.length[:, None] + tree.depths
+        seen = sees(at[:, M - T :], torch.zeros_like(at[:, M - T :]), torch.cat((past.places, at), 1), self.sight)  # [B, T, S + M]
         seen[:, :, -M:] &= tree.ancestors[M - T :]
         return attend(q, keys, values, seen, scale)
 
-    def _slots(self, places: Tensor) -> Tensor:
-        M = self.sight.sinks
-        return torch.where(places < M, places, M + (places - M) % (self.slots - M))
+    def _past(self, lengths: list[int]) -> Past:
+        """The sinks and what else a token behind rows with so many tokens can see; a copy."""
+        places, slots, length = _past(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
+        rows = torch.arange(len(lengths), device=self.keys.device)[:, None]
+        return Past(self.keys[rows, :, slots], self.values[rows, :, slots], places, length)
 
-    def _places(self, lengths: list[int]) -> Tensor:
-        """Which token stands in each slot, [B, S]; negative: none."""
-        M = self.sight.sinks
-        L, length = self.slots - M, torch.tensor(lengths, device=self.keys.device)[:, None]
-        slot = torch.arange(L, device=self.keys.device)
-        newest = length - 1 - M
-        behind = newest - (newest - slot) % L + M  # the newest of the tokens that share the slot
-        first = torch.arange(M, device=self.keys.device).expand(len(lengths), -1)
-        return torch.cat((first.masked_fill(first >= length, -1), behind.masked_fill(behind < M, -1)), 1)
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        """Store T tokens of each row, each in a slot of its own."""
+        if k.shape[1] == 1 and min(self.lengths) == max(self.lengths):
+            n, slots = self.lengths[0], self.slots
+            slot = n if n < slots.sinks else slots.sinks + (n - slots.sinks) % slots.turns
+            self.keys[:, :, slot], self.values[:, :, slot] = k.detach()[:, 0], v.detach()[:, 0]
+        else:
+            rows, index = _new(tuple(self.lengths), k.shape[1], self.slots, k.device)
+            self.keys[rows, :, index], self.values[rows, :, index] = k.detach().to(self.keys.dtype), v.detach().to(self.values.dtype)
+        self.lengths = [length + k.shape[1] for length in self.lengths]
 
-    def _past(self, lengths: list[int], count: int) -> Past:
-        """The sinks and the last `count` tokens of rows with so many tokens; a copy."""
-        M, length = self.sight.sinks, torch.tensor(lengths, device=self.keys.device)
-        recent = length[:, None] - count + torch.arange(count, device=self.keys.device)
-        first = torch.arange(M, device=self.keys.device).expand(len(lengths), -1)
-        places = torch.cat((first.masked_fill(first >= length[:, None], -1), recent.masked_fill(recent < M, -1)), 1)
-        rows, slots = torch.arange(len(lengths), device=self.keys.device)[:, None], self._slots(places.clamp_min(0))
-        return Past(self.keys[rows, slots], self.values[rows, slots], places, length)
-
-    def _append(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
-        """Store the first counts[b] of each row's T tokens."""
-        k, v, M, L = k.detach(), v.detach(), self.sight.sinks, self.slots - self.sight.sinks
-        if k.shape[1] == 1 and counts == [1] * len(counts) and min(self.lengths) == max(self.lengths):
-            n = self.lengths[0]
-            at = n if n < M else M + (n - M) % L
-            self.keys[:, at], self.values[:, at] = k[:, 0], v[:, 0]
-            self.lengths = [n + 1] * len(counts)
-            return
-        if k.shape[1] <= L and counts == [k.shape[1]] * len(counts):
-            place = torch.tensor(self.lengths, device=k.device)[:, None] + torch.arange(k.shape[1], device=k.device)
-            rows, slot = torch.arange(len(k), device=k.device)[:, None], self._slots(place)
-            self.keys[rows, slot], self.values[rows, slot] = k.to(self.keys.dtype), v.to(self.values.dtype)
-            self.lengths = [length + k.shape[1] for length in self.lengths]
-            return
+    def _append_some(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
+        """Store the first counts[b] of each row's tokens; of those that share a slot, the last."""
         count, start = (torch.tensor(numbers, device=k.device)[:, None] for numbers in (counts, self.lengths))
         token = torch.arange(k.shape[1], device=k.device)
         place = start + token  # [B, T]
-        stays = (token < count) & ((place < M) | (token >= count - L))  # one token for each slot
+        stays = (token < count) & ((place < self.slots.sinks) | (token >= count - self.slots.turns))
         row, column = stays.nonzero(as_tuple=True)
-        slot = self._slots(place)[row, column]
-        self.keys[row, slot], self.values[row, slot] = k[row, column].to(self.keys.dtype), v[row, column].to(self.values.dtype)
+        slot = self.slots.of(place)[row, column]
+        self.keys[row, :, slot] = k.detach()[row, column].to(self.keys.dtype)
+        self.values[row, :, slot] = v.detach()[row, column].to(self.values.dtype)
         self.lengths = [length + more for length, more in zip(self.lengths, counts, strict=True)]
 
     def take_back(self, tokens: list[int]) -> None:
@@ -128,19 +177,19 @@ class KeyRing:
         ]
         rows, to, place = (torch.tensor(part, device=self.keys.device) for part in zip(*pairs, strict=True))
         for buffer in (self.keys, self.values):
-            buffer[rows, self._slots(to)] = buffer[rows, self._slots(place)]
+            buffer[rows, :, self.slots.of(to)] = buffer[rows, :, self.slots.of(place)]
         self.lengths = [length - tokens + len(path) for length, path in zip(self.lengths, paths, strict=True)]
 
     def spare_more(self, spare: int) -> None:
         """From now on `spare` tokens can be taken back."""
-        past = self._past(self.lengths, self.sight.window)
+        places, slots, _ = _past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
+        rows, old = torch.arange(len(self.lengths), device=self.keys.device)[:, None], (self.keys, self.values)
+        held = [buffer[rows, :, slots] for buffer in old]
         self.spare = max(spare, self.spare)
-        shape = len(self.keys), self.slots, *self.keys.shape[2:]
-        old, slots = (past.keys, past.values), self._slots(past.places.clamp_min(0))
-        self.keys, self.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
-        row, column = (past.places >= 0).nonzero(as_tuple=True)
-        for buffer, held in zip((self.keys, self.values), old, strict=True):
-            buffer[row, slots[row, column]] = held[row, column]
+        self._make(*old)
+        row, column = (places >= 0).nonzero(as_tuple=True)
+        for buffer, values in zip((self.keys, self.values), held, strict=True):
+            buffer[row, :, self.slots.of(places[row, column])] = values[row, column]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows as `change` does along the first axis."""

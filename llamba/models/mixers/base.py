@@ -363,9 +363,13 @@ class Mixer(nn.Module):
 
     def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's queries [B, T, H, P], keys and values [B, T, G, P], the first two turned: the rows before the convolution."""
+        c, cos, sin = self.config, parts["cos"], parts["sin"]
+        if self.conv_rows() == ("x", "B", "C"):  # one after the other
+            heads = parts["conv"].unflatten(-1, (-1, c.head_dim))
+            k, q = turned(heads[..., c.groups :, :], cos, sin).to(heads.dtype).split([c.groups, c.heads], -2)
+            return q, k, heads[..., : c.groups, :]
         rows = self._split(parts)
-        q, k, v = (rows[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("C", "B", "x"))
-        cos, sin = parts["cos"], parts["sin"]
+        q, k, v = (rows[name].unflatten(-1, (-1, c.head_dim)) for name in ("C", "B", "x"))
         return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v  # under autocast the angles are wider
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
