@@ -1,15 +1,17 @@
 """`llamba plan` and `llamba run`: what a recipe would do, and doing it."""
 
 import runpy
+import sys
 from pathlib import Path
 
 from llamba.base.arguments import Parser
 from llamba.base.errors import one_line_errors
+from llamba.base.foreign import running
 from llamba.settings import Recipe
 
 
 def _read(prog: str, about: str, argv: list[str]) -> Recipe:
-    from llamba.settings.overrides import override
+    from llamba.settings.overrides import override, unreached
 
     parser = Parser(prog, about)
     parser.add_argument("recipe", help="a recipe file")
@@ -17,10 +19,13 @@ def _read(prog: str, about: str, argv: list[str]) -> Recipe:
     args = parser.read(argv)
     if not Path(args.recipe).is_file():
         raise ValueError(f"a recipe file is needed; got {args.recipe}, which is no file")
-    found = runpy.run_path(args.recipe, run_name="recipe").get("recipe")
+    with running(args.recipe):
+        found = runpy.run_path(args.recipe, run_name="recipe").get("recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"{args.recipe} must define `recipe = Recipe(...)`; it does not")
-    return override(found, args.overrides, args.recipe)
+    recipe = override(found, args.overrides, args.recipe)
+    print("".join(f"note: {line}\n" for line in unreached(recipe, args.overrides)), end="", file=sys.stderr)
+    return recipe
 
 
 def plan(argv: list[str]) -> None:

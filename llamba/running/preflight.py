@@ -9,9 +9,18 @@ from llamba.base.folders import DONE, finished
 from llamba.chat.engines import require_vllm
 from llamba.data import pairs, sources
 from llamba.data import tokens as data
+from llamba.data.chat_templates import AUTO, chosen, named, require_fit, require_marks
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
-from llamba.models.loading import located, require_alike, require_bitsandbytes, require_model, require_same_vocabulary
+from llamba.models.loading import (
+    has_tokenizer,
+    load_tokenizer,
+    located,
+    require_alike,
+    require_bitsandbytes,
+    require_model,
+    require_same_vocabulary,
+)
 from llamba.running.inputs import limit_of, missing
 from llamba.settings import (
     Aligning,
@@ -41,6 +50,7 @@ def check(recipe: Recipe, out: Path) -> None:
     for number, stage in todo.items():
         made = {other.name for before, other in stages.items() if before < number and isinstance(other, PseudoLabel)}
         _check_data(recipe, number, stage, made)
+        _check_template(recipe, stage)
         _check_packages(stage)
         _check_model(recipe, stage, out)
         if isinstance(stage, Training):
@@ -63,11 +73,31 @@ def _check_data(recipe: Recipe, number: int, stage: Stage, made: set[str]) -> No
             raise ValueError(missing(source, number))
         if kind != "stage" and not _of_this_run(source, Path(recipe.output)):
             sources.files(source)
-    data.own_template(config)
+    if config.template not in (None, AUTO):
+        named(config.template)
     if isinstance(stage, Dpo):
         pairs.require_whole(config)
     if isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         limit_of(config, stage)
+
+
+def _check_template(recipe: Recipe, stage: Stage) -> None:
+    """There is a tokenizer for a stage that reads rows; its template writes what the tokenizer's own writes, and marks what is learnt."""
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo, PseudoLabel)):
+        return
+    name, config = recipe.teacher, stage.data or recipe.data
+    asked = stage.teacher if isinstance(stage, PseudoLabel) and stage.teacher else name
+    if _of_this_run(asked, Path(recipe.output)):
+        return
+    if not has_tokenizer(asked):
+        raise ValueError(
+            f"stage {stage.name} reads rows and needs a tokenizer, and {asked} has none; copy the original model's files into it"
+        )
+    tokenizer = load_tokenizer(asked)
+    template = chosen(config, tokenizer)
+    if not isinstance(stage, PseudoLabel) and stage.targets in ("assistant", "answers"):
+        require_marks(template)
+    require_fit(template, tokenizer)
 
 
 def _check_packages(stage: Stage) -> None:

@@ -81,6 +81,19 @@ def override(recipe: Recipe, assignments: Sequence[str], source: str) -> Recipe:
     return recipe
 
 
+def unreached(recipe: Recipe, assignments: Sequence[str]) -> list[str]:
+    """A sentence for each `data.KEY=value` that does not reach stages which have data of their own with another value of KEY."""
+    said = []
+    for key in (assignment.partition("=")[0] for assignment in assignments):
+        room, _, name = key.partition(".")
+        own = [(number, stage.data) for number, stage in enumerate(recipe.stages) if room == "data" and stage.data is not None]
+        values = [(number, getattr(data, name)) for number, data in own]
+        others = [f"stages.{number}.{key}={value}" for number, value in values if value != getattr(recipe.data, name)]
+        if others:
+            said.append(f"{key} is for stages without data of their own; as they were: {', '.join(others)}")
+    return said
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values; `from_dict` is the inverse."""
     stages = [{"stage": stage.name, **dataclasses.asdict(stage)} for stage in recipe.stages]
