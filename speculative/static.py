@@ -24,6 +24,7 @@ from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
+from llamba.models.offloaded import is_offloaded
 from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
 from llamba.speculative.steps import STEPS
 
@@ -83,11 +84,15 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why this model cannot decode over a static cache, or None. Raises ValueError where no cache of ours serves it at all."""
     reader = Rewindable(model, 1)
     for layer, kind in zip(reader.backbone.layers, reader.kinds, strict=True):
+        if kind == RECURRENT and (layer.self_attn.sight or layer.self_attn.config.rotary):
+            return "its mixers turn their heads or see through a window, which the decode kernels do not"
         if kind == RECURRENT and type(layer.self_attn) not in STEPS:
             served = ", ".join(sorted({one.__name__ for one in STEPS}))
             return f"its mixer {type(layer.self_attn).__name__} has no decode kernel (those of {served} have)"
     if reader.recurrent != reader.cache.layers and reader.backbone.rotary_emb.rope_type not in FIXED_ROPES:
         return f"its rotary angles ({reader.backbone.rotary_emb.rope_type}) depend on the length"
+    if is_offloaded(model):
+        return "its weights are offloaded"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
     if model.config.to_dict().get("quantization_config"):

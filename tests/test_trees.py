@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DELTA_RULES, MIXERS, ids, rms_error, student, teacher
+from models import DELTA_RULES, STUDENTS, ids, rms_error, student, teacher
 from test_speculative import DRAWS, NEW, PROMPT, SETTINGS, V, chi_square, draft_of, eight_tokens, exact_joint, noisy, plain, ragged
 from torch import Tensor
 
@@ -38,8 +38,8 @@ def test_a_tree_knows_its_paths_and_windows() -> None:
     assert ODD.first(4) == grow((3,), CPU)
 
 
-CASES = [*itertools.product((*MIXERS, *DELTA_RULES), (0.5, 0.25, 0.0))]
-FAST = (("mamba2", 0.5), ("gated_delta", 0.5), ("discrete_mamba2", 0.25), ("mamba2", 0.0), ("mamba1", 0.5))
+CASES = [*itertools.product((*STUDENTS, *DELTA_RULES, "gated_delta-window"), (0.5, 0.25, 0.0))]
+FAST = (("mamba2", 0.5), ("mamba2-window", 0.5), ("gated_delta", 0.5), ("discrete_mamba2", 0.25), ("mamba2", 0.0), ("mamba1", 0.5))
 
 
 @pytest.mark.filterwarnings("ignore:the draft has")
@@ -133,7 +133,8 @@ def test_processors_see_the_path_before_each_node() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "mixer", ["mamba2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("discrete_mamba2", "mamba1", *DELTA_RULES))]
+    "mixer",
+    ["mamba2", "mamba2-window", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("discrete_mamba2", "mamba1", *DELTA_RULES))],
 )
 def test_a_random_walk_over_paths_of_trees_equals_reading_them_from_scratch(mixer: str, rounds: int = 100) -> None:
     """Random trees, read at once or in two parts; rows keep paths of their own. Logits and all states are compared at every round."""
@@ -211,6 +212,28 @@ def test_the_dual_form_of_a_tree_equals_the_recurrence_on_every_path(roots: Any,
         strength = None if dt is None else dt[row : row + 1, path].double()
         want = ssd(*own, read, dt=strength, D=skip.double(), state=state[row : row + 1].double(), impl="sequential")[0][0, -1]
         assert rms_error(got[row, node - M + asked], want) < bound, (row, node)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [0.0, 0.5, 1.0])
+def test_a_refusal_to_go_back_changes_nothing(attention: float) -> None:
+    model = student(attention=attention)
+    prompts = [ids(7).tolist(), ids(9).tolist()]
+    reader = Rewindable(model, 64)
+    reader.start(prompts)
+    reader.record()
+    reader.read(ids(2, 4, seed=1), 1)
+    refused = [[1], [-1, 0], [99, 0]]
+    for back in refused if attention == 1 else [*refused, [5, 0], [0, 5]]:
+        with pytest.raises(ValueError, match=r"take"):
+            reader.take_back(back)
+    for tokens, paths in ((4, [[0, 2, 1], [0]]), (4, [[0, 4], [0]]), (99, [[0], [0]]), (4, [[0]])):
+        with pytest.raises(ValueError, match=r"take|places to keep"):
+            reader.keep(tokens, paths)
+    got = reader.read(ids(2, 2, seed=2), 2)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat((torch.tensor(prompt), ids(2, 4, seed=1)[row], ids(2, 2, seed=2)[row]))
+        assert rms_error(got[row], model(whole[None]).logits[0, -2:]) < 1e-11
 
 
 def test_what_does_not_fit_a_tree_is_named() -> None:

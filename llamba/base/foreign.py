@@ -1,7 +1,6 @@
 """What libraries raise over a user's file, as the user's error: one line that names the file."""
 
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,23 +13,6 @@ def first_words(error: BaseException) -> str:
     name = type(error).__name__
     said = f"{name}: {said}" if isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError)) else said or name
     return said if len(said) <= _LONGEST else said[:_LONGEST].rstrip() + " ..."
-
-
-@contextmanager
-def running(file: str) -> Iterator[None]:
-    """Around running a user's Python file: what it raises becomes ValueError(file, line, error); a user's error of ours passes."""
-    try:
-        yield
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
-    except SystemExit as error:
-        raise ValueError(f"{file} ends the program (status {error.code}) and defines no recipe") from error
-    except SyntaxError as error:
-        raise ValueError(f"{error.filename}:{error.lineno}: {first_words(error)}") from error
-    except BaseException as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        place = f"{file}:{frames[-1].lineno}" if frames else file
-        raise ValueError(f"{place}: {type(error).__name__}: {first_words(error)}") from error
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from llamba.training.layer_ranking import Ranking, divergence, rank, restore, sa
 LAYERS = "layers.json"
 
 
-def _pair(teacher: str, student: str | None, mixer: str, seed: int) -> tuple[Any, Any]:
+def _pair(teacher: str, student: str | None, mixer: str, seed: int, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """The teacher as a hybrid with attention everywhere, and the student (fresh from conversion where none is named).
 
     In the teacher's own dtype on an accelerator, in fp32 on a CPU.
     """
     if student is None:
-        pupil = convert(teacher, mixer=mixer, attention=0, seed=seed)
+        pupil = convert(teacher, mixer=mixer, attention=0, seed=seed, options=options)
     else:
         pupil = load_model(student)
     guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
@@ -84,7 +84,16 @@ def run(stage: Select, student: str, teacher: str, data: Prepared, out: Path) ->
     return {"start_kl": ranking.start, "target_tokens": ranking.targets}
 
 
-def select(teacher: str, student: str | None, data: Data, stage: Select, path: Path, mixer: str = "mamba2", seed: int = 0) -> None:
+def select(
+    teacher: str,
+    student: str | None,
+    data: Data,
+    stage: Select,
+    path: Path,
+    mixer: str = "auto",
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> None:
     """`llamba select`: score the layers of `student`, or of a fresh conversion of `teacher`, and write `path` and its picture.
 
     Raises ValueError for names, data or models that do not serve.
@@ -95,13 +104,13 @@ def select(teacher: str, student: str | None, data: Data, stage: Select, path: P
     with tempfile.TemporaryDirectory() as folder:
         prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
         batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)
-    guide, pupil = _pair(guide_name, pupil_name, mixer, seed)
+    guide, pupil = _pair(guide_name, pupil_name, mixer, seed, options)
     _choose(
         stage,
         guide,
         pupil,
         batches,
         path,
-        {"teacher": teacher, "student": student or f"{teacher}, converted to {mixer}", "data": data.train},
+        {"teacher": teacher, "student": student or f"{teacher}, converted to {pupil.config.mixer['kind']}", "data": data.train},
     )
     print(f"saved: {path} (student.attention={path}), {path.with_suffix('.png')}")
