@@ -12,18 +12,23 @@ from llamba.data import tokens as data
 from llamba.data.chat_templates import AUTO, chosen, named, require_fit, require_marks
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
+from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import (
     has_tokenizer,
+    load_config,
     load_tokenizer,
     located,
     require_alike,
     require_bitsandbytes,
     require_model,
     require_same_vocabulary,
+    require_sound,
 )
+from llamba.models.mixers import MIXERS, Mixer, NoMixer
 from llamba.running.inputs import limit_of, missing
 from llamba.settings import (
     Aligning,
+    Data,
     Distill,
     Dpo,
     Draft,
@@ -57,6 +62,7 @@ def check(recipe: Recipe, out: Path) -> None:
             accumulation(stage)
             require_reporters(stage.report_to)
     _check_layers(recipe, list(todo.values()), out)
+    _check_first_student(recipe, list(todo.values()), out)
 
 
 def _of_this_run(name: str, out: Path) -> bool:
@@ -100,6 +106,32 @@ def _check_template(recipe: Recipe, stage: Stage) -> None:
     require_fit(template, tokenizer)
 
 
+def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
+    """Stages before any further conversion or selection find in the student what they train, and in the teacher what they read."""
+    if finished(out) or isinstance(recipe.student.attention, str):
+        return
+    config = load_config(located(recipe.teacher))
+    made = student_config(config, recipe.student.mixer, layers_of(recipe.student.attention), recipe.student.options)
+    kind = made.to_dict()["mixer"]["kind"]
+    for stage in todo:
+        if stage.attention is not None or isinstance(stage, Select):
+            return
+        _check_length(stage, stage.data or recipe.data, config.max_position_embeddings)
+        if isinstance(stage, Distill) and stage.offline and stage.offline > config.vocab_size:
+            raise ValueError(f"distill.offline must be at most the vocabulary's {config.vocab_size} tokens, got {stage.offline}")
+        if isinstance(stage, Training) and not isinstance(stage, Draft) and stage.train == "mixers":
+            if not mixer_layers(made) or kind == "none":
+                raise ValueError(f"{stage.name}.train='mixers' needs a student whose mixers have weights, got one without; use train='all'")
+        if isinstance(stage, Matrix) and kind in MIXERS and MIXERS[kind].mixing in (Mixer.mixing, NoMixer.mixing):
+            raise ValueError(f"stage matrix needs mixers that have a matrix, and {kind!r} has none; use mamba2, or leave the stage out")
+
+
+def _check_length(stage: Stage, data: Data, context: int) -> None:
+    """Raises ValueError for rows longer than the teacher can read."""
+    if isinstance(stage, (TokenTraining, Sft, Dpo)) and data.length > context:
+        raise ValueError(f"data.length of stage {stage.name} must be at most the teacher's context of {context} tokens, got {data.length}")
+
+
 def _check_packages(stage: Stage) -> None:
     if isinstance(stage, Distill) and stage.teacher_bits is not None:
         require_bitsandbytes(stage.teacher_bits)
@@ -119,7 +151,7 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
     if name is None or _of_this_run(name, out):
         return
     student, other = located(recipe.teacher), located(name)
-    require_model(other)
+    require_sound(other)
     if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
         require_same_vocabulary(student, other)
     if isinstance(stage, (Matrix, Hidden)):

@@ -137,6 +137,9 @@ class Training(Stage):
         super().__post_init__()
         self._not_negative("weight_decay", "clip", "warmup")
         self._positive("lr", "rest_lr", "epochs", "batch", "micro_batch", "save_every", "log_every", "steps", "tokens")
+        for key, largest in (("steps", 10**9), ("tokens", 10**15), ("batch", 10**7), ("micro_batch", 10**7), ("epochs", 10**6)):
+            value = getattr(self, key)
+            require(value is None or value <= largest, f"{self.name}.{key}", f"at most {largest:,}", value)
         require(all(0 <= beta < 1 for beta in self.betas), f"{self.name}.betas", "two numbers in [0, 1)", self.betas)
         require(0 <= self.decay <= 1, f"{self.name}.decay", "a part from 0 to 1", self.decay)
         require(0 <= self.floor < 1, f"{self.name}.floor", "a part of lr from 0 to below 1", self.floor)

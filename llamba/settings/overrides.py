@@ -113,11 +113,19 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {names}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """The recipe that `to_dict` wrote. Raises ValueError for unknown keys and stages, and for values out of range."""
+    if not isinstance(values.get("stages"), list) or not all(isinstance(entry, dict) for entry in values["stages"]):
+        raise ValueError(f"{where} must be a recipe, with a list of stages; got stages {str(values.get('stages'))[:60]}")
+    for key in ("student", "data"):
+        if not isinstance(values.get(key), dict):
+            raise ValueError(f"{where} must be a recipe, with {key}; got {str(values.get(key))[:60]}")
     stages = []
     for number, entry in enumerate(values["stages"]):
         entry = dict(entry)
