@@ -226,8 +226,9 @@ def test_skips_and_cuts_are_counted(tmp_path, tokenizer, capsys):
     long = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue " * 40}]}
     rows, count = prepared(tmp_path, tokenizer, [CHAT, {"messages": []}, {"text": ""}, asked_only, late, long], length=16)
     assert len(rows) == 2 and rows.lengths.max() == 16
-    assert count["skipped"] == {"empty": 2, "no_targets": 2} and count["cut"] == 2
-    assert "2 cut, 2 skipped (empty), 2 skipped (no_targets)" in capsys.readouterr().out
+    assert count["skipped"] == {"empty": 2, "no_targets": 1, "too_long": 1} and count["cut"] == 1
+    told = capsys.readouterr().out
+    assert "2 of 6 rows (1 of them cut at the limit)" in told and "1 whose first answer begins beyond the limit" in told
 
 
 def test_nothing_left(tmp_path, tokenizer):
@@ -238,7 +239,7 @@ def test_nothing_left(tmp_path, tokenizer):
 def test_template_without_marks(small, tmp_path):
     tokenizer = small.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="targets='assistant' needs a chat template that marks .* data.template .* targets='all'"):
+    with pytest.raises(ValueError, match="own chat template does not mark .* none of the bundled .* data.template .* targets='all'"):
         prepared(tmp_path, tokenizer, [CHAT])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="in.jsonl:1: messages need a chat template"):
@@ -267,7 +268,7 @@ def test_template_by_file_must_write_what_the_model_reads(small, tmp_path, token
     marked.write_text(marked.read_text().replace("bos_token", "''"))
     with pytest.raises(ValueError, match="differently from the tokenizer's own template"):
         Tokenizer(Data(train="x", template=str(marked)), plain, "assistant")("here", CHAT)
-    with pytest.raises(ValueError, match=r"data.template must be a file or one of \['llama3', .*'zephyr'\], got 'llama9'"):
+    with pytest.raises(ValueError, match=r"data.template must be 'auto', a file or one of \['chatml', .*'zephyr'\], got 'llama9'"):
         Tokenizer(Data(train="x", template="llama9"), plain, "assistant")
 
 

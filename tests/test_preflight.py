@@ -44,7 +44,7 @@ UNFIT = {
     "data that are not there": (Sft(data=Data(train="nowhere.jsonl")), "data source nowhere.jsonl does not exist"),
     "held-out data that are not there": (Sft(data=Data(train="rows.jsonl", eval="nowhere.jsonl")), "nowhere.jsonl does not exist"),
     "answers that nobody gives": (Sft(data=Data(train="stage:pseudo_label")), "stage 2 has none before it"),
-    "a template that is not there": (Sft(data=Data(train="rows.jsonl", template="llama4")), "data.template must be a file or one of"),
+    "a template that is not there": (Sft(data=Data(train="rows.jsonl", template="llama4")), "data.template must be 'auto', a file or"),
     "a stream without an end": (Sft(data=Data(train="rows.jsonl", streaming=True)), "data.streaming needs sft.tokens or sft.steps"),
     "packed pairs": (Dpo(data=Data(train="rows.jsonl", packing=True)), "do not go with preference pairs"),
     "a batch that does not divide": (Distill(batch=64, micro_batch=3), "distill.batch must be a multiple of .* = 3 x 1, got 64"),

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from llamba.base.foreign import reading
+
 
 def processes() -> int:
     """How many processes train together, before any process group exists."""
@@ -24,7 +26,13 @@ def own_device() -> torch.device:
 def meant(device: str) -> str:
     """The device that a user's `--device` means: "auto" is the accelerator if there is one, else the CPU.
 
-    A build of torch for an accelerator names it also where there is none.
+    A build of torch for an accelerator names it also where there is none. Raises ValueError for a device that is not here.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device if device != "auto" else "cpu" if found is None else found.type
+    here = "cpu" if found is None else found.type
+    with reading(f"--device {device} is no device"):
+        kind = torch.device(here if device == "auto" else device)
+    count = torch.accelerator.device_count()
+    if kind.type not in ("cpu", here) or (kind.index or 0) >= max(1, count):
+        raise ValueError(f"--device {device} is not here: this machine has {'no accelerator' if here == 'cpu' else f'{count} x {here}'}")
+    return here if device == "auto" else device

@@ -1,8 +1,11 @@
 """What libraries raise over a user's file, as the user's error: one line that names the file."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 _LONGEST = 300  # characters of a library's own words
 
@@ -28,3 +31,12 @@ def reading(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ValueError(f"{what}: {first_words(error)}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError that names the file for anything else."""
+    with reading(f"{path} must hold a JSON object"):
+        found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from llamba.base.devices import meant
 from llamba.base.folders import resolve_draft
+from llamba.base.foreign import reading
 from llamba.models.loading import load_model, load_tokenizer
 from llamba.speculative import Auto, generate
 from llamba.speculative.lookahead import schedule
@@ -142,7 +143,8 @@ class Chat:
         """One turn: the user's text, the model's answer (streamed to `out` and kept in the conversation)."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.tokenizer.apply_chat_template(system + asked, tokenize=False, add_generation_prompt=True)
+        with reading("the model's chat template refuses this conversation"):
+            prompt = self.tokenizer.apply_chat_template(system + asked, tokenize=False, add_generation_prompt=True)
         reply = stream(self.model, self.tokenizer, prompt, self.sampling, out, self.speculation)
         self.messages = [*asked, {"role": "assistant", "content": reply}]
         return reply

@@ -26,7 +26,7 @@ def _run_file(path: str) -> dict[str, Any]:
 
 
 def _read(prog: str, about: str, argv: list[str]) -> Recipe:
-    from llamba.settings.overrides import override
+    from llamba.settings.overrides import override, unreached
 
     parser = Parser(prog, about)
     parser.add_argument("recipe", help="a recipe file")
@@ -37,7 +37,9 @@ def _read(prog: str, about: str, argv: list[str]) -> Recipe:
     found = _run_file(args.recipe).get("recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"{args.recipe} must define `recipe = Recipe(...)`; it does not")
-    return override(found, args.overrides, args.recipe)
+    recipe = override(found, args.overrides, args.recipe)
+    print("".join(f"note: {line}\n" for line in unreached(recipe, args.overrides)), end="", file=sys.stderr)
+    return recipe
 
 
 def plan(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ def select(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences in one forward pass (default 1)")
     parser.add_argument("--length", type=int, default=2048, help="tokens at which sequences are cut (default 2048)")
     parser.add_argument("--targets", choices=("assistant", "all"), default="assistant", help="tokens that count")
-    parser.add_argument("--template", help="chat template that marks the assistant's words, e.g. llama3")
+    parser.add_argument("--template", default="auto", help="chat template that marks the assistant's words, e.g. llama3 (default: auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="JSON file to write; the picture stands beside it")
     args = parser.read(argv)

@@ -13,13 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llamba.base.foreign import reading
 from llamba.data import sources
-from llamba.data.tokens import AT_ONCE, MANIFEST, Count, append, chat_template, marks_answers, names
+from llamba.data.chat_templates import chosen, marks_answers
+from llamba.data.tokens import AT_ONCE, MANIFEST, Count, append, names
 from llamba.settings import Data
 
 
@@ -35,18 +36,17 @@ class PairTokenizer:
     """Rows to pairs. Prompt and answer are written as one conversation, so nothing stands between them but what the template puts there."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.template = chat_template(data, tokenizer)
+        found = chosen(data, tokenizer)
+        self.template = found and found.text
         self.marked = marks_answers(self.template)
         self.inner: Any = tokenizer
         self.checked = False
 
     def _render(self, where: str, messages: list[sources.Message], header: bool, marks: bool = False) -> Any:
-        try:
+        with reading(f"{where}: the chat template refuses these messages"):
             return self.inner.apply_chat_template(
                 messages, chat_template=self.template, return_dict=True, add_generation_prompt=header, return_assistant_tokens_mask=marks
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
 
     def _write(self, where: str, messages: list[sources.Message], header: bool = False) -> list[int]:
         """Ids of a conversation. `header`: it ends with the header of an answer; otherwise with its last answer's end token."""

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -102,16 +103,27 @@ def messages(row: Row) -> list[Message]:
     return found
 
 
+def _whole(found: object, line: bytes, where: str) -> Row:
+    """A line's row, checked; its text can be written as UTF-8, which half a surrogate pair cannot."""
+    row = _check(found, where)
+    if b"\\u" in line:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff alone) is no character") from error
+    return row
+
+
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         number = 0
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", _check(json.loads(line), f"{path}:{number}")
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    yield f"{path}:{number}", _whole(json.loads(line), line, f"{path}:{number}")
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: needed one JSON object in UTF-8, got: {error}") from None
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: broken gzip file after line {number}: {error}") from None
 
 

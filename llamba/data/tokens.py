@@ -4,7 +4,6 @@ import bisect
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -12,25 +11,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from llamba.base.foreign import reading
 from llamba.data import sources
 from llamba.data.batches import Rows
+from llamba.data.chat_templates import chosen, require_marks
 from llamba.settings import Data
 
 MANIFEST = "data.json"
-TEMPLATES = Path(__file__).parent / "templates"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 AT_ONCE = 256  # rows tokenised in one call
+
+_WHY = {"no_targets": "without words to learn", "too_long": "whose first answer begins beyond the limit (data.length)", "empty": "empty"}
 
 Tokens = tuple[list[int], list[int]]  # ids and 1 for each target, both [T]
 
 
 @dataclass
 class Count:
-    """What became of a source's rows: kept, cut at the length limit, skipped for want of words or of targets.
+    """What became of a source's rows: kept (some of them cut at the length limit), or left out for want of words or of targets.
 
     `next`: the row at which reading goes on where a limit ended it, and where it began; 0 for a source that is read whole.
     """
@@ -47,41 +47,12 @@ class Count:
     next: int = 0
 
     def __str__(self) -> str:
-        skips = ", ".join(f"{number} skipped ({why})" for why, number in self.skipped.items() if number)
-        head = f"{self.source}: {self.rows} rows, {self.tokens} tokens, {self.target_tokens} of them targets"
-        packed = f"in {self.sequences} sequences" if self.sequences != self.rows else ""
-        return ", ".join(part for part in (head, packed, f"{self.cut} cut" if self.cut else "", skips) if part)
-
-
-def marks_answers(template: str | None) -> bool:
-    """Whether a chat template marks the assistant's words with `{% generation %}`."""
-    return bool(template and _GENERATION.search(template))
-
-
-def own_template(data: Data) -> str | None:
-    """The chat template that the data name, None where they name none. Raises ValueError for one that does not exist."""
-    if data.template is None:
-        return None
-    known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-    path = TEMPLATES / f"{data.template}.jinja" if data.template in known else Path(data.template)
-    if not path.is_file():
-        raise ValueError(f"data.template must be a file or one of {known}, got {data.template!r}")
-    return path.read_text(encoding="utf-8")
-
-
-def chat_template(data: Data, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template to tokenise with: the data's, else the tokenizer's; None where there is none."""
-    return tokenizer.chat_template if data.template is None else own_template(data)
-
-
-def _template(data: Data, tokenizer: PreTrainedTokenizerBase, assistant: bool) -> str | None:
-    template = chat_template(data, tokenizer)
-    if assistant and not marks_answers(template):
-        raise ValueError(
-            "targets='assistant' needs a chat template that marks the assistant's words with {% generation %}, and the "
-            "tokenizer's does not; set data.template to one that does (e.g. llama3), or use targets='all'"
-        )
-    return template
+        left_out = ", ".join(f"{number} {_WHY.get(why, why)}" for why, number in self.skipped.items() if number)
+        rows = f"{self.rows} of {self.rows + sum(self.skipped.values())} rows" if left_out else f"{self.rows} rows"
+        cut = f" ({self.cut} of them cut at the limit)" if self.cut else ""
+        packed = f" in {self.sequences} sequences" if self.sequences != self.rows else ""
+        head = f"{self.source}: {rows}{cut}{packed}, {self.tokens} tokens, {self.target_tokens} of them targets"
+        return head + (f"; left out: {left_out}" if left_out else "")
 
 
 class Tokenizer:
@@ -89,8 +60,9 @@ class Tokenizer:
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, targets: str) -> None:
         self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
-        self.template = _template(data, tokenizer, self.assistant)
-        self.own = data.template is None
+        found = chosen(data, tokenizer)
+        self.template = (require_marks(found) if self.assistant else found) and found.text
+        self.own = data.template is None or found is None or found.text == tokenizer.chat_template
         self.inner: Any = tokenizer
         self.length = data.length
 
@@ -98,12 +70,13 @@ class Tokenizer:
         if self.template is None:
             raise ValueError(f"{where}: messages need a chat template and the tokenizer has none; set data.template")
         apply = self.inner.apply_chat_template
-        try:
+        with reading(f"{where}: the chat template refuses these messages"):
             found = apply(messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=self.assistant)
-            if not self.own and self.inner.chat_template and found["input_ids"] != apply(messages, return_dict=True)["input_ids"]:
-                raise ValueError(f"{where}: data.template writes this chat differently from the tokenizer's own template")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
+            alike = self.own or not self.inner.chat_template or found["input_ids"] == apply(messages, return_dict=True)["input_ids"]
+        if not alike:
+            raise ValueError(
+                f"{where}: data.template writes this chat differently from the tokenizer's own template; data.template=auto takes what fits"
+            )
         self.own = True  # compared once, on the first row
         ids = list(found["input_ids"])
         return ids, list(found["assistant_masks"]) if self.assistant else [1] * len(ids)
@@ -111,7 +84,8 @@ class Tokenizer:
     def _text(self, where: str, text: str) -> Tokens:
         if self.assistant:
             raise ValueError(f"{where}: a text row has no assistant's words; use targets='all', or rows with messages")
-        ids = list(self.inner(text)["input_ids"])
+        with reading(f"{where}: the tokenizer refuses this text"):
+            ids = list(self.inner(text)["input_ids"])
         end = self.inner.eos_token_id
         ids += [end] if end is not None and ids[-1:] != [end] else []
         return ids, [1] * len(ids)
@@ -171,13 +145,13 @@ def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> I
             continue
         whole = tokenizer(where, row)
         split = data.packing and "text" in row
-        count.cut += len(whole[0]) > data.length and not split
         kept = _whole_answers(whole, data.length) if tokenizer.whole else whole
         pieces = [piece for piece in islice(_pieces(kept, data.length), None if split else 1) if any(piece[1])]
         if not pieces:
-            why = "too_long" if any(whole[1]) and tokenizer.whole else "no_targets"
+            why = "too_long" if any(whole[1]) else "no_targets"
             count.skipped[why] = count.skipped.get(why, 0) + 1
         count.rows += bool(pieces)
+        count.cut += bool(pieces) and len(whole[0]) > data.length and not split
         for ids, targets in pieces:
             count.tokens, count.target_tokens = count.tokens + len(ids), count.target_tokens + sum(targets)
             yield ids, targets

@@ -1,11 +1,11 @@
 """What a stage reads: rows that earlier stages made, how much of a stream, and from where."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from llamba.base.folders import ROWS, finished
+from llamba.base.foreign import read_object
 from llamba.data import tokens as data
 from llamba.settings import Data, Dpo, Select, Sft, TokenTraining
 
@@ -59,6 +59,6 @@ def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for path in sorted(out.glob(f"*-*/{STAGE}"), key=lambda path: number_of(path.parent)):
         if number_of(path.parent) < number:
-            found |= json.loads(path.read_text()).get("stopped_at", {})
+            found |= read_object(path).get("stopped_at", {})
     places = {data.place(source, config.part) for source in data.names(config.train)}
     return {place: row for place, row in found.items() if place in places and row}

@@ -24,7 +24,10 @@ def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
         return print(_help(recipe, source))
     if set(flags) - {"--plan"}:
         raise ValueError(f"needed --plan, --help or key=value, got {flags[0]}")
-    recipe = overrides.override(recipe, [argument for argument in arguments if argument not in flags], source)
+    assignments = [argument for argument in arguments if argument not in flags]
+    recipe = overrides.override(recipe, assignments, source)
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"note: {line}\n" for line in overrides.unreached(recipe, assignments)), end="", file=sys.stderr)
     if flags:
         from llamba.running.plan import plan
 

@@ -2,20 +2,23 @@
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llamba.base.folders import resolve_model
+from llamba.data.chat_templates import chosen, marks_answers, require_fit
 from llamba.interop.exporting import where_to
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
 from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT, mixer_layers
+from llamba.models.loading import has_tokenizer, load_tokenizer
 from llamba.models.mixers import ATTENTION, build_mixer
 from llamba.models.published import teacher_config
-from llamba.settings import Aligning, Attention, Distill, Dpo, Draft, Lora, PseudoLabel, Recipe, Select, Stage, Training, layers_of
+from llamba.settings import Aligning, Attention, Data, Distill, Dpo, Draft, Lora, PseudoLabel, Recipe, Select, Stage, Training, layers_of
 
 GIB = 2**30
 PEAK_FLOPS = 989e12  # dense bf16 of one H100 or H200
@@ -57,6 +60,7 @@ class Plan:
             f"student   {_mixer(self.config)}, init {student.init}, {self.config.num_hidden_layers} layers",
         ]
         lines += [_layers(self.config, student.attention), *_parameters(self.counts), *where_to(self.config)]
+        lines += _templates(self.recipe)
         config, counts = self.config, self.counts
         for number, stage in enumerate(self.recipe.stages, 1):
             if stage.skip:
@@ -72,6 +76,28 @@ class Plan:
                 counts = count(self.teacher, config)
                 lines.append(f"    attention back in {len(_kept(config))} of {config.num_hidden_layers} layers, those that measure best")
         return "\n".join(lines)
+
+
+def _templates(recipe: Recipe) -> list[str]:
+    """What of the recipe's chat templates fits the teacher's tokenizer, where that is at hand: one line for each that is asked for."""
+    teacher = resolve_model(recipe.teacher)
+    if not Path(teacher).exists() or not has_tokenizer(teacher):
+        return []
+    tokenizer = load_tokenizer(teacher)
+    datas = [recipe.data, *(stage.data for stage in recipe.stages if stage.data is not None)]
+    asked = {data.template: data for data in datas if any(not stage.skip for stage in recipe.stages)}
+    return [f"template  {_fit(data, tokenizer)}" for data in asked.values()]
+
+
+def _fit(data: Data, tokenizer: Any) -> str:
+    try:
+        found = chosen(data, tokenizer)
+        require_fit(found, tokenizer)
+    except ValueError as error:
+        return f"does not fit: {error}"
+    name = "none: the tokenizer has none" if found is None else found.name
+    marks = "" if found is None or marks_answers(found.text) else ", which does not mark the assistant's words: only for targets='all'"
+    return f"{name}{marks}"
 
 
 def _mixer(config: PreTrainedConfig) -> str:

@@ -9,12 +9,26 @@ from llamba.base.folders import DONE, finished
 from llamba.chat.engines import require_vllm
 from llamba.data import pairs, sources
 from llamba.data import tokens as data
+from llamba.data.chat_templates import AUTO, chosen, named, require_fit, require_marks
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
-from llamba.models.loading import located, require_alike, require_bitsandbytes, require_model, require_same_vocabulary
+from llamba.models.hybrid import mixer_layers
+from llamba.models.loading import (
+    has_tokenizer,
+    load_config,
+    load_tokenizer,
+    located,
+    require_alike,
+    require_bitsandbytes,
+    require_model,
+    require_same_vocabulary,
+    require_sound,
+)
+from llamba.models.mixers import MIXERS, Mixer, NoMixer
 from llamba.running.inputs import limit_of, missing
 from llamba.settings import (
     Aligning,
+    Data,
     Distill,
     Dpo,
     Draft,
@@ -41,12 +55,14 @@ def check(recipe: Recipe, out: Path) -> None:
     for number, stage in todo.items():
         made = {other.name for before, other in stages.items() if before < number and isinstance(other, PseudoLabel)}
         _check_data(recipe, number, stage, made)
+        _check_template(recipe, stage)
         _check_packages(stage)
         _check_model(recipe, stage, out)
         if isinstance(stage, Training):
             accumulation(stage)
             require_reporters(stage.report_to)
     _check_layers(recipe, list(todo.values()), out)
+    _check_first_student(recipe, list(todo.values()), out)
 
 
 def _of_this_run(name: str, out: Path) -> bool:
@@ -63,11 +79,57 @@ def _check_data(recipe: Recipe, number: int, stage: Stage, made: set[str]) -> No
             raise ValueError(missing(source, number))
         if kind != "stage" and not _of_this_run(source, Path(recipe.output)):
             sources.files(source)
-    data.own_template(config)
+    if config.template not in (None, AUTO):
+        named(config.template)
     if isinstance(stage, Dpo):
         pairs.require_whole(config)
     if isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         limit_of(config, stage)
+
+
+def _check_template(recipe: Recipe, stage: Stage) -> None:
+    """There is a tokenizer for a stage that reads rows; its template writes what the tokenizer's own writes, and marks what is learnt."""
+    if not isinstance(stage, (TokenTraining, Select, Sft, Dpo, PseudoLabel)):
+        return
+    name, config = recipe.teacher, stage.data or recipe.data
+    asked = stage.teacher if isinstance(stage, PseudoLabel) and stage.teacher else name
+    if _of_this_run(asked, Path(recipe.output)):
+        return
+    if not has_tokenizer(asked):
+        raise ValueError(
+            f"stage {stage.name} reads rows and needs a tokenizer, and {asked} has none; copy the original model's files into it"
+        )
+    tokenizer = load_tokenizer(asked)
+    template = chosen(config, tokenizer)
+    if not isinstance(stage, PseudoLabel) and stage.targets in ("assistant", "answers"):
+        require_marks(template)
+    require_fit(template, tokenizer)
+
+
+def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
+    """Stages before any further conversion or selection find in the student what they train, and in the teacher what they read."""
+    if finished(out) or isinstance(recipe.student.attention, str):
+        return
+    config = load_config(located(recipe.teacher))
+    made = student_config(config, recipe.student.mixer, layers_of(recipe.student.attention), recipe.student.options)
+    kind = made.to_dict()["mixer"]["kind"]
+    for stage in todo:
+        if stage.attention is not None or isinstance(stage, Select):
+            return
+        _check_length(stage, stage.data or recipe.data, config.max_position_embeddings)
+        if isinstance(stage, Distill) and stage.offline and stage.offline > config.vocab_size:
+            raise ValueError(f"distill.offline must be at most the vocabulary's {config.vocab_size} tokens, got {stage.offline}")
+        if isinstance(stage, Training) and not isinstance(stage, Draft) and stage.train == "mixers":
+            if not mixer_layers(made) or kind == "none":
+                raise ValueError(f"{stage.name}.train='mixers' needs a student whose mixers have weights, got one without; use train='all'")
+        if isinstance(stage, Matrix) and kind in MIXERS and MIXERS[kind].mixing in (Mixer.mixing, NoMixer.mixing):
+            raise ValueError(f"stage matrix needs mixers that have a matrix, and {kind!r} has none; use mamba2, or leave the stage out")
+
+
+def _check_length(stage: Stage, data: Data, context: int) -> None:
+    """Raises ValueError for rows longer than the teacher can read."""
+    if isinstance(stage, (TokenTraining, Sft, Dpo)) and data.length > context:
+        raise ValueError(f"data.length of stage {stage.name} must be at most the teacher's context of {context} tokens, got {data.length}")
 
 
 def _check_packages(stage: Stage) -> None:
@@ -89,7 +151,7 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
     if name is None or _of_this_run(name, out):
         return
     student, other = located(recipe.teacher), located(name)
-    require_model(other)
+    require_sound(other)
     if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
         require_same_vocabulary(student, other)
     if isinstance(stage, (Matrix, Hidden)):

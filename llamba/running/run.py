@@ -17,10 +17,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from llamba.base.folders import DONE, finished
+from llamba.base.foreign import read_object
+from llamba.base.locks import LOCK, held
 from llamba.base.provenance import versions
 from llamba.data import pairs
 from llamba.data import tokens as data
@@ -64,13 +67,13 @@ def _claim(recipe: Recipe, out: Path) -> None:
     """Make the folder this recipe's own. Raises ValueError if begun work in it belongs to another recipe."""
     path = out / RECIPE
     if path.exists():
-        present = overrides.from_dict(json.loads(path.read_text()), str(path))
+        present = overrides.from_dict(read_object(path), str(path))
         if changed := overrides.differences(_settled(present, out), _settled(recipe, out)):
             raise ValueError(
                 f"{out} holds a run of another recipe ({'; '.join(changed)}); "
                 "give the old values, choose another output, or delete the folder"
             )
-    elif out.exists() and any(entry.name != f"{RECIPE}.partial" for entry in out.iterdir()):
+    elif out.exists() and any(entry.name not in (f"{RECIPE}.partial", LOCK) for entry in out.iterdir()):
         raise ValueError(f"output must be a new folder or a run folder, got {out}, which has files but no {RECIPE}")
     out.mkdir(parents=True, exist_ok=True)
     _write(path, overrides.to_dict(recipe))
@@ -123,7 +126,7 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
 
     def work() -> None:
         if folder.exists():
-            data.check_unchanged(json.loads((folder / data.MANIFEST).read_text()))
+            data.check_unchanged(read_object(folder / data.MANIFEST))
         elif stage.targets == "pairs":
             pairs.prepare(config, load_tokenizer(source), stage.targets, folder)
         else:
@@ -179,7 +182,7 @@ def run(recipe: Recipe) -> Path:
     from llamba.running import preflight
 
     out, teacher = Path(recipe.output), located(recipe.teacher)
-    with checkpoints.disk_errors(out):
+    with checkpoints.disk_errors(out), held(out) if _rank() == 0 else nullcontext():
         if _rank() == 0:
             _claim(recipe, out)
             preflight.check(recipe, out)

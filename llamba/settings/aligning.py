@@ -90,6 +90,7 @@ class Dpo(Aligning):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("beta")
+        require(bool(self.losses()), f"{self.name}.loss", "at least one loss", self.loss)
         for loss in self.losses():
             require(loss in DPO_LOSSES, f"{self.name}.loss", f"of {', '.join(DPO_LOSSES)}", loss)
         require(0 <= self.label_smoothing < 0.5, f"{self.name}.label_smoothing", "a number from 0 to below 0.5", self.label_smoothing)

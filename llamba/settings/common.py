@@ -44,9 +44,10 @@ class Data:
     which do not see each other, into one sequence of up to `length` tokens, and splits long texts instead of cutting
     them. `streaming` reads only as many rows as the stage trains on, from the row on where an earlier stage of the run
     stopped reading the same source (at its end, from the first row again). `part` (3, 32) takes every 32nd training row of each
-    source, from row 3 on. `template` replaces the tokenizer's chat template
-    while tokenising: a file, or the name of one that the library brings (`llama3`). It is needed where the model's
-    own does not mark the assistant's words with `{% generation %}`.
+    source, from row 3 on. `template` is the chat template while
+    tokenising: `auto` takes the tokenizer's own if it marks the assistant's words with `{% generation %}`, else the one of
+    the library that writes the same and marks them; or the name of one (`llama3`, `chatml`, `qwen3`, ...), or a file; None is
+    the tokenizer's own.
     """
 
     train: str | list[str]
@@ -56,7 +57,7 @@ class Data:
     packing: bool = False
     streaming: bool = False
     part: tuple[int, int] | None = None
-    template: str | None = None
+    template: str | None = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "part", tuple(self.part) if isinstance(self.part, list) else self.part)
@@ -136,6 +137,9 @@ class Training(Stage):
         super().__post_init__()
         self._not_negative("weight_decay", "clip", "warmup")
         self._positive("lr", "rest_lr", "epochs", "batch", "micro_batch", "save_every", "log_every", "steps", "tokens")
+        for key, largest in (("steps", 10**9), ("tokens", 10**15), ("batch", 10**7), ("micro_batch", 10**7), ("epochs", 10**6)):
+            value = getattr(self, key)
+            require(value is None or value <= largest, f"{self.name}.{key}", f"at most {largest:,}", value)
         require(all(0 <= beta < 1 for beta in self.betas), f"{self.name}.betas", "two numbers in [0, 1)", self.betas)
         require(0 <= self.decay <= 1, f"{self.name}.decay", "a part from 0 to 1", self.decay)
         require(0 <= self.floor < 1, f"{self.name}.floor", "a part of lr from 0 to below 1", self.floor)

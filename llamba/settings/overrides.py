@@ -88,6 +88,19 @@ def override(recipe: Recipe, assignments: Sequence[str], source: str) -> Recipe:
     return recipe
 
 
+def unreached(recipe: Recipe, assignments: Sequence[str]) -> list[str]:
+    """A sentence for each `data.KEY=value` that does not reach stages which have data of their own with another value of KEY."""
+    said = []
+    for key in (assignment.partition("=")[0] for assignment in assignments):
+        room, _, name = key.partition(".")
+        own = [(number, stage.data) for number, stage in enumerate(recipe.stages) if room == "data" and stage.data is not None]
+        values = [(number, getattr(data, name)) for number, data in own]
+        others = [f"stages.{number}.{key}={value}" for number, value in values if value != getattr(recipe.data, name)]
+        if others:
+            said.append(f"{key} is for stages without data of their own; as they were: {', '.join(others)}")
+    return said
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values; `from_dict` is the inverse."""
     stages = [{"stage": stage.name, **dataclasses.asdict(stage)} for stage in recipe.stages]
@@ -100,11 +113,19 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {names}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """The recipe that `to_dict` wrote. Raises ValueError for unknown keys and stages, and for values out of range."""
+    if not isinstance(values.get("stages"), list) or not all(isinstance(entry, dict) for entry in values["stages"]):
+        raise ValueError(f"{where} must be a recipe, with a list of stages; got stages {str(values.get('stages'))[:60]}")
+    for key in ("student", "data"):
+        if not isinstance(values.get(key), dict):
+            raise ValueError(f"{where} must be a recipe, with {key}; got {str(values.get(key))[:60]}")
     stages = []
     for number, entry in enumerate(values["stages"]):
         entry = dict(entry)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamba.base.foreign import reading
 from llamba.settings.common import Attention, Data, Option, Stage, check_attention, check_types, require
 from llamba.settings.stages import STAGE_CONFIGS
 from llamba.settings.typed import fits, name_of
@@ -26,7 +27,8 @@ def layers_of(attention: Attention) -> float | list[int]:
     path = Path(attention)
     if not path.is_file():
         raise ValueError(f"attention must be a fraction, a list of layers or a JSON file with such a list, got {attention!r}")
-    found = json.loads(path.read_text())
+    with reading(f"{path} must hold a JSON list of layer indices"):
+        found = json.loads(path.read_bytes())
     layers = found.get("layers") if isinstance(found, dict) else found
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(f"{path} must hold a JSON list of layer indices, got {str(found)[:80]}")
@@ -76,4 +78,4 @@ class Recipe:
             require(type(stage) in STAGE_CONFIGS.values(), "recipe.stages", f"a list of {sorted(STAGE_CONFIGS)}", stage)
         require(bool(self.teacher), "recipe.teacher", "a model folder or a hub name", self.teacher)
         require(bool(self.output), "recipe.output", "a folder", self.output)
-        require(self.seed >= 0, "recipe.seed", "a number >= 0", self.seed)
+        require(0 <= self.seed < 2**32, "recipe.seed", "a number from 0 to below 2**32", self.seed)

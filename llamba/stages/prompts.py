@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import jinja2
-
+from llamba.base.foreign import reading
 from llamba.data import sources
-from llamba.data.tokens import chat_template
+from llamba.data.chat_templates import chosen
 from llamba.settings import Data, PseudoLabel
 
 WINDOW = 64  # batches that are sorted together
@@ -35,17 +34,16 @@ class Reader:
 
     def __init__(self, stage: PseudoLabel, data: Data, tokenizer: Any, room: int) -> None:
         self.stage, self.data, self.tokenizer, self.room = stage, data, tokenizer, room
-        self.template = chat_template(data, tokenizer)
+        found = chosen(data, tokenizer)
+        self.template = found and found.text
         if self.template is None:
             raise ValueError("pseudo_label needs a chat template and the teacher's tokenizer has none; set data.template")
         self.skipped = {"no_prompt": 0, "empty": 0, "too_long": 0}
 
     def ids(self, where: str, messages: Messages) -> list[int]:
         """The conversation as the teacher reads it before it answers. Raises ValueError where the template refuses it."""
-        try:
+        with reading(f"{where}: the chat template refuses these messages"):
             found = self.tokenizer.apply_chat_template(messages, chat_template=self.template, add_generation_prompt=True, return_dict=True)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses these messages: {error}") from None
         return list(found["input_ids"])
 
     def _turns(self, messages: Messages) -> list[Messages]:

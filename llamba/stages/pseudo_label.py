@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llamba.base.folders import ROWS
+from llamba.base.foreign import read_object
 from llamba.chat.conversation import Sampling
 from llamba.chat.engines import ENGINES, Engine, pick
 from llamba.data import sources
@@ -111,7 +112,7 @@ def _begin(out: Path, facts: dict[str, Any]) -> None:
     """Note what the answers rest on. Raises ValueError where those that `out` holds rest on something else."""
     path = out / "begun.json"
     out.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text()) if path.exists() else facts
+    old = read_object(path) if path.exists() else facts
     for key in facts:
         if old[key] != facts[key]:
             raise ValueError(f"{out} holds answers that began with other {key}; restore them ({old[key]}), or delete the folder")
@@ -219,5 +220,5 @@ def run(stage: PseudoLabel, student: str, teacher: str, data: Prepared, out: Pat
     if not first:
         return {}
     shutil.rmtree(out / "parts", ignore_errors=True)
-    counts: dict[str, float] = json.loads((out / ROWS / "manifest.json").read_text())["counts"]
+    counts: dict[str, float] = read_object(out / ROWS / "manifest.json")["counts"]
     return counts

@@ -98,6 +98,9 @@ def select(
 
     Raises ValueError for names, data or models that do not serve.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the layers are to be written to {path}, which is a folder or lies in one that cannot be written")
     guide_name = located(teacher)
     pupil_name = None if student is None else located(student)
     tokenizer = load_tokenizer(guide_name)

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from llamba.base.foreign import reading
 
 COMPLETE = "COMPLETE"
 _GIB = 2**30
@@ -45,6 +47,28 @@ def remove_incomplete(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE).exists():
             remove(checkpoint)
+
+
+_STATES = {  # what a checkpoint must have: one of these names
+    "the optimizer's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "pytorch_model_fsdp*/optimizer*"),
+    "the schedule": ("scheduler.pt",),
+    "the trainer's state": ("trainer_state.json",),
+    "the model's weights": ("*.safetensors", "pytorch_model*", "global_step*", "adapter_model*"),
+}
+
+
+def require_whole(checkpoint: Path, trained: set[str]) -> None:
+    """Raises ValueError for a checkpoint that was made but has lost the optimizer's or the schedule's state or weights that are trained."""
+    lost = [what for what, names in _STATES.items() if not any(next(checkpoint.glob(name), None) for name in names)]
+    alone = checkpoint / "model.safetensors"
+    if alone.is_file():
+        with reading(f"{alone} is no whole safetensors file"), safe_open(alone, framework="pt") as opened:
+            held = set(opened.keys())
+        lost += sorted(trained - held)[:3] if trained & held or not any("lora_" in name for name in trained) else []
+    if lost:
+        raise ValueError(
+            f"{checkpoint} cannot be continued, it has lost {', '.join(lost)}: restore it, or delete it and the stage begins anew"
+        )
 
 
 def last_good(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """A run's training in one picture and one table: losses, distances per layer, throughput, from every stage's metrics.jsonl."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.base.folders import DONE
+from llamba.base.foreign import read_object
 from llamba.training.metrics import METRICS, read_metrics
 
 PICTURE = "report.png"
@@ -56,7 +56,7 @@ class Curves:
 
 def _seconds(stage: Path) -> float | None:
     path = stage / "stage.json"
-    return json.loads(path.read_text()).get("seconds") if path.exists() else None
+    return read_object(path).get("seconds") if path.exists() else None
 
 
 def curves_of(run: Path) -> list[Curves]:

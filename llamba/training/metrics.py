@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llamba.base.foreign import reading
 from llamba.data.batches import Ordered
 
 METRICS = "metrics.jsonl"
@@ -20,8 +21,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that was cut off is left out, a missing file has none."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        with reading(f"{path}:{number} must be a JSON object"):
+            found.append(dict(json.loads(line)))
+    return found
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -373,6 +373,8 @@ def carry_out(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, fl
     if trainer.args.should_save:
         checkpoints.remove_incomplete(trainer.folder)
     found = checkpoints.complete(trainer.folder)
+    if found:
+        checkpoints.require_whole(found[-1], {name for name, weight in trainer.student.named_parameters() if weight.requires_grad})
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     last = (read_metrics(out / METRICS) or [{}])[-1]
     scores = score()

@@ -1,6 +1,5 @@
 """What a model's files must be before and after they are loaded: whole, of the sizes that config.json says, and finite."""
 
-import json
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as QUANTISERS
 
-from llamba.base.foreign import reading
+from llamba.base.foreign import read_object, reading
 from llamba.models.families import FAMILIES
 
 INDEX = "model.safetensors.index.json"
@@ -32,18 +31,9 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError that names the file for anything else."""
-    with reading(f"{path} must hold a JSON object"):
-        found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
-
-
 def check_config(path: Path) -> dict[str, Any]:
     """The values of a config.json, whose sizes are whole numbers in range. Raises ValueError that names file and key."""
-    values = read_json(path)
+    values = read_object(path)
     for key, largest in _LARGEST.items():
         value = values.get(key)
         if value is not None and (type(value) is not int or not 1 <= value <= largest):
@@ -62,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
     index, alone = folder / INDEX, folder / "model.safetensors"
     if alone.is_file() or not index.is_file():  # the order in which transformers looks
         return [alone] if alone.is_file() else []
-    listed = read_json(index).get("weight_map")
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"{index} must have a weight_map from tensor to file, got {str(listed)[:80]}")
     files = [folder / name for name in sorted(set(listed.values()))]
