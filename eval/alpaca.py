@@ -136,7 +136,11 @@ def _of_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows of instruction and output from a file. Raises ValueError, with file and row, where one is missing."""
     if not path.is_file():
         raise ValueError(f"{path} must be a file in alpaca_eval's format, and is not there")
-    return [row | {key: foreign.text((where, row), key) for key in ("instruction", "output")} for where, row in foreign.rows(path)]
+    found = []
+    for where, row in foreign.rows(path):
+        row = {"generator": OFFICIAL} | {key: value for key, value in row.items() if key != "generator" or value is not None}
+        found.append(row | {key: foreign.text((where, row), key) for key in ("instruction", "output", "generator")})
+    return found
 
 
 def _check_instructions(file: str, given: Sequence[str], reference: Sequence[dict[str, Any]]) -> None:
@@ -294,7 +298,7 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
     written, where more than `max_failed` of the judgments failed.
     """
     package()
-    reference = [{"generator": OFFICIAL} | row for row in _of_pairs(fetch.data_file(REFERENCE, options.data))][: options.limit]
+    reference = _of_pairs(fetch.data_file(REFERENCE, options.data))[: options.limit]
     gamed = None if options.win_rate_only else fetch.data_file(GAMED, options.data)
     instructions = [row["instruction"] for row in reference]
     if gamed is not None and options.outputs is None:

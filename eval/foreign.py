@@ -30,17 +30,17 @@ def rows(path: Path) -> list[Placed]:
 def _of_list(path: Path, text: str) -> list[Placed]:
     found = _parsed(str(path), text)
     if not isinstance(found, list):
-        raise ValueError(f"{path} must hold a list of JSON objects, got {_shown(found)}")
+        raise ValueError(f"{path} must hold a list of JSON objects, got {shown(found)}")
     placed = [(f"{path} row {number}", row) for number, row in enumerate(found, 1)]
     if wrong := next(((where, row) for where, row in placed if not isinstance(row, dict)), None):
-        raise ValueError(f"{wrong[0]} must be a JSON object, got {_shown(wrong[1])}")
+        raise ValueError(f"{wrong[0]} must be a JSON object, got {shown(wrong[1])}")
     return placed
 
 
 def _object(where: str, line: str) -> Row:
     found = _parsed(where, line)
     if not isinstance(found, dict):
-        raise ValueError(f"{where} must be a JSON object, got {_shown(found)}")
+        raise ValueError(f"{where} must be a JSON object, got {shown(found)}")
     return found
 
 
@@ -51,9 +51,10 @@ def _parsed(where: str, text: str) -> Any:
         raise ValueError(f"{where} must be JSON, and is not: {str(error)[:120]}") from error
 
 
-def _shown(value: Any) -> str:
-    shown = json.dumps(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def shown(value: Any) -> str:
+    """A value as a message shows it: as JSON, its beginning if it is long."""
+    whole = json.dumps(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return whole if len(whole) <= 60 else whole[:57] + "..."
 
 
 def document(path: Path) -> Row:
@@ -69,7 +70,7 @@ def text(placed: Placed, key: str) -> str:
     """A row's text under a key. Raises ValueError where there is none."""
     where, row = placed
     if not isinstance(row.get(key), str):
-        raise ValueError(f"{where} must have a text under {key!r}, got {_shown(row.get(key))}")
+        raise ValueError(f"{where} must have a text under {key!r}, got {shown(row.get(key))}")
     return row[key]
 
 
@@ -80,14 +81,14 @@ def name(placed: Placed, key: str) -> int | str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{where} must have a name or a number under {key!r}, got {_shown(value)}")
+        raise ValueError(f"{where} must have a name or a number under {key!r}, got {shown(value)}")
     return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19 else value
 
 
 def texts(where: str, value: Any, least: int, what: str) -> list[str]:
     """A list of at least so many texts. Raises ValueError for anything else."""
     if not isinstance(value, list) or len(value) < least or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{where} must have {what}, a list of at least {least} texts, got {_shown(value)}")
+        raise ValueError(f"{where} must have {what}, a list of at least {least} texts, got {shown(value)}")
     return value
 
 
@@ -101,4 +102,4 @@ def once(placed: Sequence[Placed], key: str) -> None:
     seen: dict[Any, str] = {}
     for where, row in placed:
         if (first := seen.setdefault(row[key], where)) != where:
-            raise ValueError(f"{where} has the {key} {_shown(row[key])} of {first}; each must stand there once")
+            raise ValueError(f"{where} has the {key} {shown(row[key])} of {first}; each must stand there once")

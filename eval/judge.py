@@ -126,8 +126,9 @@ def digest(value: Any) -> str:
 
 
 def slug(name: str) -> str:
-    """A name without what file names cannot hold."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "model"
+    """A name without what file names cannot hold; of a long one the beginning, and a hash."""
+    found = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "model"
+    return found if len(found) <= 70 else f"{found[:60]}-{digest(name)[:8]}"
 
 
 def escape(text: str) -> str:

@@ -66,7 +66,7 @@ def _judge_of(placed: Placed, path: Path) -> tuple[str, str]:
     judge = row.get("judge")
     named = judge[0] if isinstance(judge, list) and judge else judge
     if not isinstance(named, str) or not named:
-        raise ValueError(f"{where} must have its judge, [name, prompt], got {str(judge)[:60]}")
+        raise ValueError(f"{where} must have its judge, [name, prompt], got {foreign.shown(judge)}")
     match = _STEM.match(path.stem)
     ours = match and re.fullmatch(re.escape(slug(named)) + "-[0-9a-f]{8}", match["judge"])
     return (match["judge"] if match and ours else named), named
@@ -77,7 +77,7 @@ def _checked(placed: Placed, models: Sequence[str], path: Path) -> dict[str, Any
     where, row = placed
     turn = foreign.name(placed, "turn")
     if not isinstance(turn, int) or turn < 1:
-        raise ValueError(f"{where} must have a turn, 1 or 2, got {turn!r}")
+        raise ValueError(f"{where} must have a turn, 1 or 2, got {foreign.shown(turn)}")
     judge, named = _judge_of(placed, path)
     match = _STEM.match(path.stem)
     found = {"question_id": foreign.name(placed, "question_id"), "turn": turn, "judge": judge, "named": named}
@@ -131,7 +131,7 @@ def read_matches(paths: Sequence[Path]) -> list[Matches]:
         for placed in foreign.rows(path):
             row = _checked(placed, ("model_1", "model_2"), path)
             if row["model_1"] == row["model_2"]:
-                raise ValueError(f"{placed[0]} must compare two models, got {row['model_1']} twice")
+                raise ValueError(f"{placed[0]} must compare two models, got {foreign.shown(row['model_1'])} twice")
             row = {key: part for key, part in row.items() if key != "reason"}
             if any(row.get(game) not in _WINNERS for game in ("g1_winner", "g2_winner")):
                 row["reason"] = "no verdict"

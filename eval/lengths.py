@@ -131,13 +131,18 @@ def read_curves(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, Measured]
     """Models and what was measured at each length, from score rows."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
-        if row["benchmark"] == "lengths":
+        if row["benchmark"] == "lengths" and "length" in row:
             at = found.setdefault(row["model"], {}).setdefault(row["length"], {})
             at[row["metric"].partition(" at ")[0]] = row["value"]
-    return {
-        model: {length: Measured(**{key: at[name] for key, name in _NAMES.items()}) for length, at in sorted(lengths.items())}
+    whole = {
+        model: {
+            length: Measured(**{key: at[name] for key, name in _NAMES.items()})
+            for length, at in sorted(lengths.items())
+            if set(_NAMES.values()) <= set(at)
+        }
         for model, lengths in found.items()
     }
+    return {model: lengths for model, lengths in whole.items() if lengths}
 
 
 def draw(curves: dict[str, dict[int, Measured]], path: Path) -> None:

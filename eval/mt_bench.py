@@ -140,7 +140,7 @@ def answer(name: str, out: Path, questions: Sequence[dict[str, Any]], settings: 
         rows = read_answers(Path(name))
         have = {row["question_id"] for row in rows}
         if lacking := [q["question_id"] for q in questions if q["question_id"] not in have]:
-            raise ValueError(f"{name} must answer every question; it has none for {lacking[:5]} ({len(lacking)} in all)")
+            raise ValueError(f"{name} must answer every question; it has none for {foreign.shown(lacking[:5])} ({len(lacking)} in all)")
         return Path(name).stem, rows
     common, _ = modules()
     temperature = common.temperature_config

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llamba.eval import lengths
-from llamba.eval.foreign import document
-from llamba.eval.journal import read_lines
 from llamba.eval.recall import draw_needle
-from llamba.eval.scores import MODELS, SCORES
+from llamba.eval.scores import SCORES, read_items, read_models, read_scores
 from llamba.eval.stats import paired
 
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -28,9 +26,8 @@ def folder_of(run: str | Path) -> Path | None:
 
 def _rows(folder: Path) -> list[Row]:
     """A folder's scores, with each model's attention fraction."""
-    path = folder / MODELS
-    models = document(path) if path.exists() else {}
-    return [row | {"attention": models.get(row["model"], {}).get("attention")} for row in read_lines(folder / SCORES)]
+    models = read_models(folder)
+    return [row | {"attention": models.get(row["model"], {}).get("attention")} for row in read_scores(folder)]
 
 
 def published(rows: Sequence[Row]) -> list[Row]:
@@ -76,10 +73,8 @@ def _aligned(head: list[str], lines: list[list[str]]) -> str:
 
 def _items(folder: Path) -> list[Row]:
     """What a folder keeps of each question, its models in the order in which they came."""
-    noted = folder / MODELS
-    models = list(document(noted)) if noted.exists() else []
-    found = [document(path) for path in sorted((folder / "items").glob("*.json"))]
-    return sorted(found, key=lambda item: models.index(item["model"]) if item["model"] in models else len(models))
+    models = list(read_models(folder))
+    return sorted(read_items(folder), key=lambda item: models.index(item["model"]) if item["model"] in models else len(models))
 
 
 def differences(folders: Sequence[Path]) -> list[str]:
@@ -115,9 +110,9 @@ def _difference(first: Row, other: Row, remark: str) -> str | None:
 
 def _made_by(rows: Sequence[Row]) -> list[str]:
     """For every command behind the rows: its model, and what it ran on."""
-    last = {(row["model"], row["command"]): row for row in rows if "command" in row}
+    last = {(row["model"], str(row["command"])): row for row in rows if "command" in row}
     return [
-        f"  {model}: {command}\n    {row['date']}, commit {row['commit']}, {row['hardware']}; {_plain(row['versions'])}"
+        f"  {model}: {command}\n    {row.get('date')}, commit {row.get('commit')}, {row.get('hardware')}; {_plain(row.get('versions'))}"
         for (model, command), row in last.items()
     ]
 
@@ -171,7 +166,7 @@ def draw_by_attention(rows: Sequence[Row], path: Path) -> bool:
             [row.get("high", row["value"]) - row["value"] for row in found],
         ]
         axes.errorbar([row["attention"] for row in found], y, yerr=spread, marker="o", capsize=3)
-        axes.set(title=f"{benchmark}: {metric}" + (f"\n{judge}" if judge else ""), xlabel="layers with attention")
+        axes.set(title=benchmark + (f"\n{judge}" if judge else ""), xlabel="part of the layers with attention", ylabel=metric)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=110)
@@ -181,7 +176,7 @@ def draw_by_attention(rows: Sequence[Row], path: Path) -> bool:
 def _needles(rows: Sequence[Row]) -> dict[str, dict[tuple[Any, ...], list[float]]]:
     found: dict[str, dict[tuple[Any, ...], list[float]]] = {}
     for row in rows:
-        if row["benchmark"] == "recall/needle":
+        if row["benchmark"] == "recall/needle" and len(row.get("cell", [])) == 2:
             found.setdefault(row["model"], {})[tuple(row["cell"])] = [row["value"]]
     return {model: cells for model, cells in found.items() if len({c[0] for c in cells}) * len({c[1] for c in cells}) == len(cells)}
 

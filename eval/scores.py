@@ -9,8 +9,7 @@ from typing import Any
 
 from llamba.base.folders import finished, resolve_model
 from llamba.base.provenance import stamp, version
-from llamba.eval.foreign import document
-from llamba.eval.journal import read_lines
+from llamba.eval.foreign import Placed, document, number, rows, shown, text
 from llamba.eval.judge import digest, slug
 from llamba.eval.stats import Interval
 
@@ -36,18 +35,72 @@ def model_name(name: str) -> str:
 def results_folder(name: str, out: str | None) -> Path:
     """Where a model's results go: `out`, else eval/ in its run folder, else runs/eval/ and its name; notes the model in models.json.
 
-    Raises ValueError as `resolve_model`.
+    Raises ValueError as `resolve_model`, and for a folder whose scores or models cannot be read.
     """
     path = resolve_model(name)
     folder = Path(out) if out is not None else Path(name) / "eval" if finished(name) else Path("runs/eval") / model_name(name)
     folder.mkdir(parents=True, exist_ok=True)
+    read_scores(folder)  # what is damaged there is said now, and not after hours
     noted = folder / MODELS
-    models = document(noted) if noted.exists() else {}
+    models: dict[str, Any] = dict(read_models(folder))
     models[model_name(name)] = {"path": path, "attention": attention_of(path)}
     partial = folder / f"{MODELS}.{os.getpid()}.partial"
     partial.write_text(json.dumps(models, indent=1) + "\n")
     os.replace(partial, noted)
     return folder
+
+
+def read_models(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a folder notes of its models: `path` and `attention`. Raises ValueError, with the file's name, for what is no such note."""
+    path = folder / MODELS
+    found = document(path) if path.exists() else {}
+    for model, note in found.items():
+        if not isinstance(note, dict) or not (note.get("attention") is None or number(note["attention"]) is not None):
+            raise ValueError(f"{path} must note path and attention of each model, got {shown(note)} for {shown(model)}")
+    return found
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """A folder's score rows. Raises ValueError, with file and line, for a row that is none; a missing file has none."""
+    path = folder / SCORES
+    return [_checked(placed) for placed in rows(path)] if path.exists() else []
+
+
+def _checked(placed: Placed) -> dict[str, Any]:
+    """A row whose names are texts and whose numbers are numbers (not a number is one too)."""
+    where, row = placed
+    for key in ("benchmark", "metric", "model"):
+        text(placed, key)
+    if not isinstance(row.get("judge"), (str, type(None))):
+        raise ValueError(f"{where} must name its judge or have none, got {shown(row['judge'])}")
+    for key in ("value", "low", "high", "failed", "limit", "length"):
+        optional = key in ("failed", "limit") and row.get(key) is None
+        if (key in row or key == "value") and not optional and not _is_number(row.get(key)):
+            raise ValueError(f"{where} must have a number under {key!r}, got {shown(row.get(key))}")
+    if ("low" in row) != ("high" in row):
+        raise ValueError(f"{where} must have both low and high, or neither")
+    cell = row.get("cell", [])
+    if not isinstance(cell, list) or not all(map(_is_number, cell)):
+        raise ValueError(f"{where} must have numbers under 'cell', got {shown(cell)}")
+    return row | {"judge": row.get("judge")}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_items(folder: Path) -> list[dict[str, Any]]:
+    """What a folder keeps of each question. Raises ValueError, with the file's name, for a file that holds no values of questions."""
+    found = []
+    for path in sorted((folder / "items").glob("*.json")):
+        item = document(path)
+        values = item.get("values")
+        fine = isinstance(values, dict) and all(isinstance(v, list) and all(map(_is_number, v)) for v in values.values())
+        named = all(isinstance(item.get(key), str) for key in ("benchmark", "model")) and isinstance(item.get("judge"), (str, type(None)))
+        if not fine or not named:
+            raise ValueError(f"{path} must hold benchmark, model, judge and the values of each question; delete it, or measure again")
+        found.append(item | {"judge": item.get("judge")})
+    return found
 
 
 def attention_of(path: str) -> float | None:
@@ -69,15 +122,15 @@ def score(benchmark: str, metric: str, model: str, value: Interval | float, judg
     return row | more
 
 
-def save(folder: Path, rows: list[dict[str, Any]]) -> None:
+def save(folder: Path, made_rows: list[dict[str, Any]]) -> None:
     """Put rows into the folder's scores.jsonl; a row of the same benchmark, metric, model and judge is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     made = stamp(_PACKAGES)
-    new = {_key(row): row | made for row in rows}
+    new = {_key(row): row | made for row in made_rows}
     path = folder / SCORES
     with (folder / f"{SCORES}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = [row for row in read_lines(path) if _key(row) not in new]
+        kept = [row for row in read_scores(folder) if _key(row) not in new]
         partial = path.with_name(f"{SCORES}.partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *new.values()]))
         os.replace(partial, path)

@@ -26,7 +26,7 @@ KL: dict[str, Any] = dict(
 
 recipe = Recipe(
     teacher="meta-llama/Llama-3.1-8B-Instruct",
-    student=Student(mixer="mamba2", attention=0),
+    student=Student(attention=0),
     data=Data(train=[WEB, CHAT], weights=[0.7, 0.3], length=4096, packing=True, streaming=True),
     stages=[
         Hidden(

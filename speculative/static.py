@@ -83,6 +83,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why this model cannot decode over a static cache, or None. Raises ValueError where no cache of ours serves it at all."""
     reader = Rewindable(model, 1)
     for layer, kind in zip(reader.backbone.layers, reader.kinds, strict=True):
+        if kind == RECURRENT and (layer.self_attn.sight or layer.self_attn.config.rotary):
+            return "its mixers turn their heads or see through a window, which the decode kernels do not"
         if kind == RECURRENT and type(layer.self_attn) not in STEPS:
             served = ", ".join(sorted({one.__name__ for one in STEPS}))
             return f"its mixer {type(layer.self_attn).__name__} has no decode kernel (those of {served} have)"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import DELTA_RULES, MIXERS, SHAPE, ids, rms_error
+from models import DELTA_RULES, OPTIONS, SHAPE, STUDENTS, ids, open_join, rms_error
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
@@ -16,7 +16,11 @@ ROWS, ROUNDS = 2, 200
 def two_layers(mixer: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16}, num_key_value_heads=2)
-    return convert(LlamaForCausalLM(config).double(), mixer=mixer, attention=0.0, init="paper")
+    kind, options = OPTIONS.get(mixer, (mixer, {}))
+    made = convert(LlamaForCausalLM(config).double(), mixer=kind, attention=0.0, init="paper", options=options)
+    for layer in made.model.layers:
+        open_join(layer.self_attn)
+    return made
 
 
 @torch.no_grad()
@@ -26,7 +30,7 @@ def states(model: PreTrainedModel, row: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", (*MIXERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
+@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
 def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(mixer: str) -> None:
     """Rows accept different numbers of tokens, folds happen, now and then rows are reordered; settled and open tokens alternate."""
     model, draw = two_layers(mixer), torch.Generator().manual_seed(3)
@@ -37,7 +41,7 @@ def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(
     for round_ in range(ROUNDS):
         count = int(torch.randint(1, 9, (), generator=draw))
         tokens, before = ids(ROWS, count, seed=round_), cache.layers[0].counts
-        model(tokens, past_key_values=cache)
+        model(tokens, position_ids=torch.tensor([[len(row)] for row in kept]) + torch.arange(count), past_key_values=cache)
         folds += any(now < old + count for now, old in zip(cache.layers[0].counts, before, strict=True))
         back = torch.randint(0, count + 1, (ROWS,), generator=draw).tolist()
         for layer in cache.layers:
@@ -58,8 +62,13 @@ def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(
     assert folds >= 5
 
 
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] of real tokens among themselves."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", (*MIXERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
+@pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in DELTA_RULES)))
 def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
     model = two_layers(mixer)
     cache = adopt(DynamicCache(config=model.config), model.config)
@@ -67,10 +76,12 @@ def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
     tokens, draw, real = ids(2, 0), torch.Generator().manual_seed(0), torch.ones(2, 0, dtype=torch.long)
     for length, back in ((3, 1), (50, 7), (4, 4), (6, 0), (5, 3)):
         new, mask = ids(2, length, seed=length), (torch.rand(2, length, generator=draw) < 0.6).long()
-        model(new, attention_mask=torch.cat((real, mask), 1), past_key_values=cache)
+        both = torch.cat((real, mask), 1)
+        model(new, attention_mask=both, position_ids=places(both)[:, -length:], past_key_values=cache)
         cache.crop(-back)
         tokens, real = (torch.cat((old, more[:, : length - back]), 1) for old, more in ((tokens, new), (real, mask)))
-    got = model(ids(2, 2), past_key_values=cache).logits
+    last = torch.cat((real, torch.ones(2, 2, dtype=torch.long)), 1)
+    got = model(ids(2, 2), position_ids=places(last)[:, -2:], past_key_values=cache).logits
     for row in range(2):
         kept = torch.cat((tokens[row][real[row].bool()], ids(2, 2)[row]))
         assert rms_error(got[row], model(kept[None]).logits[0, -2:]) < 1e-11

@@ -161,22 +161,19 @@ pickle.dump((config, model), open(sys.argv[2], "wb"))
 assert llamba.convert and llamba.generate and llamba.speculative and llamba.launch and llamba.plan and llamba.run and llamba.__version__
 """
 SECOND = """
-import sys
+import pickle, sys
 from transformers import AutoModelForCausalLM
 import llamba
 assert "llamba.models.families" not in sys.modules
 assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__ == "LlamaHybridForCausalLM"
-"""
-THIRD = """
-import pickle, sys
 config, model = pickle.load(open(sys.argv[2], "rb"))
 assert type(model).__name__ == "LlamaHybridForCausalLM" and config.to_dict() == model.config.to_dict()
 """
 
 
 def test_hybrids_load_whichever_is_imported_first(student: Path, tmp_path: Path) -> None:
-    """llamba before transformers, transformers before llamba, and a pickle that imports neither by name."""
-    for script in (FIRST, SECOND, THIRD):
+    """llamba before transformers, and transformers before llamba; pickles too."""
+    for script in (FIRST, SECOND):
         done = subprocess.run([sys.executable, "-c", script, str(student), str(tmp_path / "pickle")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -211,6 +208,27 @@ def test_a_full_memory_is_a_users_error_with_a_remedy(capsys, monkeypatch) -> No
     monkeypatch.setitem(cli.COMMANDS, "plan", plan)
     assert "20.00 GiB" in fails(capsys, "plan")
     assert "micro_batch" in fails(capsys, "plan")
+
+
+def test_a_recipe_that_does_not_run(tmp_path: Path, capsys) -> None:
+    (tmp_path / "neighbour.py").write_text("from llamba import Recipe\n")
+    path = tmp_path / "recipe.py"
+    path.write_text("from neighbour import Recipe\n\nrecipe = Recipe(1 / 0)\n")
+    assert f"ZeroDivisionError: division by zero ({path}, line 3)" in fails(capsys, "plan", str(path))
+    path.write_text("recipe = (\n")
+    assert "SyntaxError" in fails(capsys, "run", str(path)) and f"{path}, line 1" in fails(capsys, "run", str(path))
+    path.write_text("import nobody_has_this\n")
+    assert "No module named 'nobody_has_this'" in fails(capsys, "plan", str(path))
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    talk = "lambda argv: [print('line', n, flush=True) for n in range(10**6)]"
+    script = f"from llamba import cli; cli.COMMANDS['plan'] = {talk}; cli.main(['plan'])"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141 and process.stderr and process.stderr.read() == ""
+    process.stderr.close()
 
 
 def test_a_defect_is_one_line_too(capsys, monkeypatch) -> None:

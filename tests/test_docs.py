@@ -177,7 +177,7 @@ def test_the_readme_is_short_and_its_numbers_stand_in_tables() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in MEASURED], ids=lambda page: page.name)
 def test_measured_numbers_stand_on_the_pages_of_results(page: Path) -> None:
     units = r"(x|×|%|ms|s|seconds|hours|[KMG]i?B|tokens/s|TFLOP/s|points|nats)"
-    assert not re.findall(rf".*\b\d[\d.,]*\s*{units}(?![\w-]).*", prose(page))
+    assert not re.findall(rf"[^\n]*\b(?!(0|95|100)%)\d[\d.,]*\s*{units}(?![\w-]).*", prose(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -71,7 +71,7 @@ def exported(tmp_path_factory) -> SimpleNamespace:
     prompt, models, folders = ids(2, 40), {}, []
     torch.save(prompt, home / "prompt.pt")
     for name, (what, groups, attention) in CASES.items():
-        models[name] = trained(convert(a_teacher(what, groups), attention=attention, init="paper"))
+        models[name] = trained(convert(a_teacher(what, groups), mixer="mamba2", attention=attention, init="paper"))
         models[name].save_pretrained(home / name)
         for layout in LAYOUTS:
             export_stock(home / name, home / f"{name}-{layout}", LAYOUTS[layout])
@@ -108,7 +108,7 @@ def test_the_folder_says_what_engines_ask(exported: SimpleNamespace) -> None:
 
 def test_a_bias_that_is_zero_or_only_the_steps_is_no_bias(tmp_path: Path) -> None:
     """The step's bias goes into dt_bias, exactly; what is left decides whether the folder has biases (which llama.cpp cannot take)."""
-    model = convert(a_teacher("llama", 2), init="paper")
+    model = convert(a_teacher("llama", 2), mixer="mamba2", init="paper")
     with torch.no_grad():
         for i in (0, 2):
             bias = model.model.layers[i].self_attn.in_proj.bias
@@ -124,7 +124,7 @@ def test_a_bias_that_is_zero_or_only_the_steps_is_no_bias(tmp_path: Path) -> Non
 
 
 def test_16_bit_folders_keep_what_decides_the_decay(tmp_path: Path) -> None:
-    model = convert(a_teacher("llama", 2), init="paper").to(torch.bfloat16)
+    model = convert(a_teacher("llama", 2), mixer="mamba2", init="paper").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "own")
     export_stock(tmp_path / "own", tmp_path / "out")
     weights = Weights(tmp_path / "out")
@@ -133,7 +133,7 @@ def test_16_bit_folders_keep_what_decides_the_decay(tmp_path: Path) -> None:
     with torch.no_grad():
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
         ours, theirs = model(ids(2, 40)).logits.float(), stock(ids(2, 40)).logits.float()
-        wide = convert(a_teacher("llama", 2), init="paper")(ids(2, 40)).logits
+        wide = convert(a_teacher("llama", 2), mixer="mamba2", init="paper")(ids(2, 40)).logits
     assert (theirs - wide).abs().mean() <= 2 * (ours - wide).abs().mean()
 
 
@@ -196,7 +196,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_weights_in_shards_are_what_hugging_face_writes(tmp_path: Path) -> None:
-    model = convert(a_teacher("llama", 2), init="paper")
+    model = convert(a_teacher("llama", 2), mixer="mamba2", init="paper")
     model.save_pretrained(tmp_path / "own")
     own = Weights(tmp_path / "own")
     save_weights(tmp_path, ((name, own[name]) for name in own), shard_bytes=20_000)

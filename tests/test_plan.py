@@ -25,7 +25,8 @@ PUBLISHED = {
 
 
 def recipe(teacher: str = "meta-llama/Meta-Llama-3-8B-Instruct", stage: Stage | None = None, **student) -> Recipe:
-    return Recipe(teacher=teacher, student=Student(**student), data=Data(train="x.jsonl"), stages=[stage or Distill()], output="runs/x")
+    made = Student(**{"mixer": "mamba2", **student})
+    return Recipe(teacher=teacher, student=made, data=Data(train="x.jsonl"), stages=[stage or Distill()], output="runs/x")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

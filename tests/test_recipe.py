@@ -23,7 +23,9 @@ def make(**changes) -> Recipe:
 def test_round_trip():
     data = Data(train=["a.jsonl", "b"], eval="c.jsonl")
     recipe = make(
-        student=Student(attention=[1, 3]), data=data, stages=[Distill(steps=3, data=Data(train="d.jsonl")), Distill(attention=0.25)]
+        student=Student(attention=[1, 3], options={"window": 8, "rotary": True}),
+        data=data,
+        stages=[Distill(steps=3, data=Data(train="d.jsonl")), Distill(attention=0.25)],
     )
     assert from_dict(to_dict(recipe)) == recipe
 
@@ -35,6 +37,7 @@ def test_round_trip():
         (lambda: Student(attention=[1, 1]), "different layer indices"),
         (lambda: Student(attention=[-1]), "different layer indices"),
         (lambda: Student(mixer=3), "student.mixer must be text, got 3"),
+        (lambda: Student(options={"window": [1]}), "student.options must be names, each with true or false or a whole number"),
         (lambda: Data(train=[]), "data.train must be at least one source"),
         (lambda: Data(train="a", length=1), "data.length must be at least 2 tokens, got 1"),
         (lambda: Distill(lr=-1.0), "distill.lr must be a number > 0, got -1.0"),
@@ -74,6 +77,9 @@ def test_refuses(make_part, words):
         ("stages.0.data.length=64", lambda r: r.stages[0].data.length, 64),
         ("stages.distill.data.train=b.jsonl", lambda r: r.stages[0].data.train, "b.jsonl"),
         ("stages.0.attention=0.25", lambda r: r.stages[0].attention, 0.25),
+        ("student.options.window=64", lambda r: r.student.options, {"window": 64}),
+        ("student.options.rotary=true", lambda r: r.student.options, {"rotary": True}),
+        ("student.options.conv_activation=none", lambda r: r.student.options, {"conv_activation": None}),
         ("output=runs/a=b", lambda r: r.output, "runs/a=b"),
     ],
 )

@@ -193,7 +193,8 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def test_the_stage_gives_the_teachers_attention_back(tmp_path, teacher_folder, chat_file):
     """Half of the layers: the teacher's own attention, bit for bit; the others: what the student had."""
     stages = [Select(keep=0.5, rows=8, micro_batch=4)]
-    recipe = Recipe(str(teacher_folder), Student(attention=0), Data(train=str(chat_file), length=48), stages, str(tmp_path / "run"))
+    data, student = Data(train=str(chat_file), length=48), Student(mixer="mamba2", attention=0)
+    recipe = Recipe(str(teacher_folder), student, data, stages, str(tmp_path / "run"))
     last = run.run(recipe)
     found = json.loads((last / "layers.json").read_text())
     assert last.name == "1-select" and len(found["layers"]) == 2 and len(found["scores"]) == LAYERS

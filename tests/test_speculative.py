@@ -8,7 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 import transformers
-from models import DELTA_RULES, MIXERS, SHAPE, ids, student, teacher
+from models import DELTA_RULES, SHAPE, STUDENTS, ids, student, teacher
 from packaging.version import Version
 from torch import Tensor
 from transformers import (
@@ -76,8 +76,8 @@ def ragged(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
     return rows, batch, mask
 
 
-CASES = list(itertools.product((*MIXERS, *DELTA_RULES), (0.5, 0.25, 0.0)))
-FAST = (("mamba2", 0.5), ("kda", 0.25), ("discrete_mamba2", 0.25), ("mamba1", 0.0))
+CASES = list(itertools.product((*STUDENTS, *DELTA_RULES, "gated_delta-window"), (0.5, 0.25, 0.0)))
+FAST = (("mamba2", 0.5), ("mamba2-window", 0.5), ("kda", 0.25), ("discrete_mamba2", 0.25), ("mamba1", 0.0))
 every_case = pytest.mark.parametrize(
     ("mixer", "attention"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DELTA_RULES, MIXERS, ids, rms_error, student, teacher
+from models import DELTA_RULES, STUDENTS, ids, rms_error, student, teacher
 from test_speculative import DRAWS, NEW, PROMPT, SETTINGS, V, chi_square, draft_of, eight_tokens, exact_joint, noisy, plain, ragged
 from torch import Tensor
 
@@ -38,8 +38,8 @@ def test_a_tree_knows_its_paths_and_windows() -> None:
     assert ODD.first(4) == grow((3,), CPU)
 
 
-CASES = [*itertools.product((*MIXERS, *DELTA_RULES), (0.5, 0.25, 0.0))]
-FAST = (("mamba2", 0.5), ("gated_delta", 0.5), ("discrete_mamba2", 0.25), ("mamba2", 0.0), ("mamba1", 0.5))
+CASES = [*itertools.product((*STUDENTS, *DELTA_RULES, "gated_delta-window"), (0.5, 0.25, 0.0))]
+FAST = (("mamba2", 0.5), ("mamba2-window", 0.5), ("gated_delta", 0.5), ("discrete_mamba2", 0.25), ("mamba2", 0.0), ("mamba1", 0.5))
 
 
 @pytest.mark.filterwarnings("ignore:the draft has")
@@ -133,7 +133,8 @@ def test_processors_see_the_path_before_each_node() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "mixer", ["mamba2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("discrete_mamba2", "mamba1", *DELTA_RULES))]
+    "mixer",
+    ["mamba2", "mamba2-window", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("discrete_mamba2", "mamba1", *DELTA_RULES))],
 )
 def test_a_random_walk_over_paths_of_trees_equals_reading_them_from_scratch(mixer: str, rounds: int = 100) -> None:
     """Random trees, read at once or in two parts; rows keep paths of their own. Logits and all states are compared at every round."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamba.base.arguments import Parser
+from llamba.settings.overrides import read_options
 
 
 def _attention(text: str) -> Any:
@@ -22,9 +23,11 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("teacher", help="run folder, model folder, GGUF file or hub name")
     parser.add_argument("out", help="new folder for the student")
     parser.add_argument(
-        "--mixer",
-        default="mamba2",
-        help="mamba1, mamba2 (default), discrete_mamba2, gated_delta, kda; for ablations low_rank, toeplitz, none, attention",
+        "--mixer", default="auto", help="auto (default: the best that we know), mamba1, mamba2, discrete_mamba2, gated_delta, kda; for "
+        "ablations low_rank, toeplitz, none, attention"
+    )  # fmt: skip
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer, e.g. window=64 (repeat for more)"
     )
     parser.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     parser.add_argument("--init", default="attention", help="attention (default), paper, mohawk, random or linear_attention")
@@ -33,12 +36,12 @@ def convert(argv: list[str]) -> None:
     from llamba.models.convert import convert as make
     from llamba.models.loading import has_tokenizer, load_tokenizer, located
 
-    teacher, out = located(args.teacher), Path(args.out)
+    teacher, out, options = located(args.teacher), Path(args.out), read_options(args.option)
     partial = out.with_name(out.name + ".partial")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"the output must be a new or empty folder; {out} is a file, or has files")
     tokenizer = load_tokenizer(teacher) if has_tokenizer(teacher) else None
-    student = make(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed)
+    student = make(teacher, mixer=args.mixer, attention=_attention(args.attention), init=args.init, seed=args.seed, options=options)
     print(student.conversion)
     try:
         student.save_pretrained(partial)

@@ -1,11 +1,28 @@
 """`llamba plan` and `llamba run`: what a recipe would do, and doing it."""
 
 import runpy
+import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 from llamba.base.arguments import Parser
 from llamba.base.errors import one_line_errors
 from llamba.settings import Recipe
+
+
+def _run_file(path: str) -> dict[str, Any]:
+    """The names that a recipe file defines; it finds its neighbours, as under `python FILE`. Raises ValueError where it does not run."""
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        return runpy.run_path(path, run_name="recipe")
+    except Exception as error:  # whatever a user's file raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = path if line is None else f"{path}, line {line}"
+        raise ValueError(f"the recipe does not run: {type(error).__name__}: {error} ({where})") from error
+    finally:
+        del sys.path[0]
 
 
 def _read(prog: str, about: str, argv: list[str]) -> Recipe:
@@ -17,7 +34,7 @@ def _read(prog: str, about: str, argv: list[str]) -> Recipe:
     args = parser.read(argv)
     if not Path(args.recipe).is_file():
         raise ValueError(f"a recipe file is needed; got {args.recipe}, which is no file")
-    found = runpy.run_path(args.recipe, run_name="recipe").get("recipe")
+    found = _run_file(args.recipe).get("recipe")
     if not isinstance(found, Recipe):
         raise ValueError(f"{args.recipe} must define `recipe = Recipe(...)`; it does not")
     return override(found, args.overrides, args.recipe)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llamba.base.arguments import Parser
 from llamba.settings import Data, Select
+from llamba.settings.overrides import read_options
 
 
 def select(argv: list[str]) -> None:
@@ -11,7 +12,8 @@ def select(argv: list[str]) -> None:
     parser = Parser("llamba select", "Rank layers by how much they need attention. Writes what `student.attention=FILE` accepts.")
     parser.add_argument("teacher", help="run folder, model folder or hub name")
     parser.add_argument("--student", help="the teacher with mixers in every layer (default: converted here, untrained)")
-    parser.add_argument("--mixer", default="mamba2", help="of a student that is converted here (default mamba2)")
+    parser.add_argument("--mixer", default="auto", help="of a student that is converted here (default auto, the best that we know)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of that mixer, e.g. window=64")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub sets to measure on")
     parser.add_argument("--keep", type=float, default=0.25, help="part of layers that keep attention (default 0.25)")
     parser.add_argument("--method", choices=("restore", "swap"), default="restore", help="put attention back (default), or take it away")
@@ -28,4 +30,4 @@ def select(argv: list[str]) -> None:
     data = Data(train=args.data, length=args.length, template=args.template, streaming=True)
     from llamba.stages.select import select as rank
 
-    rank(args.teacher, args.student, data, stage, Path(args.out), args.mixer, args.seed)
+    rank(args.teacher, args.student, data, stage, Path(args.out), args.mixer, args.seed, read_options(args.option))

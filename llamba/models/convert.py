@@ -120,7 +120,7 @@ def load_teacher(name: str) -> PreTrainedModel:
 def convert(
     teacher: str | PreTrainedModel,
     *,
-    mixer: str = "mamba2",
+    mixer: str = "auto",
     attention: Attention = 0.5,
     init: str = "attention",
     seed: int = 0,

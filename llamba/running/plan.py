@@ -53,7 +53,7 @@ class Plan:
         student = self.recipe.student
         lines = [
             f"teacher   {self.recipe.teacher}",
-            f"student   {student.mixer}, init {student.init}, {self.config.num_hidden_layers} layers",
+            f"student   {_mixer(self.config)}, init {student.init}, {self.config.num_hidden_layers} layers",
         ]
         lines += [_layers(self.config, student.attention), *_parameters(self.counts)]
         config, counts = self.config, self.counts
@@ -62,15 +62,21 @@ class Plan:
                 lines.append(f"stage {number}   {stage.name}: left out")
                 continue
             if stage.attention is not None:
-                config = student_config(config, student.mixer, layers_of(stage.attention))
+                config = student_config(config, student.mixer, layers_of(stage.attention), student.options)
                 counts = count(self.teacher, config)
                 lines.append(f"then      {_layers(config, stage.attention)}")
             lines += _stage(self.recipe, number, stage, config, counts)
             if isinstance(stage, Select):  # which layers is not known yet, but how many
-                config = student_config(self.teacher, student.mixer, stage.keep)
+                config = student_config(self.teacher, student.mixer, stage.keep, student.options)
                 counts = count(self.teacher, config)
                 lines.append(f"    attention back in {len(_kept(config))} of {config.num_hidden_layers} layers, those that measure best")
         return "\n".join(lines)
+
+
+def _mixer(config: PreTrainedConfig) -> str:
+    """The mixer and what stands beside its recurrence."""
+    beside = (f"{name} {config.mixer[name]}" for name in ("window", "sinks") if config.mixer.get(name))
+    return ", ".join([config.mixer["kind"], *beside, *(["rotary"] if config.mixer.get("rotary") else [])])
 
 
 def _kept(config: PreTrainedConfig) -> list[int]:
@@ -281,5 +287,5 @@ def count(teacher: PreTrainedConfig, config: PreTrainedConfig) -> Counts:
 def plan(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises ValueError for an unknown teacher or values out of range."""
     teacher: Any = teacher_config(resolve_model(recipe.teacher))
-    config = student_config(teacher, recipe.student.mixer, layers_of(recipe.student.attention))
+    config = student_config(teacher, recipe.student.mixer, layers_of(recipe.student.attention), recipe.student.options)
     return Plan(recipe, teacher, config, count(teacher, config))

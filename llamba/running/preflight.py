@@ -100,14 +100,14 @@ def _check_layers(recipe: Recipe, todo: list[Stage], out: Path) -> None:
     """Further conversions ask for attention that is still there."""
     if all(stage.attention is None for stage in todo):
         return
-    steps, mixer = finished(out), recipe.student.mixer
+    steps, mixer, options = finished(out), recipe.student.mixer, recipe.student.options
     config = require_model(str(steps[-1]) if steps else located(recipe.teacher))
     if not steps:
-        config = student_config(config, mixer, layers_of(recipe.student.attention))
+        config = student_config(config, mixer, layers_of(recipe.student.attention), options)
     for stage in todo:
         if isinstance(stage.attention, str) and _of_this_run(stage.attention, out):
             return  # a list that is still to be measured
         if stage.attention is not None:
-            config = student_config(config, mixer, layers_of(stage.attention))
+            config = student_config(config, mixer, layers_of(stage.attention), options)
         if isinstance(stage, Select):
             return  # which layers it gives attention back is not known yet

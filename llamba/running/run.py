@@ -99,7 +99,9 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     choice = recipe.student
-    student = convert(source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed)
+    student = convert(
+        source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed, options=choice.options
+    )
     student.save_pretrained(partial)
     load_tokenizer(source).save_pretrained(partial)
     conversion: Any = student.conversion

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_type_hints
 from llamba.settings.typed import fits, name_of
 
 Attention = float | list[int] | str
+Option = bool | int | float | str | None  # of a mixer
 
 
 def require(condition: bool, key: str, needed: str, got: object) -> None:
@@ -144,6 +145,14 @@ class Training(Stage):
 
 @dataclass(frozen=True)
 class TokenTraining(Training):
-    """A training stage on tokenised rows. `targets` says which tokens count: the assistant's, or all."""
+    """A training stage on tokenised rows. `targets` says which tokens count: the assistant's, or all.
+
+    `drop_window` is the share of rows for which the mixers' windows and sinks see nothing, so that the recurrence learns to stand alone.
+    """
 
     targets: Literal["assistant", "all"] = "assistant"
+    drop_window: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.drop_window <= 1, f"{self.name}.drop_window", "a share from 0 to 1", self.drop_window)

@@ -68,6 +68,7 @@ class Matrix(TokenTraining):
         super().__post_init__()
         self._positive("rows")
         require(self.train == "mixers", "matrix.train", "'mixers'", self.train)
+        require(self.drop_window == 0, "matrix.drop_window", "0 (the matrix of a mixer has its window)", self.drop_window)
         if self.rows is not None and not self.squared:
             raise ValueError(f"matrix.rows needs matrix.squared=true: the root of an estimate is biased; got rows={self.rows}")
 

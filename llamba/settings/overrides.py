@@ -1,6 +1,6 @@
 """Recipes as text: `key=value` on a command line, and JSON beside the weights.
 
-Keys are dotted: `student.attention`, `stages.0.lr`, or `stages.distill.lr` where only one stage has that name.
+Keys are dotted: `student.attention`, `student.options.window`, `stages.0.lr`, or `stages.distill.lr` where only one stage has that name.
 `stages.0.data.train` gives a stage data of its own, which start from the recipe's; `stages.sft.lora.rank` gives it LoRA.
 """
 
@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from llamba.settings import STAGE_CONFIGS, Aligning, Data, Lora, Stage
+from llamba.settings.common import Option
 from llamba.settings.recipe import Recipe, Student
 from llamba.settings.typed import name_of, read
+
+OPTIONS = "student.options."  # any name may follow: the mixer knows its own
 
 
 def _paths(stages: Sequence[Stage]) -> dict[str, int]:
@@ -45,6 +48,8 @@ def keys(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def _replace(recipe: Recipe, key: str, value: Any) -> Recipe:
     room, _, rest = key.partition(".")
+    if key.startswith(OPTIONS):
+        return _replace(recipe, "student.options", {**recipe.student.options, key.removeprefix(OPTIONS): value})
     if room == "stages":
         word, _, name = rest.partition(".")
         stages = list(recipe.stages)
@@ -70,6 +75,8 @@ def override(recipe: Recipe, assignments: Sequence[str], source: str) -> Recipe:
         if not equals:
             raise ValueError(f"needed key=value, got {assignment!r}; --help lists the keys of {source}")
         known = keys(recipe)
+        if key.startswith(OPTIONS) and "." not in key.removeprefix(OPTIONS):
+            known[key] = (None, Option)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise ValueError(f"unknown key {key!r} in {source}; the nearest is {near[0]!r}, --help lists all")
@@ -130,3 +137,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             found.append(f"{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}")
     return found
+
+
+def read_options(texts: Sequence[str]) -> dict[str, Option]:
+    """Options of a mixer from `name=value` texts. Raises ValueError for a text without `=`."""
+    options: dict[str, Option] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--option needs name=value, such as window=64; got {text!r}")
+        options[name] = read(value, Option)
+    return options

@@ -8,10 +8,10 @@ Every value is checked against its annotation and its range, so a recipe that ex
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamba.settings.common import Attention, Data, Stage, check_attention, check_types, require
+from llamba.settings.common import Attention, Data, Option, Stage, check_attention, check_types, require
 from llamba.settings.stages import STAGE_CONFIGS
 from llamba.settings.typed import fits, name_of
 
@@ -39,12 +39,14 @@ class Student:
 
     `attention` is the part of layers that keep attention (0 to 1), or the list of those layers, or the path of a JSON
     file that holds such a list, as `llamba select` writes it.
-    `mixer` names what stands in the other layers, `init` where its weights come from.
+    `mixer` names what stands in the other layers ("auto": the best that we know), `init` where its weights come from, and `options`
+    single values of the mixer, e.g. `{"window": 64, "sinks": 4, "rotary": True}`.
     """
 
-    mixer: str = "mamba2"
+    mixer: str = "auto"
     attention: float | list[int] | str = 0.5
     init: str = "attention"
+    options: dict[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(self, "student")

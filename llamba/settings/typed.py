@@ -1,6 +1,6 @@
 """Values against annotations: does a value fit, what does a text mean, how is a type called.
 
-Knows the types that recipes use: None, bool, int, float, str, Literal, list[X], tuple[X, Y] and unions of these.
+Knows the types that recipes use: None, bool, int, float, str, Literal, list[X], tuple[X, Y], dict[str, X] and unions of these.
 """
 
 from types import NoneType, UnionType
@@ -25,6 +25,8 @@ def fits(value: object, kind: Any) -> bool:
         return isinstance(value, list) and all(fits(item, args[0]) for item in value)
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) and fits(item, args[1]) for key, item in value.items())
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
@@ -41,6 +43,8 @@ def name_of(kind: Any) -> str:
         return f"a list of {name_of(args[0])}"
     if get_origin(kind) is tuple:
         return f"({', '.join(name_of(arg) for arg in args)})"
+    if get_origin(kind) is dict:
+        return f"names, each with {name_of(args[1])}"
     return _NAMES.get(kind, kind.__name__)
 
 

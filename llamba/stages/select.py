@@ -103,7 +103,7 @@ def select(
     data: Data,
     stage: Select,
     path: Path,
-    mixer: str = "mamba2",
+    mixer: str = "auto",
     seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> list[int]:
@@ -124,7 +124,7 @@ def select(
         pupil,
         batches,
         path,
-        {"teacher": teacher, "student": student or f"{teacher}, converted to {mixer}", "data": data.train},
+        {"teacher": teacher, "student": student or f"{teacher}, converted to {pupil.config.mixer['kind']}", "data": data.train},
     )
     print(f"saved: {path} (student.attention={path}), {path.with_suffix('.png')}")
     return layers

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from llamba.data.batches import Ordered, Rows
 from llamba.data.tokens import Prepared
 from llamba.models.loading import load_model, load_teacher
+from llamba.models.mixers import drop_window
 from llamba.settings import TokenTraining
 from llamba.training.metrics import METRICS
 from llamba.training.trainer import DistillTrainer, Objective, carry_out, training_arguments
@@ -46,6 +47,7 @@ def teach(
     folder = out / "checkpoints"
     args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
     pupil, guide = load()
+    drop_window(pupil, stage.drop_window)
     args.use_cache = pupil.config.use_cache
     trainer = DistillTrainer(pupil, guide, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
     held_out = read("eval")

@@ -82,16 +82,18 @@ class Arm:
 
 
 ARMS = {
-    "stages 2": Arm(Student(attention=0.0), lambda steps, lr: [_hidden(steps, lr)]),
-    "stages 3": Arm(Student(attention=0.0), lambda steps, lr: [_distill(steps, lr)]),
-    "stages 2, 3": Arm(Student(attention=0.0), _two),
-    "stages 1, 2, 3": Arm(Student(attention=0.0), _three),
-    "attention's weights, MLPs frozen": Arm(Student(attention=0.5), lambda steps, lr: [_distill(steps, lr)]),
-    "attention's weights, MLPs trained": Arm(Student(attention=0.5), lambda steps, lr: [_distill(steps, lr, train="all")]),
-    "random weights, MLPs frozen": Arm(Student(attention=0.5, init="random"), lambda steps, lr: [_distill(steps, lr)]),
-    "random weights, MLPs trained": Arm(Student(attention=0.5, init="random"), lambda steps, lr: [_distill(steps, lr, train="all")]),
-    "quarter in one shot": Arm(Student(attention=0.25), lambda steps, lr: [_distill(steps, lr)]),
-    "quarter, layer by layer": Arm(Student(attention=[layer for layer in range(8) if layer != ORDER[0]]), _stepwise),
+    "stages 2": Arm(Student(mixer="mamba2", attention=0.0), lambda steps, lr: [_hidden(steps, lr)]),
+    "stages 3": Arm(Student(mixer="mamba2", attention=0.0), lambda steps, lr: [_distill(steps, lr)]),
+    "stages 2, 3": Arm(Student(mixer="mamba2", attention=0.0), _two),
+    "stages 1, 2, 3": Arm(Student(mixer="mamba2", attention=0.0), _three),
+    "attention's weights, MLPs frozen": Arm(Student(mixer="mamba2", attention=0.5), lambda steps, lr: [_distill(steps, lr)]),
+    "attention's weights, MLPs trained": Arm(Student(mixer="mamba2", attention=0.5), lambda steps, lr: [_distill(steps, lr, train="all")]),
+    "random weights, MLPs frozen": Arm(Student(mixer="mamba2", attention=0.5, init="random"), lambda steps, lr: [_distill(steps, lr)]),
+    "random weights, MLPs trained": Arm(
+        Student(mixer="mamba2", attention=0.5, init="random"), lambda steps, lr: [_distill(steps, lr, train="all")]
+    ),
+    "quarter in one shot": Arm(Student(mixer="mamba2", attention=0.25), lambda steps, lr: [_distill(steps, lr)]),
+    "quarter, layer by layer": Arm(Student(mixer="mamba2", attention=[layer for layer in range(8) if layer != ORDER[0]]), _stepwise),
 }
 # what the papers found: the first arm is better than the second
 CLAIMS = (

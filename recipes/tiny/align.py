@@ -97,7 +97,7 @@ class Seed:
         """The student of this seed, before SFT and DPO."""
         common = dict(betas=(0.9, 0.98), clip=1.0, warmup=10, batch=8, micro_batch=8, save_every=80)
         stage = Distill(kl=1.0, ce=0.1, lr=DISTILL_RATE, steps=self.args.distill_steps, **common, **COMMON)
-        return run(Recipe(str(HERE / "teacher"), Student(), self.chats, [stage], str(self.out / "distilled"), self.seed))
+        return run(Recipe(str(HERE / "teacher"), Student(mixer="mamba2"), self.chats, [stage], str(self.out / "distilled"), self.seed))
 
     def sft(self, lr: float) -> Path:
         """SFT behind distillation."""
@@ -111,7 +111,7 @@ class Seed:
         return self._further(first, stage, f"{name}-{lr:g}")
 
     def _further(self, model: Path, stage: Stage, name: str) -> Path:
-        return run(Recipe(str(model), Student(attention=1.0), self.chats, [stage], str(self.out / name), self.seed))
+        return run(Recipe(str(model), Student(mixer="mamba2", attention=1.0), self.chats, [stage], str(self.out / name), self.seed))
 
 
 def tuned(args: argparse.Namespace) -> dict[str, float]:

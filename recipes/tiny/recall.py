@@ -40,7 +40,16 @@ def further(start: Path, attention: float, output: Path) -> Path:
     """A student with fewer attention layers, distilled a little more; its folder. Continues or skips what is there."""
     stage = Distill(teacher=str(HERE / "teacher"), kl=1.0, ce=0.1, lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=20, batch=8, micro_batch=8,
                     steps=STEPS, save_every=STEPS, log_every=20)  # fmt: skip
-    return run(Recipe(teacher=str(start), student=Student(attention=attention), data=demo.data, stages=[stage], output=str(output), seed=1))
+    return run(
+        Recipe(
+            teacher=str(start),
+            student=Student(mixer="mamba2", attention=attention),
+            data=demo.data,
+            stages=[stage],
+            output=str(output),
+            seed=1,
+        )
+    )
 
 
 def needle(facts: int, depth: float, rng: random.Random) -> Exam:

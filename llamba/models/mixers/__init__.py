@@ -3,7 +3,7 @@
 from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
-from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, without_recurrence
+from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, drop_window, without_recurrence
 from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
@@ -73,5 +73,5 @@ def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
 
 __all__ = [
     "ATTENTION", "AUTO", "BEST", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin",
-    "Recurrence", "build_mixer", "initialise", "mixer_config", "resolved", "without_recurrence",
+    "Recurrence", "build_mixer", "drop_window", "initialise", "mixer_config", "resolved", "without_recurrence",
 ]  # fmt: skip

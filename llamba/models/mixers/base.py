@@ -223,8 +223,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.sight = sight_of(config, layer_idx)
-        if (config.rotary or self.sight) and not self.reads_heads:
-            raise ValueError(f"mixer.window, mixer.sinks and mixer.rotary need keys and queries of whole heads; {config.kind} has none")
+        if (config.rotary or self.sight) and not (self.reads_heads and config.state == config.head_dim):
+            raise ValueError(
+                f"mixer.window, mixer.sinks and mixer.rotary need keys and queries of whole heads (state = head_dim = {config.head_dim}); "
+                f"got {config.kind} with state {config.state}"
+            )
         self.in_proj = nn.Linear(config.hidden_size, sum(self.layout().values()), bias=config.proj_bias)
         channels = self.conv_channels()
         self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
@@ -496,6 +499,13 @@ class Mixer(nn.Module):
             if new.dtype in (torch.bfloat16, torch.float16):
                 new.data = old.to(new.device, torch.float32)
         return self
+
+
+def drop_window(model: nn.Module, share: float) -> None:
+    """Let this share of sequences do without what window and sinks see while the model is trained."""
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.drop_window = share
 
 
 @contextmanager
