@@ -87,7 +87,7 @@ class Record:
 
 
 @torch.no_grad()
-def record(model: Any, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
+def record(model: Any, inputs: dict[str, Any], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
     """Run the model's base on `inputs` and keep what its layers saw and did.
 
     Scores need `model.set_attn_implementation(HEARD)` before. Everything is kept in the model's own dtype, whole rows of queries and

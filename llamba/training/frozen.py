@@ -25,7 +25,7 @@ def _stored(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _products(model: nn.Module) -> dict[str, nn.Parameter]:
+def _products(model: nn.Module) -> dict[str, Tensor]:
     """Frozen fp32 weights of linear layers inside the model's layers, by name: what autocast casts anew in every forward pass."""
     weights = {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return {
