@@ -13,8 +13,8 @@ from llamba.base.devices import own_device
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.data.tokens import Prepared, prepare
 from llamba.models.convert import convert, kept_layers
-from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.models.documents import attend_by_document
+from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Data, Select
 from llamba.training.frozen import lower_whole
 from llamba.training.layer_ranking import Ranking, divergence, rank, restore, save, table
