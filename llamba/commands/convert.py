@@ -56,7 +56,7 @@ def convert(argv: list[str]) -> None:
     )
     parser.add_argument("--attention", default="0.5", help="fraction of layers that keep attention, or a list like [1,3] (default 0.5)")
     parser.add_argument(
-        "--select", nargs="+", metavar="DATA", help="files, folders or hub sets: measure on them which layers need attention most, and keep "
+        "--select", nargs="+", metavar="DATA", help="files, folders, hub sets: measure on them which layers need attention most, and keep "
         "it in those, as many as --attention says"
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=8, help="sequences to measure on, of up to 512 tokens (default 8)")
