@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo demo-recall test test-slow lint clean
+.PHONY: demo real demo-recall test test-slow lint clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/tiny/demo.py
+
+real: .venv/ready
+	$(BIN)/python recipes/real/real.py $(if $(MINUTES),minutes=$(MINUTES)) $(if $(DATA),data=$(DATA))
 
 demo-recall: .venv/ready
 	test -d runs/demo || $(BIN)/python recipes/tiny/demo.py

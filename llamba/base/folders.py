@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from llamba.base.packages import carried_file, is_carried
+
 DONE = "DONE"
 GGUF = ".gguf"
 ROWS = "rows"  # the data folder that a stage leaves where it makes data
@@ -36,11 +38,13 @@ def _gguf_in(folder: Path) -> str | None:
 
 
 def resolve_model(name: str | Path) -> str:
-    """What to load where a model is expected: a run folder means its last finished step, a folder with a GGUF file that file, all else
-    means itself.
+    """What to load where a model is expected: a run folder means its last finished step, a folder with a GGUF file that file,
+    `package:NAME` the file in that package, all else means itself.
 
     Raises ValueError for a folder that is neither a model nor a run with a finished step, and for a path that does not exist.
     """
+    if is_carried(str(name)):
+        return str(carried_file(str(name)))
     path = Path(name)
     if path.is_dir():
         steps = finished(path)

@@ -338,7 +338,7 @@ class Mixer(nn.Module):
         rows = self._split(parts)
         q, k, v = (rows[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("C", "B", "x"))
         cos, sin = parts["cos"], parts["sin"]
-        return turned(q, cos, sin), turned(k, cos, sin), v
+        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v  # under autocast the angles are wider
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
         """What attention sees [B, T, H, P] of the last tokens and the first ones."""

@@ -1,0 +1,211 @@
+"""A real chat model on this machine, without a hub: SmolLM2-135M-Instruct from a package, converted, distilled and measured.
+
+    python recipes/real/real.py [minutes=15] [data=FILE or ORG/SET:SPLIT] [output=runs/real]        (`make real` runs this)
+
+Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted and aligned once
+(`hidden`); the first student gets attention back in the layers that need it most (`select`); both are distilled by KL, the mixers alone
+trained. `minutes` is the training time of both together on two idle cores; with more of them the runs that are there go on. Chats are
+the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is
+held out. Everything that is finished is kept: after an interruption the same command goes on.
+"""
+
+import copy
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamba import Data, Distill, Draft, Hidden, PseudoLabel, Recipe, Select, Student, convert, run
+from llamba.base.errors import one_line_errors
+from llamba.base.progress import quiet_libraries
+from llamba.chat.conversation import Chat, Sampling, load, load_draft
+from llamba.models.mixers import without_recurrence
+from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats, write_prompts
+from llamba.recipes.real.measures import CONTEXTS, LATE, cache_mib, distance, pictures, recalled, save, speed, table
+
+TEACHER = "package:smollm2-135m-instruct"
+LENGTH = 512
+ANSWERED = 32  # conversations that the teacher answers
+HELD_OUT = 12  # chats that the distance to the teacher is measured on
+FIRST_MINUTES = 15.0
+TOKENS_A_MINUTE = {"hidden": 50_000, "half": 45_000, "none": 40_000}  # on two cores with bf16 products
+SHARES = {"hidden": 0.3, "half": 0.25, "none": 0.45}  # of the minutes
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three things that one can do on a rainy day.",
+    "My friend is sad because her cat is ill. What should I say to her?",
+    "What is water made of?",
+    "Write a short sentence about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command line may say."""
+
+    minutes: float = FIRST_MINUTES
+    data: str = CHITCHAT
+    output: str = "runs/real"
+    teacher: str = TEACHER
+
+
+def read(arguments: list[str]) -> Choices:
+    """`key=value` arguments. Raises ValueError for others, and for minutes that are no number of at least 1."""
+    found: dict[str, Any] = {}
+    known = [field.name for field in fields(Choices)]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in known or not equals:
+            raise ValueError(f"needed {', '.join(f'{name}=...' for name in known)}; got {argument!r}")
+        found[key] = value
+    if "minutes" in found:
+        try:
+            found["minutes"] = float(found["minutes"])
+        except ValueError:
+            raise ValueError(f"minutes must be a number, got {found['minutes']!r}") from None
+        if not 1 <= found["minutes"] <= 10_000:
+            raise ValueError(f"minutes must be from 1 to 10,000, got {found['minutes']:g}")
+    return Choices(**found)
+
+
+def tokens(part: str, minutes: float) -> int:
+    """Tokens that a part of the training takes of so many minutes."""
+    return int(SHARES[part] * TOKENS_A_MINUTE[part] * minutes)
+
+
+def distillations(part: str, minutes: float) -> list[Distill]:
+    """The first minutes' stage and, where there are more of them, one that goes on."""
+    common = Distill(
+        kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.03, floor=0.05, batch=4, micro_batch=2,
+        save_every=50, log_every=5,
+    )  # fmt: skip
+    first = min(minutes, FIRST_MINUTES)
+    more = [replace(common, tokens=tokens(part, minutes - first), lr=5e-4)] if minutes > first else []
+    return [replace(common, tokens=tokens(part, first)), *more]
+
+
+def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
+    """The runs: with attention in half of the layers, and, from the same aligned layers, without any."""
+    first = min(choices.minutes, FIRST_MINUTES)
+    prompts = Data(train=str(train), length=LENGTH)
+    asked_about = Data(train=str(write_prompts(train, ANSWERED, turns=3)), length=LENGTH)
+    answers = PseudoLabel(data=asked_about, turns="all", batch=ANSWERED, max_new_tokens=48, max_prompt=300, unfinished="keep")
+    hidden = Hidden(
+        tokens=tokens("hidden", first), lr=3e-3, warmup=0.05, floor=0.05, batch=4, micro_batch=4, save_every=50, log_every=5
+    )  # fmt: skip
+    select = Select(data=prompts, keep=0.5, method="swap", rows=8, micro_batch=4, targets="all")
+    data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.8, 0.2], length=LENGTH, packing=True)
+    half = Recipe(
+        teacher=choices.teacher, student=Student(mixer="auto", attention=0), data=data,
+        stages=[answers, hidden, select, *distillations("half", choices.minutes)], output=choices.output,
+    )  # fmt: skip
+    made = replace(data, train=[str(train), f"{choices.output}/1-pseudo_label/rows"])
+    none = Recipe(
+        teacher=f"{choices.output}/2-hidden", student=Student(mixer="auto", attention=0), data=made,
+        stages=[replace(stage, teacher=choices.teacher) for stage in distillations("none", choices.minutes)],
+        output=f"{choices.output}-0pct",
+    )  # fmt: skip
+    return half, none
+
+
+def with_draft(half: Recipe, minutes: float) -> Recipe:
+    """The run goes on to a draft of two layers whose head has the most frequent tokens."""
+    learnt = int(200_000 * min(1, minutes / FIRST_MINUTES))
+    draft = Draft(
+        layers=2, head=8192, kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.05, tokens=learnt, batch=8,
+        micro_batch=4, save_every=50, log_every=10,
+    )  # fmt: skip
+    return replace(half, stages=[*half.stages, draft])
+
+
+def asked(model: Any, tokenizer: Any) -> dict[str, str]:
+    """A model's greedy answers to the questions."""
+    return {question: Chat(model, tokenizer, Sampling(max_new_tokens=60)).answer(question, io.StringIO()) for question in QUESTIONS}
+
+
+def distances(model: Any, teacher: Any, chats: list[list[int]]) -> dict[str, float]:
+    """A student's distance to its teacher, with the recurrence and without."""
+    found = distance(model, teacher, chats)
+    with without_recurrence(model):
+        window = distance(model, teacher, chats)
+    return {
+        "perplexity, held-out chats": math.exp(found.nll),
+        "KL to the teacher": found.kl,
+        f"  behind token {LATE}": found.late,
+        "KL, recurrence off": window.kl,
+        f"  behind token {LATE}, recurrence off": window.late,
+    }
+
+
+def used(folder: str, model: Any, tokenizer: Any, draft: Any) -> dict[str, float]:
+    """Recall, memory and speed of a model."""
+    found = {f"phone number among {names}, %": share for names, share in recalled(folder).items()}
+    found |= {f"cache behind {length} tokens, MiB": cache_mib(model, length) for length in CONTEXTS}
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False) for q in QUESTIONS]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    small = copy.deepcopy(model).to(torch.bfloat16)
+    found["tokens/s, bf16"] = speed(small, prompts)
+    if draft is not None:
+        found["tokens/s, bf16, with the draft"] = speed(small, prompts, draft.to(torch.bfloat16))
+    return found
+
+
+def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[str, Any]]:
+    """All models' numbers and answers."""
+    teacher, tokenizer = load(choices.teacher)
+    chats = held_out_windows(held, tokenizer, LENGTH, HELD_OUT)
+    found: dict[str, dict[str, Any]] = {
+        "teacher": {"perplexity, held-out chats": math.exp(distance(teacher, teacher, chats).nll)}
+        | used(choices.teacher, teacher, tokenizer, None)
+        | {"answers": asked(teacher, tokenizer)}
+    }
+    for name, folder, kept in (("50%", choices.output, layers), ("0%", f"{choices.output}-0pct", [])):
+        untrained = convert(teacher, mixer="auto", attention=kept)
+        found[f"{name}, untrained"] = distances(untrained, teacher, chats) | {"answers": asked(untrained, tokenizer)}
+        del untrained
+        model, _ = load(folder)
+        draft = load_draft(choices.output, model) if name == "50%" else None
+        found[name] = distances(model, teacher, chats) | used(folder, model, tokenizer, draft) | {"answers": asked(model, tokenizer)}
+    return found
+
+
+def show(found: dict[str, dict[str, Any]], choices: Choices) -> None:
+    """The table, the answers, and where the picture is."""
+    numbers = {name: {key: value for key, value in row.items() if key != "answers"} for name, row in found.items()}
+    print(f"\n{table(numbers)}\n")
+    for question in QUESTIONS:
+        print(question)
+        for name, row in found.items():
+            print(f"  {name:<16}{' '.join(row['answers'][question].split())[:150]}")
+    print(f"\npicture: {choices.output}/kl.png; now: llamba chat {choices.output}")
+
+
+def main() -> None:
+    """Fetch, train, measure, show; each part only where it is not done yet."""
+    choices, started = read(sys.argv[1:]), time.time()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    train, held = write_chats(choices.data, Path(f"{choices.output}-data"))
+    half, none = recipes(choices, train)
+    run(half)
+    run(none)
+    run(with_draft(half, choices.minutes))
+    layers = json.loads((Path(choices.output) / "3-select" / "layers.json").read_text())["layers"]
+    found = measured(choices, held, layers)
+    students = {"50%": Path(choices.output), "0%": Path(f"{choices.output}-0pct")}
+    pictures(students, {name: found[f"{name}, untrained"]["KL to the teacher"] for name in students}, 
+             {name: found[name]["KL to the teacher"] for name in students}, Path(choices.output) / "kl.png")  # fmt: skip
+    save(Path(choices.output) / "report.json", {"models": found, "minutes": choices.minutes, "seconds": time.time() - started})
+    show(found, choices)
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    with one_line_errors(interrupted="stopped; the same command goes on from here"):
+        main()
