@@ -257,12 +257,13 @@ def rank(
 
 
 @torch.inference_mode()
-def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int]) -> float:
-    """Mean KL(teacher || student) per target token with the teacher's attention back in `layers`."""
-    scorer, targets = _Scorer(student, teacher, teacher), 0
+def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int], per_row: int | None = None) -> float:
+    """Mean KL(teacher || student) per target token, as `rank` counts them, with the teacher's attention back in `layers`."""
+    scorer, total, targets = _Scorer(student, teacher, teacher, per_row), 0.0, 0
     with lent(student, teacher, layers):
-        total = sum(scorer.start(batch) for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"))
-    targets = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+        for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"):
+            total += scorer.start(batch)
+            targets += int(scorer.chosen.sum())
     return total / targets
 
 
