@@ -33,7 +33,7 @@ def _laid_out(linear: nn.Linear) -> Product:
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix [N, K] as int8 and a scale for each row [N], in the weight's dtype: W = int8 * scale, the largest of a row is 127."""
-    scale = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+    scale = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).smallest_normal) / 127
     scale = scale.to(weight.dtype)
     return (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
