@@ -41,6 +41,9 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer whose weights are int8 with a scale for each output; inputs stay in bf16 (LLM.int8's weight format, weight-only)."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -73,10 +76,15 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Where a weight is, and how often it was written to (which is not counted of what was made under inference mode)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
 def _products(model: PreTrainedModel) -> dict[nn.Linear, Product]:
     """The model's matrices laid out: made when first asked for, and again when a weight has moved or been written to."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
-    key = tuple(number for linear in linears for number in (linear.weight.data_ptr(), linear.weight._version))
+    key = tuple(number for linear in linears for number in _state(linear.weight))
     known = _made.get(model)
     if known is None or known[0] != key:
         known = _made[model] = (key, {linear: _laid_out(linear) for linear in linears})

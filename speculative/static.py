@@ -21,7 +21,12 @@ from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
+<<<<<<< HEAD
 from llamba.speculative.rewind import FIXED_ROPES, LEAN, PlacedLayer, Rewindable
+=======
+from llamba.models.offloaded import is_offloaded
+from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
+>>>>>>> speed2
 from llamba.speculative.steps import STEPS
 
 OWN_ATTENTION = "llamba_slots"
@@ -86,6 +91,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
             return f"its mixer {type(layer.self_attn).__name__} has no decode kernel (those of {served} have)"
     if reader.recurrent != reader.cache.layers and reader.backbone.rotary_emb.rope_type not in FIXED_ROPES:
         return f"its rotary angles ({reader.backbone.rotary_emb.rope_type}) depend on the length"
+    if is_offloaded(model):
+        return "its weights are offloaded"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
     if model.config.to_dict().get("quantization_config"):
