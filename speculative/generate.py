@@ -22,6 +22,7 @@ from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept
 from llamba.speculative.choose import Choice
 from llamba.speculative.graphs import Decoded, decode, serves
 from llamba.speculative.lookahead import Auto, Fixed, schedule
+from llamba.speculative.packed import packed
 from llamba.speculative.proposers import Drafter, Proposal, Rows, drafter
 from llamba.speculative.rewind import Rewindable, kinds_of
 
@@ -117,8 +118,9 @@ def generate(
             assert draft is None or isinstance(draft, PreTrainedModel)
             made = decode(model, draft, rows, max_new_tokens, choice, stops.ends, count, streamer, generator)
             return _result(ids, made.new, made, stops.ends, model)
-        job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
-        done = job.run()
+        with packed(model, draft):
+            job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
+            done = job.run()
     return _result(ids, [row[start:] for row, start in zip(done, stops.prompts, strict=True)], job, stops.ends, model)
 
 

@@ -9,9 +9,13 @@ in slots in their order, until `keep` brings a path of them to the front; their 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 from llamba.models.cache import RecurrentLayer, check_places, gather
 from llamba.models.hybrid import RECURRENT, HybridBackbone
@@ -19,7 +23,9 @@ from llamba.models.mixers import Recurrence
 from llamba.models.offloaded import reading_device
 from llamba.models.tree import Tree
 
+FEW = 64  # tokens of a call that is a step of decoding
 KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+LEAN = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # norm, mixer, sum, norm, SwiGLU, sum
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
 
@@ -167,6 +173,8 @@ class Rewindable:
             RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind]) for kind in self.kinds
         ]
         self.cache = Cache(layers=layers)
+        on_cpu = model.device.type == "cpu" and implementation == "sdpa"
+        self.lean = on_cpu and all(type(layer) in LEAN for layer in backbone.layers)  # a kernel for each head costs more than its work
         self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
 
     def start(self, prompts: list[list[int]]) -> None:
@@ -201,12 +209,33 @@ class Rewindable:
         backbone, positions = self.backbone, self.place.positions
         hidden = backbone.embed_tokens(tokens)  # [B, T, D]
         rotary = self._rotary(hidden, positions)
-        for layer, kind in zip(backbone.layers, self.kinds, strict=True):
+        grouped = self.lean and tokens.shape[1] <= FEW
+        for index, (layer, kind) in enumerate(zip(backbone.layers, self.kinds, strict=True)):
+            if grouped and kind != RECURRENT and rotary[0].shape[-1] == layer.self_attn.head_dim:
+                mixed = self._grouped(layer.self_attn, layer.input_layernorm(hidden), self.cache.layers[index], masks[kind], rotary)
+                hidden = hidden + mixed
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+                continue
             hidden = layer(
                 hidden, attention_mask=masks[kind], position_ids=positions, past_key_values=self.cache, use_cache=True,
                 position_embeddings=rotary,
             )  # fmt: skip
         return self.head(self.norm(hidden[:, -keep:]))
+
+    @staticmethod
+    def _grouped(module: Any, normed: Tensor, own: Any, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's own attention, the query heads of a group as the queries of one head: keys are read once and not repeated."""
+        q, k, v = (project(normed).unflatten(-1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj, module.v_proj))
+        if isinstance(module, Qwen3Attention):
+            q, k = module.q_norm(q), module.k_norm(k)
+        q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+        keys, values = own.update(k.transpose(1, 2), v.transpose(1, 2))  # [B, G, S, P]
+        (B, T, H, P), G = q.shape, keys.shape[1]
+        queries = q.view(B, T, G, H // G, P).permute(0, 2, 3, 1, 4).reshape(B, G, -1, P)  # [B, G, R T, P]
+        seen = None if mask is None else mask.repeat(1, 1, H // G, 1)
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=module.scaling)
+        y: Tensor = module.o_proj(mixed.view(B, G, H // G, T, P).permute(0, 3, 1, 2, 4).reshape(B, T, H * P))
+        return y
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [1 or B, T, P] of the positions; from a table, made once, where they do not depend on the length."""

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from llamba.kernels.block import add_norm, gated
 from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
+<<<<<<< HEAD
+from llamba.speculative.rewind import FIXED_ROPES, LEAN, PlacedLayer, Rewindable
+=======
 from llamba.models.offloaded import is_offloaded
 from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
+>>>>>>> speed2
 from llamba.speculative.steps import STEPS
 
 OWN_ATTENTION = "llamba_slots"
-LEAN = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)  # norm, mixer, sum, norm, SwiGLU, sum
 
 
 def attention(

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from llamba.cli import main
 from llamba.models.convert import convert
+from llamba.models.documents import attend_by_document
 from llamba.running import run
 from llamba.running.plan import plan
 from llamba.settings import Data, Recipe, Select, Student, layers_of
-from llamba.training.layer_ranking import Ranking, divergence, lent, rank, restore, save, table
+from llamba.training.frozen import lower_whole
+from llamba.training.layer_ranking import Ranking, _Scorer, counted, divergence, lent, rank, restore, save, table
 
 LAYERS = 4
 
@@ -76,6 +78,37 @@ def test_scores_are_those_of_hybrids_built_plainly(name, mixer):
         others = plain_kl(with_attention_in([i for i in range(LAYERS) if i != layer], student, name), teacher(name))
         assert restored.scores[layer] == pytest.approx(start - one, rel=1e-5, abs=1e-8)
         assert swapped.scores[layer] == pytest.approx(others, rel=1e-5)
+
+
+def test_some_targets_of_each_row():
+    """Evenly spaced, all where they are few, and what is compared at them is what `rank` without a limit says of a row cut to them."""
+    labels = torch.full((2, 21), -100)
+    labels[0, 1:] = 5
+    labels[1, 4:7] = 5
+    every = counted(labels, None)
+    assert every.sum(1).tolist() == [20, 3] and torch.equal(counted(labels, 30), every)
+    some = counted(labels, 5)
+    assert some.sum(1).tolist() == [5, 3] and some[0].nonzero().flatten().diff().unique().tolist() == [4]
+    guide, student = reference(), converted()
+    scorer = _Scorer(student, guide, guide, 3)
+    total = sum(scorer.start(batch) for batch in batches())
+    found = rank(guide, student, batches(), per_row=3)
+    assert found.targets == 12 and found.start == pytest.approx(total / 12)
+    assert divergence(guide, student, batches(), [], per_row=3) == pytest.approx(found.start)
+
+
+def test_products_in_bf16_rank_alike():
+    """What a CPU computes with: scores within a hundredth of the start of those in fp64, and the same order where they are apart."""
+    guide, student = reference(), converted()
+    exact = rank(guide, student, batches())
+    low = [model.float() for model in (reference(), converted())]
+    for model in low:
+        lower_whole(model)
+        attend_by_document(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rank(*low, batches())
+    assert found.start == pytest.approx(exact.start, rel=0.02)
+    assert found.scores == pytest.approx(exact.scores, abs=0.02 * exact.start)
 
 
 class Heads(nn.Module):
@@ -225,3 +258,16 @@ def test_the_command(tmp_path, teacher_folder, chat_file, capsys):
     with pytest.raises(SystemExit):
         main(["select", *common, "--student", str(teacher_folder)])
     assert "needs a student with every layer converted" in capsys.readouterr().err
+
+
+def test_convert_selects(tmp_path, teacher_folder, chat_file, capsys):
+    main(["convert", str(teacher_folder), str(tmp_path / "uniform"), "--mixer", "mamba2"])
+    assert "layer 0 too" in capsys.readouterr().err
+    main(["convert", str(teacher_folder), str(tmp_path / "s"), "--mixer", "mamba2", "--select", str(chat_file), "--rows", "4"])
+    said, found = capsys.readouterr(), json.loads((tmp_path / "s.layers.json").read_text())
+    kinds = AutoModelForCausalLM.from_pretrained(tmp_path / "s").config.layer_types
+    assert "note" not in said.err and [index for index, kind in enumerate(kinds) if kind == "full_attention"] == found["layers"]
+    assert found["method"] == "swap" and found["keep"] == 0.5 and len(found["scores"]) == LAYERS
+    with pytest.raises(SystemExit):
+        main(["convert", str(teacher_folder), str(tmp_path / "t"), "--select", str(chat_file), "--attention", "[1]"])
+    assert "--attention as a fraction" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from llamba.base.arguments import Parser, device_options, dispatch
 
+WORKS = ("distill", "hidden", "select", "decode")  # of the bench `laptop`
+
 
 def _parser(name: str, about: str) -> Parser:
     parser = Parser(f"llamba bench {name}", about)
@@ -50,6 +52,24 @@ def llama_cpp(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     args = parser.read(argv)
     from llamba.bench.llama_cpp import main
+
+    main(args)
+
+
+def laptop(argv: list[str]) -> None:
+    """what converting a small model costs on a CPU, against another checkout of this project"""
+    parser = _parser("laptop", "Training steps, selection and decoding of a small model on a CPU, each in a process of its own.")
+    parser.add_argument("--model", required=True, help="run folder, model folder or GGUF file of the teacher")
+    parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub sets with chats")
+    parser.add_argument("--template", help="chat template that marks the assistant's words, e.g. llama3")
+    parser.add_argument("--student", help="model folder of a converted student (default: half Mamba-2, made here)")
+    parser.add_argument("--against", help="folder of another checkout, measured in turn")
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--steps", type=int, default=5, help="training steps measured (default 5)")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences that layers are ranked on (default 8)")
+    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    args = parser.read(argv)
+    from llamba.bench.laptop import main
 
     main(args)
 
@@ -152,8 +172,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-    "decode": decode, "gpu": gpu, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu, "multistep": multistep,
-    "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
+    "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu,
+    "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
 }  # fmt: skip
 
 

@@ -20,13 +20,17 @@ def select(argv: list[str]) -> None:
     parser.add_argument("--heads", action="store_true", help="rank heads, too, to look at: attention is kept by whole layers alone")
     parser.add_argument("--rows", type=int, default=64, help="sequences to measure on (default 64)")
     parser.add_argument("--batch", type=int, default=1, help="sequences in one forward pass (default 1)")
+    parser.add_argument("--per-row", type=int, default=128, help="target tokens of a sequence that are compared (default 128)")
     parser.add_argument("--length", type=int, default=2048, help="tokens at which sequences are cut (default 2048)")
     parser.add_argument("--targets", choices=("assistant", "all"), default="assistant", help="tokens that count")
     parser.add_argument("--template", default="auto", help="chat template that marks the assistant's words, e.g. llama3 (default: auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="JSON file to write; the picture stands beside it")
     args = parser.read(argv)
-    stage = Select(keep=args.keep, method=args.method, heads=args.heads, rows=args.rows, micro_batch=args.batch, targets=args.targets)
+    stage = Select(
+        keep=args.keep, method=args.method, heads=args.heads, rows=args.rows, micro_batch=args.batch, targets=args.targets,
+        per_row=args.per_row,
+    )  # fmt: skip
     data = Data(train=args.data, length=args.length, template=args.template, streaming=True)
     from llamba.stages.select import select as rank
 

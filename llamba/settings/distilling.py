@@ -108,7 +108,8 @@ class Select(Stage):
 
     `keep` is the part of layers that get attention, `method` how a layer is scored, `heads` whether heads are scored as
     well, to look at: no student keeps part of a layer's heads (see `llamba.training.layer_ranking`). Scores are means over `rows`
-    sequences of the data, `micro_batch` in one forward pass. Nothing is trained; the layers and their scores stand in
+    sequences of the data, `micro_batch` in one forward pass, at no more than `per_row` of a sequence's target tokens, evenly spaced (the
+    layers see all of them, the head does not). Nothing is trained; the layers and their scores stand in
     `layers.json`, which `attention` accepts, and in a picture.
     """
 
@@ -119,11 +120,12 @@ class Select(Stage):
     heads: bool = False
     rows: int = 64
     micro_batch: int = 1
+    per_row: int | None = 128
     targets: Literal["assistant", "all"] = "assistant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._positive("rows", "micro_batch")
+        self._positive("rows", "micro_batch", "per_row")
         require(0 <= self.keep <= 1, "select.keep", "a fraction from 0 to 1", self.keep)
 
 

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from llamba.base.devices import own_device
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.data.tokens import Prepared, prepare
 from llamba.models.convert import convert, kept_layers
+from llamba.models.documents import attend_by_document
 from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Data, Select
+from llamba.training.frozen import lower_whole
 from llamba.training.layer_ranking import Ranking, divergence, rank, restore, save, table
 
 LAYERS = "layers.json"
@@ -22,7 +25,7 @@ LAYERS = "layers.json"
 def _pair(teacher: str, student: str | None, mixer: str, seed: int, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
     """The teacher as a hybrid with attention everywhere, and the student (fresh from conversion where none is named).
 
-    In the teacher's own dtype on an accelerator, in fp32 on a CPU.
+    In the teacher's own dtype on an accelerator; on a CPU in fp32, which `_computing` computes with in bf16.
     """
     if student is None:
         pupil = convert(teacher, mixer=mixer, attention=0, seed=seed, options=options)
@@ -30,8 +33,17 @@ def _pair(teacher: str, student: str | None, mixer: str, seed: int, options: dic
         pupil = load_model(student)
     guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
     device = own_device()
-    dtype = torch.float32 if device.type == "cpu" else guide.dtype
-    return guide.to(device, dtype), pupil.to(device, dtype)
+    if device.type != "cpu":
+        return guide.to(device), pupil.to(device, guide.dtype)
+    for model in (guide.float(), pupil.float()):
+        lower_whole(model)
+        attend_by_document(model)
+    return guide, pupil
+
+
+def _computing() -> AbstractContextManager[object]:
+    """Products in bf16 on a CPU."""
+    return torch.autocast("cpu", torch.bfloat16) if own_device().type == "cpu" else nullcontext()
 
 
 def _mixer(student: Any, name: str | None) -> str:
@@ -46,10 +58,11 @@ def _choose(
     stage: Select, guide: Any, pupil: Any, batches: Sequence[Batch], path: Path, facts: dict[str, Any]
 ) -> tuple[Ranking, list[int]]:
     """Rank, pick, write `path` and its picture, print the table and the KL that is left with the picked and with uniform layers."""
-    ranking = rank(guide, pupil, batches, stage.method, stage.heads)
-    layers = ranking.kept(stage.keep)
-    uniform = kept_layers(stage.keep, len(ranking.scores))
-    kl = {name: divergence(guide, pupil, batches, chosen) for name, chosen in (("none", []), ("selected", layers), ("uniform", uniform))}
+    with _computing():
+        ranking = rank(guide, pupil, batches, stage.method, stage.heads, stage.per_row)
+        layers = ranking.kept(stage.keep)
+        choices = {"none": [], "selected": layers, "uniform": kept_layers(stage.keep, len(ranking.scores))}
+        kl = {name: divergence(guide, pupil, batches, chosen, stage.per_row) for name, chosen in choices.items()}
     save(ranking, layers, path, {**facts, "keep": stage.keep, "kl_with_attention_in": kl})
     print(table(ranking, layers))
     print(f"KL with attention in no layer {kl['none']:.4g}, in these {kl['selected']:.4g}, in every n-th {kl['uniform']:.4g}", flush=True)
@@ -93,10 +106,10 @@ def select(
     mixer: str = "auto",
     seed: int = 0,
     options: dict[str, Any] | None = None,
-) -> None:
+) -> list[int]:
     """`llamba select`: score the layers of `student`, or of a fresh conversion of `teacher`, and write `path` and its picture.
 
-    Raises ValueError for names, data or models that do not serve.
+    Returns the layers that keep attention. Raises ValueError for names, data or models that do not serve.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -108,7 +121,7 @@ def select(
         prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
         batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)
     guide, pupil = _pair(guide_name, pupil_name, mixer, seed, options)
-    _choose(
+    _, layers = _choose(
         stage,
         guide,
         pupil,
@@ -117,3 +130,4 @@ def select(
         {"teacher": teacher, "student": student or f"{teacher}, converted to {pupil.config.mixer['kind']}", "data": data.train},
     )
     print(f"saved: {path} (student.attention={path}), {path.with_suffix('.png')}")
+    return layers

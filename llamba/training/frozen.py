@@ -34,10 +34,20 @@ def _products(model: nn.Module) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def lower(teacher: PreTrainedModel) -> None:
+def lower(teacher: nn.Module) -> None:
     """Put the matrices of a teacher's layers into bf16 for good; embeddings, norms and with them the residual stream stay as they are."""
     for weight in _products(teacher).values():
         weight.data = weight.data.bfloat16()
+
+
+def lower_whole(model: PreTrainedModel) -> None:
+    """`lower` for a model that will only be asked for its predictions, under autocast: none of it learns, and its head is in bf16, too."""
+    lower(model.requires_grad_(False))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.dtype == torch.float32:
+        own = nn.Linear(head.in_features, head.out_features, bias=False, dtype=torch.bfloat16, device=head.weight.device)
+        own.weight, own.bias = nn.Parameter(head.weight.detach().bfloat16(), requires_grad=False), head.bias
+        model.set_output_embeddings(own)
 
 
 class Lowered:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from llamba.base.progress import progress
 from llamba.data.batches import Batch
 from llamba.models.convert import kept_layers
+from llamba.models.documents import by_document
 from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT
-from llamba.training.losses import head_sums
+from llamba.models.mixers.base import at_least_fp32
+from llamba.training.losses.fused import logits_at_once
 from llamba.training.trainer import model_inputs
 
 Method = Literal["restore", "swap"]
@@ -100,7 +103,7 @@ def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iter
 
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Last hidden states [B, T, D]."""
-    hidden: Tensor = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+    hidden: Tensor = model.base_model(**model_inputs(batch), **by_document(model, batch), use_cache=False).last_hidden_state
     return hidden
 
 
@@ -108,6 +111,11 @@ def _hidden_from(model: Any, batch: Batch, layer: int, state: Tensor) -> Tensor:
     """The same where the input `state` [B, T, D] of `layer` is known: the layers below are not run again."""
     with _forwards(_layers(model)[:layer], lambda hidden, *args, **kwargs: state):
         return _hidden(model, batch)
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    """[n, V] in at least fp32."""
+    return at_least_fp32(model.get_output_embeddings()(hidden))
 
 
 def _layer_inputs(model: Any, batch: Batch) -> tuple[list[Tensor], Tensor]:
@@ -122,23 +130,55 @@ def _layer_inputs(model: Any, batch: Batch) -> tuple[list[Tensor], Tensor]:
     return inputs, hidden
 
 
+def counted(labels: Tensor, per_row: int | None) -> Tensor:
+    """True [B, T] at the tokens whose predictions are compared: those before a target, of each row at most `per_row`, evenly spaced."""
+    chosen = nn.functional.pad(labels[:, 1:] >= 0, (0, 1))
+    if per_row is None:
+        return chosen
+    number, total = chosen.cumsum(1), chosen.sum(1, keepdim=True)  # of each target, from 1 on
+    share = number * per_row // total.clamp_min(per_row)
+    return chosen & (share > (number - 1) * per_row // total.clamp_min(per_row))
+
+
+class _Guide:
+    """What a teacher predicts at the chosen tokens of a batch: P [n, V] in at least fp32, made once, and Σ P log P."""
+
+    def __init__(self, logits: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+        self.parts: list[Tensor] = []
+        self.negative_entropy = 0.0
+        size = logits_at_once(hidden, logits(hidden[:1]).shape[-1])
+        for part in hidden.split(size):
+            log_p = logits(part).log_softmax(-1)
+            p = log_p.exp()
+            self.negative_entropy += torch.linalg.vecdot(p, log_p).double().sum().item()
+            self.parts.append(p)
+        self.size = size
+
+    def kl(self, logits: Callable[[Tensor], Tensor], hidden: Tensor) -> float:
+        """Σ KL(P || Q) = Σ P log P - Σ P z + Σ logsumexp z, for Q with logits z made of `hidden` [n, D]."""
+        total = self.negative_entropy
+        for p, part in zip(self.parts, hidden.split(self.size), strict=True):
+            z = logits(part)
+            total += (z.logsumexp(-1) - torch.linalg.vecdot(p, z)).double().sum().item()
+        return total
+
+
 class _Scorer:
     """KL sums of variants of `host`, one batch at a time. `guest` lends its layers."""
 
-    def __init__(self, host: Any, guest: Any, teacher: Any) -> None:
-        self.host, self.guest, self.teacher = host, guest, teacher
+    def __init__(self, host: Any, guest: Any, teacher: Any, per_row: int | None = None) -> None:
+        self.host, self.guest, self.teacher, self.per_row = host, guest, teacher, per_row
 
     def start(self, batch: Batch) -> float:
-        """Take up a batch; returns the KL of the host as it is, summed over the target tokens."""
-        self.batch = batch
-        self.guide = _hidden(self.teacher, batch)
+        """Take up a batch; returns the KL of the host as it is, summed over the counted tokens."""
+        self.batch, self.chosen = batch, counted(batch["labels"], self.per_row)
+        self.guide = _Guide(partial(_logits, self.teacher), _hidden(self.teacher, batch)[self.chosen])
         self.inputs, hidden = _layer_inputs(self.host, batch)
         return self.kl(hidden)
 
     def kl(self, hidden: Tensor) -> float:
-        """Sum over target tokens of KL(teacher || host with these last hidden states)."""
-        heads = self.host.get_output_embeddings(), self.teacher.get_output_embeddings()
-        return head_sums(hidden, self.guide, *heads, self.batch["labels"], kl=1.0, ce=0.0, temperature=1.0).kl.item()
+        """Sum over the counted tokens of KL(teacher || host with these last hidden states)."""
+        return self.guide.kl(partial(_logits, self.host), hidden[self.chosen])
 
     def layer(self, layer: int) -> float:
         """KL with the guest's module in one layer."""
@@ -189,21 +229,23 @@ def _check(teacher: Any, student: Any) -> None:
 
 
 @torch.inference_mode()
-def rank(teacher: Any, student: Any, batches: Sequence[Batch], method: Method = "restore", heads: bool = False) -> Ranking:
-    """Score every layer, and with `heads` every query head of every layer.
+def rank(
+    teacher: Any, student: Any, batches: Sequence[Batch], method: Method = "restore", heads: bool = False, per_row: int | None = None
+) -> Ranking:
+    """Score every layer, and with `heads` every query head of every layer, at all target tokens or at most `per_row` of each row.
 
     `teacher` is a hybrid with attention everywhere (`convert(..., attention=1.0)`), `student` the same model with mixers everywhere;
     both are left as they were. Costs about half a forward pass per layer (and head) and batch. Raises ValueError for other models.
     """
     _check(teacher, student)
     host, guest = (student, teacher) if method == "restore" else (teacher, student)
-    scorer, layers = _Scorer(host, guest, teacher), range(len(_layers(host)))
+    scorer, layers = _Scorer(host, guest, teacher, per_row), range(len(_layers(host)))
     start, targets = 0.0, 0
     by_layer = torch.zeros(len(layers), dtype=torch.float64)
     by_head = torch.zeros(len(layers), host.config.num_attention_heads if heads else 0, dtype=torch.float64)
     for batch in progress(batches, f"select ({method})", "batches"):
         start += scorer.start(batch)
-        targets += int((batch["labels"][:, 1:] >= 0).sum())
+        targets += int(scorer.chosen.sum())
         by_layer += torch.tensor([scorer.layer(layer) for layer in layers], dtype=torch.float64)
         if heads:
             by_head += torch.tensor([scorer.heads(layer) for layer in layers], dtype=torch.float64)
@@ -215,12 +257,13 @@ def rank(teacher: Any, student: Any, batches: Sequence[Batch], method: Method = 
 
 
 @torch.inference_mode()
-def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int]) -> float:
-    """Mean KL(teacher || student) per target token with the teacher's attention back in `layers`."""
-    scorer, targets = _Scorer(student, teacher, teacher), 0
+def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int], per_row: int | None = None) -> float:
+    """Mean KL(teacher || student) per target token, as `rank` counts them, with the teacher's attention back in `layers`."""
+    scorer, total, targets = _Scorer(student, teacher, teacher, per_row), 0.0, 0
     with lent(student, teacher, layers):
-        total = sum(scorer.start(batch) for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"))
-    targets = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+        for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"):
+            total += scorer.start(batch)
+            targets += int(scorer.chosen.sum())
     return total / targets
 
 

@@ -98,6 +98,11 @@ class _Gradients:
             self.weight += gradient.t() @ hidden
 
 
+def logits_at_once(tensor: Tensor, vocabulary: int) -> int:
+    """How many tokens' logits are held at once where `tensor` is."""
+    return max(1, LOGITS_AT_ONCE.get(tensor.device.type, LOGITS_AT_ONCE_ELSEWHERE) // vocabulary)
+
+
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     lowered = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64  # as autocast itself does
@@ -112,7 +117,7 @@ def _sums(
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(wide)
     kl_sum, ce_sum = hidden.new_zeros(2, dtype=wide)
-    size = max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE_ELSEWHERE) // len(weight))
+    size = logits_at_once(weight, len(weight))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         states = hidden[part].detach().to(dtype)  # [c, D]
