@@ -21,12 +21,8 @@ from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
-<<<<<<< HEAD
-from llamba.speculative.rewind import FIXED_ROPES, LEAN, PlacedLayer, Rewindable
-=======
 from llamba.models.offloaded import is_offloaded
-from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
->>>>>>> speed2
+from llamba.speculative.rewind import FIXED_ROPES, LEAN, PlacedLayer, Rewindable
 from llamba.speculative.steps import STEPS
 
 OWN_ATTENTION = "llamba_slots"
