@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llamba.models.offloaded import is_offloaded
+
 MOST = 64  # tokens of a call up to which the layout pays
 
 Product = Callable[[Tensor], Tensor]
@@ -92,7 +94,9 @@ def _products(model: PreTrainedModel) -> dict[nn.Linear, Product]:
 
 
 def serves(model: PreTrainedModel) -> bool:
-    """Whether the layout serves: bf16 weights on a CPU whose matrix library takes them."""
+    """Whether the layout serves: bf16 weights, all of them in memory, on a CPU whose matrix library takes them."""
+    if is_offloaded(model):
+        return False
     return model.device.type == "cpu" and model.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
