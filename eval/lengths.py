@@ -58,7 +58,7 @@ def _wait(model: Any) -> None:
 
 
 @torch.inference_mode()
-def _once(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float, int]:
+def _measure_once(model: Any, ids: torch.Tensor, new: int) -> tuple[float, float, int]:
     """Seconds of prefill and of decoding, and the cache's bytes after prefill. ids [1, T]."""
     _wait(model)
     start = time.perf_counter()
@@ -84,15 +84,15 @@ def measure(name: str, length: int, options: Options) -> Measured:
     """One model at one length, in this process."""
     model, _ = load(name, options.dtype, options.device)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    _once(model, ids[:, : min(length, 64)], 2)
+    _measure_once(model, ids[:, : min(length, 64)], 2)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = [_once(model, ids, options.new) for _ in range(options.repeats)]
+    found = [_measure_once(model, ids, options.new) for _ in range(options.repeats)]
     prefill, decode = (statistics.median(times) for times in list(zip(*found, strict=True))[:2])
     return Measured(length / prefill, options.new / decode, _peak(model), found[0][2] / 2**20)
 
 
-def _apart(queue: Any, threads: int, *arguments: Any) -> None:
+def _in_own_process(queue: Any, threads: int, *arguments: Any) -> None:
     torch.set_num_threads(threads)
     queue.put(measure(*arguments))
 
@@ -101,7 +101,7 @@ def measure_apart(name: str, length: int, options: Options) -> Measured | None:
     """The same in a process of its own; None where that process died (out of memory)."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    process = context.Process(target=_apart, args=(queue, torch.get_num_threads(), name, length, options))
+    process = context.Process(target=_in_own_process, args=(queue, torch.get_num_threads(), name, length, options))
     process.start()
     process.join()
     return None if queue.empty() else queue.get()

@@ -19,12 +19,12 @@ from llamba.models.cache import KEPT
 from llamba.models.hybrid import RECURRENT
 from llamba.models.tree import grow
 from llamba.speculative.accept import accept, accept_greedy, accept_tree, accept_tree_greedy
-from llamba.speculative.choose import Choice
-from llamba.speculative.graphs import Decoded, decode, serves
+from llamba.speculative.graphs import Decoded, decode, runs_in_graphs
 from llamba.speculative.lookahead import Auto, Fixed, schedule
 from llamba.speculative.packed import packed
 from llamba.speculative.proposers import Drafter, Proposal, Rows, drafter
 from llamba.speculative.rewind import Rewindable, kinds_of
+from llamba.speculative.sampling import Sampler
 
 
 @dataclass
@@ -99,7 +99,7 @@ def generate(
     call; "auto" takes graphs on CUDA where they serve. They do not serve trees, drafts that are no models, processors and criteria.
     Raises ValueError for arguments out of range, a draft that cannot serve, and where prompt and new tokens overflow a context.
     """
-    choice = Choice(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
+    sampler = Sampler(temperature, top_k, top_p, min_p, logits_processor or LogitsProcessorList())
     rows = _rows(ids, attention_mask)
     branching = None if tree is None else _branching(tree, model.config.get_text_config().vocab_size)
     count = schedule(lookahead) if branching is None else Fixed(len(branching))
@@ -108,18 +108,18 @@ def generate(
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer takes one row; got {len(rows)}")
     longest = max(map(len, rows)) + max_new_tokens
-    source = drafter(model, draft, longest + KEPT, choice, branching)
+    source = drafter(model, draft, longest + KEPT, sampler, branching)
     for name, one in (("model", model), ("draft", draft)):
         if isinstance(one, PreTrainedModel):
             _check_context(name, one, longest)
     stops = _Stops(_ends(model, eos_token_id), stopping_criteria, max_new_tokens, [len(row) for row in rows])
     with torch.inference_mode():
-        if serves(engine, model, draft, choice, stopping_criteria, branching is not None):
+        if runs_in_graphs(engine, model, draft, sampler, stopping_criteria, branching is not None):
             assert draft is None or isinstance(draft, PreTrainedModel)
-            made = decode(model, draft, rows, max_new_tokens, choice, stops.ends, count, streamer, generator)
+            made = decode(model, draft, rows, max_new_tokens, sampler, stops.ends, count, streamer, generator)
             return _result(ids, made.new, made, stops.ends, model)
         with packed(model, draft):
-            job = _Job(Rewindable(model, longest + KEPT), source, choice, count, branching, stops, rows, streamer, generator)
+            job = _Job(Rewindable(model, longest + KEPT), source, sampler, count, branching, stops, rows, streamer, generator)
             done = job.run()
     return _result(ids, [row[start:] for row, start in zip(done, stops.prompts, strict=True)], job, stops.ends, model)
 
@@ -157,7 +157,7 @@ class _Job:
 
     target: Rewindable
     source: Drafter | None
-    choice: Choice
+    sampler: Sampler
     lookahead: Fixed | Auto
     branching: tuple[int, ...] | None
     stops: _Stops
@@ -219,7 +219,7 @@ class _Job:
     def _noise(self, count: int) -> Tensor:
         """Uniform random numbers [B, count]; greedy decoding needs none."""
         shape = (len(self.rows), count)
-        if self.choice.greedy:
+        if self.sampler.greedy:
             return torch.empty(shape, device=self.target.device)
         return torch.rand(shape, generator=self.generator).to(self.target.device)
 
@@ -228,17 +228,17 @@ class _Job:
         drafts, device, tree = proposal.tokens, proposal.tokens.device, proposal.tree
         tokens = torch.cat((torch.tensor([row[-1:] for row in self.rows], device=device), drafts), 1)
         paths = None if tree is None else list(map(tree.path, range(len(tree))))
-        scores = self.choice.scores(self.target.read(tokens, tokens.shape[1], tree), self.rows, drafts, paths)
+        scores = self.sampler.scores(self.target.read(tokens, tokens.shape[1], tree), self.rows, drafts, paths)
         both = torch.stack(self._stand(scores, proposal)).tolist()
         return both[0], both[1], scores
 
     def _stand(self, scores: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
         """What the rule says: see `accept`."""
         drafts, tree, counts = proposal.tokens, proposal.tree, torch.tensor(proposal.counts, device=scores.device)
-        if self.choice.greedy:
+        if self.sampler.greedy:
             best = scores.argmax(-1)
             return accept_greedy(best, drafts, counts) if tree is None else accept_tree_greedy(best, drafts, tree)
-        p, q, noise = self.choice.probabilities(scores), proposal.probabilities, self._noise(drafts.shape[1] + 1)
+        p, q, noise = self.sampler.probabilities(scores), proposal.probabilities, self._noise(drafts.shape[1] + 1)
         if tree is None:
             return accept(p, q, drafts, counts, noise)
         assert q is not None, "children that were drawn have distributions"
@@ -249,12 +249,12 @@ class _Job:
         if self.source is None:
             return
         if proposal.tree is None:
-            self.target.take_back([proposal.tokens.shape[1] - kept for kept in stand])
+            self.target.rollback([proposal.tokens.shape[1] - kept for kept in stand])
         else:
             self.target.keep(len(proposal.tree), [[0, *path] for path in paths])
-        self.target.pin()
+        self.target.commit()
         if count:
-            self.source.settle(stand)
+            self.source.keep_accepted(stand)
 
     def _keep(self, numbers: list[int], finished: list[bool]) -> list[int]:
         if not any(finished):

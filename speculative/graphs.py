@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from llamba.speculative import static
 from llamba.speculative.accept import accept, accept_greedy
-from llamba.speculative.choose import Choice
 from llamba.speculative.lookahead import Auto, Fixed
+from llamba.speculative.sampling import Sampler
 from llamba.speculative.static import Static
 
 ENGINES = ("auto", "eager", "graphs")
@@ -54,8 +54,10 @@ def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]
 class Decoder:
     """`model`, and perhaps a `draft`, with room for B rows of up to `slots` tokens and rounds of up to `most` drafted ones."""
 
-    def __init__(self, model: PreTrainedModel, draft: PreTrainedModel | None, rows: int, slots: int, most: int, choice: Choice, ends: int):
-        self.device, self.choice, self.most, self.slots = model.device, choice, most, slots
+    def __init__(
+        self, model: PreTrainedModel, draft: PreTrainedModel | None, rows: int, slots: int, most: int, sampler: Sampler, ends: int
+    ):
+        self.device, self.sampler, self.most, self.slots = model.device, sampler, most, slots
         self.target = Static(model, rows, slots, most + 1)
         self.draft = None if draft is None else Static(draft, rows, slots, most + 1)
 
@@ -68,7 +70,7 @@ class Decoder:
         self.unread, self.missing = zeros(rows, 2), zeros(rows) + 1  # tokens that the draft has not read, and how many they are
         self.drafts, self.mail = zeros(rows, most), zeros(rows, most + 5)
         self.drawn: Tensor | None = None  # [B, M, V] what drafts were drawn from
-        if draft is not None and not choice.greedy:
+        if draft is not None and not sampler.greedy:
             wide = torch.promote_types(model.dtype, torch.float32)
             self.drawn = zeros(rows, most, model.config.get_text_config().vocab_size, dtype=wide)
         self.rounds: dict[int, list[Callable[[], None]]] = {}
@@ -109,7 +111,7 @@ class Decoder:
         self.draft.commit(self.missing * live)
         logits = logits.gather(1, (self.missing - 1)[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0]
         for place in range(count):
-            token, weights = self.choice.pick(logits, self.noise[:, place])
+            token, weights = self.sampler.sample(logits, self.noise[:, place])
             self.drafts[:, place] = token
             if weights is not None and self.drawn is not None:
                 self.drawn[:, place] = weights
@@ -122,11 +124,11 @@ class Decoder:
         before, live, drafts = self.target.at.length.clone(), ~self.done, self.drafts[:, :count]
         logits = self.target.read(torch.cat((self.last[:, None], drafts), 1), live * (count + 1), keep=count == 0)
         offered = torch.minimum(live * count, (self.left - 1).clamp_min(0))  # no row gets more than it may
-        if self.choice.greedy:
+        if self.sampler.greedy:
             stand, token = accept_greedy(logits.argmax(-1), drafts, offered)
         else:
             drawn = None if self.drawn is None else self.drawn[:, :count]
-            stand, token = accept(self.choice.probabilities(logits), drawn, drafts, offered, self.noise[:, count : 2 * count + 1])
+            stand, token = accept(self.sampler.probabilities(logits), drawn, drafts, offered, self.noise[:, count : 2 * count + 1])
         emitted = torch.cat((drafts, token[:, None]), 1).scatter(1, stand[:, None], token[:, None])  # [B, T]
         kept, ended = self._cut(emitted, stand + 1)
         kept = kept * live
@@ -185,14 +187,16 @@ def _addresses(model: PreTrainedModel | None) -> tuple[int, ...]:
     return () if model is None else tuple(parameter.data_ptr() for parameter in model.parameters())
 
 
-def decoder(model: PreTrainedModel, draft: PreTrainedModel | None, rows: int, tokens: int, most: int, choice: Choice, ends: int) -> Decoder:
+def decoder(
+    model: PreTrainedModel, draft: PreTrainedModel | None, rows: int, tokens: int, most: int, sampler: Sampler, ends: int
+) -> Decoder:
     """A decoder with room for B rows of `tokens` tokens: one used before, where it fits and the weights are where they were."""
     most = power_of_2(most) if most else 0
     shape = power_of_2(rows), max(power_of_2(tokens + most), LEAST_SLOTS), most
-    options = choice.temperature, choice.top_k, choice.top_p, choice.min_p, max(power_of_2(ends), 8)
+    options = sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p, max(power_of_2(ends), 8)
     key = (*shape, *options, None if draft is None else weakref.ref(draft), _addresses(model), _addresses(draft))
     known = _decoders.setdefault(model, {})
-    found = known.pop(key, None) or Decoder(model, draft, *shape, choice, options[-1])
+    found = known.pop(key, None) or Decoder(model, draft, *shape, sampler, options[-1])
     known[key] = found
     while len(known) > KEPT_DECODERS:
         del known[next(iter(known))]
@@ -220,11 +224,11 @@ class Decoded:
         return all(row[-1] for row in mail)
 
 
-def obstacle(model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any) -> str | None:
+def obstacle(model: PreTrainedModel, draft: Any, sampler: Sampler, criteria: Any) -> str | None:
     """Why rounds on the device cannot serve these arguments of `generate`, or None."""
     if draft is not None and not isinstance(draft, PreTrainedModel):
         return "the draft must be a model: other drafts look at tokens on the host"
-    if choice.processors or criteria:
+    if sampler.processors or criteria:
         return "logits_processor and stopping_criteria look at every token on the host"
     if draft is not None and draft.device != model.device:
         return f"model and draft must be on one device; got {model.device} and {draft.device}"
@@ -235,7 +239,7 @@ def obstacle(model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any) 
     return None
 
 
-def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, criteria: Any, tree: bool) -> bool:
+def runs_in_graphs(engine: str, model: PreTrainedModel, draft: Any, sampler: Sampler, criteria: Any, tree: bool) -> bool:
     """Whether `decode` is what `engine` means for these arguments of `generate`.
 
     Raises ValueError for an unknown engine, and for "graphs" where they cannot serve.
@@ -244,7 +248,7 @@ def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, crit
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     if engine == "eager" or (engine == "auto" and model.device.type != "cuda"):
         return False
-    reason = "its rounds hold chains of drafts, no trees" if tree else obstacle(model, draft, choice, criteria)
+    reason = "its rounds hold chains of drafts, no trees" if tree else obstacle(model, draft, sampler, criteria)
     if reason is not None and engine == "graphs":
         raise ValueError(f'engine="graphs" cannot serve: {reason}; use engine="eager"')
     if reason is not None:
@@ -253,13 +257,13 @@ def serves(engine: str, model: PreTrainedModel, draft: Any, choice: Choice, crit
 
 
 def decode(
-    model: PreTrainedModel, draft: PreTrainedModel | None, prompts: list[list[int]], new: int, choice: Choice, ends: set[int],
+    model: PreTrainedModel, draft: PreTrainedModel | None, prompts: list[list[int]], new: int, sampler: Sampler, ends: set[int],
     lookahead: Fixed | Auto, streamer: Any = None, generator: torch.Generator | None = None,
 ) -> Decoded:  # fmt: skip
     """`generate` by a `Decoder`. With a fixed `lookahead` the host reads the mail of a round while the next one runs."""
     with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
         most = 0 if draft is None else lookahead.most
-        made = decoder(model, draft, len(prompts), max(map(len, prompts)) + new, most, choice, len(ends))
+        made = decoder(model, draft, len(prompts), max(map(len, prompts)) + new, most, sampler, len(ends))
         made.start(model, draft, prompts, new, ends)
         if streamer is not None:
             streamer.put(torch.tensor(prompts))
@@ -277,7 +281,7 @@ def _rounds(made: Decoder, out: Decoded, lookahead: Fixed | Auto, streamer: Any,
     while not done:
         count = max(lookahead.next(), 1) if adapts else lookahead.next()  # a draft that pauses would fall behind
         parts, begun = made.round(count), time.perf_counter()
-        if not made.choice.greedy:
+        if not made.sampler.greedy:
             made.throw(rows, count, generator)
         for part in parts:
             part()

@@ -93,7 +93,7 @@ def _products(model: PreTrainedModel) -> dict[nn.Linear, Product]:
     return known[1]
 
 
-def serves(model: PreTrainedModel) -> bool:
+def runs_in_graphs(model: PreTrainedModel) -> bool:
     """Whether the layout serves: bf16 weights, all of them in memory, on a CPU whose matrix library takes them."""
     if is_offloaded(model):
         return False
@@ -112,7 +112,7 @@ def packed(*models: Any) -> Iterator[None]:
     """
     changed: list[nn.Linear] = []
     for model in models:
-        if isinstance(model, PreTrainedModel) and serves(model):
+        if isinstance(model, PreTrainedModel) and runs_in_graphs(model):
             for linear, product in _products(model).items():
                 linear.__dict__["forward"] = partial(_forward, linear, product)
                 changed.append(linear)

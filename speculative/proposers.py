@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from llamba.models.hybrid import check_draft
 from llamba.models.tree import Tree, grow
-from llamba.speculative.choose import Choice
 from llamba.speculative.rewind import Rewindable
+from llamba.speculative.sampling import Sampler
 
 Rows = list[list[int]]
 
@@ -43,7 +43,7 @@ class Drafter(Protocol):
     def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
         """Up to `count` tokens behind each row; noise [B, count] is uniform in [0, 1)."""
 
-    def settle(self, accepted: list[int]) -> None:
+    def keep_accepted(self, accepted: list[int]) -> None:
         """Row b keeps accepted[b] of the tokens proposed last; of a tree, the path to node accepted[b]."""
 
     def select(self, rows: list[int]) -> None:
@@ -53,8 +53,8 @@ class Drafter(Protocol):
 class ModelDraft:
     """Drafts of a small model: any of ours, or a Llama-type model of transformers. Its cache goes back as the target's does."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int, choice: Choice):
-        self.reader, self.choice, self.ahead = Rewindable(model, capacity), choice, 0
+    def __init__(self, model: PreTrainedModel, capacity: int, sampler: Sampler):
+        self.reader, self.sampler, self.ahead = Rewindable(model, capacity), sampler, 0
 
     def start(self, rows: Rows) -> None:
         """Read the prompts but for their last tokens."""
@@ -66,17 +66,17 @@ class ModelDraft:
         logits = self._catch_up(rows)
         tokens, weights = list[Tensor](), list[Tensor | None]()
         for place in range(count):
-            if self.choice.processors:
+            if self.sampler.processors:
                 drafted = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in rows]
                 extended = [row + more for row, more in zip(rows, drafted, strict=True)]
-                logits = self.choice.scores(logits[:, None], extended, logits.new_empty(len(rows), 0))[:, 0]
-            token, weight = self.choice.pick(logits, noise[:, place])
+                logits = self.sampler.scores(logits[:, None], extended, logits.new_empty(len(rows), 0))[:, 0]
+            token, weight = self.sampler.sample(logits, noise[:, place])
             tokens.append(token)
             weights.append(weight)
             if place + 1 < count:
                 logits = self.reader.read(token[:, None], 1)[:, -1]
         self.ahead = count - 1
-        drawn = None if self.choice.greedy else torch.stack([weight for weight in weights if weight is not None], 1)
+        drawn = None if self.sampler.greedy else torch.stack([weight for weight in weights if weight is not None], 1)
         return Proposal(torch.stack(tokens, 1), [count] * len(rows), drawn)
 
     def _catch_up(self, rows: Rows) -> Tensor:
@@ -87,14 +87,14 @@ class ModelDraft:
         ragged = any(len(new) < longest for new in missing)
         logits = self.reader.read(tokens, longest if ragged else 1)
         if ragged:
-            self.reader.take_back([longest - len(new) for new in missing])
+            self.reader.rollback([longest - len(new) for new in missing])
             logits = torch.stack([logits[b, len(new) - 1] for b, new in enumerate(missing)])[:, None]
-        self.reader.pin()
+        self.reader.commit()
         return logits[:, -1]
 
-    def settle(self, accepted: list[int]) -> None:
+    def keep_accepted(self, accepted: list[int]) -> None:
         """Take back what was rejected; the last drafted token was never read."""
-        self.reader.take_back([self.ahead - min(count, self.ahead) for count in accepted])
+        self.reader.rollback([self.ahead - min(count, self.ahead) for count in accepted])
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""
@@ -104,8 +104,8 @@ class ModelDraft:
 class TreeDraft(ModelDraft):
     """Trees of a small model's drafts, in which a node at depth d has branching[d] different children. It reads level by level."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int, choice: Choice, branching: tuple[int, ...]):
-        super().__init__(model, capacity, choice)
+    def __init__(self, model: PreTrainedModel, capacity: int, sampler: Sampler, branching: tuple[int, ...]):
+        super().__init__(model, capacity, sampler)
         self.branching = branching
 
     def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
@@ -117,17 +117,17 @@ class TreeDraft(ModelDraft):
             if tokens:
                 logits = self.reader.read(tokens[-1], last - first, tree.first(last))
             drafted = torch.cat(tokens, 1) if tokens else noise.new_empty(len(rows), 0)
-            scores = self.choice.scores(logits, rows, drafted, [tree.path(node) for node in range(first, last)])
+            scores = self.sampler.scores(logits, rows, drafted, [tree.path(node) for node in range(first, last)])
             end = last + (last - first) * children
-            token, weight = self.choice.pick_several(scores, children, noise[:, last - 1 : end - 1])
+            token, weight = self.sampler.sample_several(scores, children, noise[:, last - 1 : end - 1])
             tokens.append(token)
             weights.append(weight)
             first, last = last, end
         self.ahead = first  # nodes that were read, the root included
-        drawn = None if self.choice.greedy else torch.cat([weight for weight in weights if weight is not None], 1)
+        drawn = None if self.sampler.greedy else torch.cat([weight for weight in weights if weight is not None], 1)
         return Proposal(torch.cat(tokens, 1), [last - 1] * len(rows), drawn, tree)
 
-    def settle(self, accepted: list[int]) -> None:
+    def keep_accepted(self, accepted: list[int]) -> None:
         """Keep the paths, as far as they were read."""
         self.reader.keep(self.ahead, [[0] + [step for step in self.tree.path(node) if step < self.ahead] for node in accepted])
 
@@ -173,7 +173,7 @@ class Lookup:
         tokens = torch.tensor([guess + [self.pad] * (width - len(guess)) for guess in guesses], dtype=torch.long, device=noise.device)
         return Proposal(tokens.view(len(rows), width), list(map(len, guesses)), None)
 
-    def settle(self, accepted: list[int]) -> None:
+    def keep_accepted(self, accepted: list[int]) -> None:
         """Nothing to take back: rows are indexed as they are when asked."""
 
     def select(self, rows: list[int]) -> None:
@@ -192,14 +192,14 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         )
 
 
-def drafter(target: PreTrainedModel, draft: Any, capacity: int, choice: Choice, branching: tuple[int, ...] | None) -> Drafter | None:
+def drafter(target: PreTrainedModel, draft: Any, capacity: int, sampler: Sampler, branching: tuple[int, ...] | None) -> Drafter | None:
     """The drafter that a user's `draft` means: a model, "lookup", or a drafter of one's own; None drafts nothing.
 
     Raises ValueError for trees (`branching`) of anything but a model.
     """
     if isinstance(draft, PreTrainedModel):
         check_pair(target, draft)
-        return ModelDraft(draft, capacity, choice) if branching is None else TreeDraft(draft, capacity, choice, branching)
+        return ModelDraft(draft, capacity, sampler) if branching is None else TreeDraft(draft, capacity, sampler, branching)
     if branching is not None:
         raise ValueError(f"tree needs a draft model, which rates several continuations; got draft={draft!r}; use lookahead instead")
     if isinstance(draft, str):

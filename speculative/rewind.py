@@ -257,15 +257,15 @@ class Rewindable:
             return None
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
 
-    def take_back(self, tokens: list[int]) -> None:
+    def rollback(self, tokens: list[int]) -> None:
         """Take back the last tokens[b] tokens of each row. Raises ValueError, and changes nothing, for more than are held."""
         self._check(tokens)
         for layer in self.recurrent:
-            layer.check_back(tokens)
+            layer.check_rollback(tokens)
         self.lengths = [length - back for length, back in zip(self.lengths, tokens, strict=True)]
         if any(tokens):
             for layer in self.recurrent:
-                layer.take_back(tokens)
+                layer.rollback(tokens)
 
     def keep(self, tokens: int, paths: list[list[int]]) -> None:
         """Of each row's last `tokens` tokens, a tree, keep the nodes paths[b] (from the root on), and take back the others.
@@ -288,10 +288,10 @@ class Rewindable:
         if len(back) != len(self.lengths) or any(not 0 <= b <= length for b, length in zip(back, self.lengths, strict=True)):
             raise ValueError(f"rows have {self.lengths} tokens that could be taken back; got {back}")
 
-    def pin(self) -> None:
+    def commit(self) -> None:
         """Declare that nothing read so far will be taken back."""
         for layer in self.recurrent:
-            layer.pin()
+            layer.commit()
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""

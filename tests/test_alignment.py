@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from llamba.models.activations import HEARD, record
+from llamba.models.activations import CAPTURED, capture
 from llamba.models.masks import document_numbers
 from llamba.models.mixers import Mixing, Recurrence
 from llamba.training import layer_distances as alignment
@@ -61,8 +61,8 @@ def test_rows_from_queries_and_keys_are_the_models_own_attention(name: str, layo
     model.set_attn_implementation("eager")
     with torch.no_grad():
         want = model(**inputs, output_attentions=True, use_cache=False).attentions
-    model.set_attn_implementation(HEARD)
-    heard = record(model, inputs, scores=range(4))
+    model.set_attn_implementation(CAPTURED)
+    heard = capture(model, inputs, scores=range(4))
     real = torch.ones(2, T, dtype=torch.bool) if rec.mask is None else rec.mask
     for index in range(4):
         mixing = heard.scores[index].mixing(rec)
@@ -75,7 +75,7 @@ def test_rows_from_queries_and_keys_are_the_models_own_attention(name: str, layo
 
 def test_the_record_holds_the_residual_stream_and_the_mixers_outputs() -> None:
     model, tokens = teacher("phi"), ids(2, 9)
-    heard = record(model, {"input_ids": tokens}, mixed=[1])
+    heard = capture(model, {"input_ids": tokens}, mixed=[1])
     with torch.no_grad():
         want = model(tokens, output_hidden_states=True).hidden_states
         for got, expected in zip(heard.streams, want[:-1], strict=False):
@@ -133,8 +133,8 @@ def pair(layout: str = "plain") -> tuple[Mixing, Mixing]:
     """A mixer's matrix and attention's."""
     made, rec = student("mamba2", attention=0.0), recurrence(layout)
     source = teacher()
-    source.set_attn_implementation(HEARD)
-    heard = record(source, {"input_ids": ids(2, T), **LAYOUTS[layout]}, scores=[1])
+    source.set_attn_implementation(CAPTURED)
+    heard = capture(source, {"input_ids": ids(2, T), **LAYOUTS[layout]}, scores=[1])
     return made.model.layers[1].self_attn.mixing(heard.streams[1], rec), heard.scores[1].mixing(rec)
 
 
@@ -195,8 +195,8 @@ def test_no_whole_matrix_is_ever_made(monkeypatch) -> None:
     """B 1, H 4, T 512: blocks of 8 rows hold 16,384 elements, the matrix of one head 262,144, the input projection 51,200."""
     monkeypatch.setattr(alignment, "_AT_ONCE", 4 * 512 * 8)
     mixer, source = student("mamba2", attention=0.0).model.layers[0].self_attn, teacher()
-    source.set_attn_implementation(HEARD)
-    heard = record(source, {"input_ids": ids(1, 512)}, scores=[0])
+    source.set_attn_implementation(CAPTURED)
+    heard = capture(source, {"input_ids": ids(1, 512)}, scores=[0])
     ours, theirs = mixer.mixing(heard.streams[0], Recurrence()), heard.scores[0].mixing(Recurrence())
     with Largest() as largest:
         norm(squared_distance(ours, theirs)).sum().backward()

@@ -7,9 +7,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
 from llamba.kernels.ssd import ssd, ssd_fold, ssd_resume
-from llamba.models.adoption import adopt
 from llamba.models.cache import KEPT, SLOTS
 from llamba.models.convert import convert
+from llamba.models.hybrid_cache import as_hybrid_cache
 
 ROWS, ROUNDS = 2, 200
 
@@ -35,7 +35,7 @@ def states(model: PreTrainedModel, row: torch.Tensor) -> list[torch.Tensor]:
 def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(mixer: str) -> None:
     """Rows accept different numbers of tokens, folds happen, now and then rows are reordered; settled and open tokens alternate."""
     model, draw = two_layers(mixer), torch.Generator().manual_seed(3)
-    cache = adopt(DynamicCache(config=model.config), model.config)
+    cache = as_hybrid_cache(DynamicCache(config=model.config), model.config)
     model(ids(ROWS, 2), past_key_values=cache)
     cache.activate_past_recording()
     kept, folds = list(ids(ROWS, 2)), 0
@@ -46,9 +46,9 @@ def test_states_of_a_ragged_random_walk_equal_those_from_scratch_at_every_round(
         folds += any(now < old + count for now, old in zip(cache.layers[0].counts, before, strict=True))
         back = torch.randint(0, count + 1, (ROWS,), generator=draw).tolist()
         for layer in cache.layers:
-            layer.take_back(back)
+            layer.rollback(back)
             if round_ % 50 < 25:
-                layer.pin()
+                layer.commit()
         kept = [torch.cat((old, new[: count - b])) for old, new, b in zip(kept, tokens, back, strict=True)]
         if round_ % 20 == 19:
             order = torch.randperm(ROWS, generator=draw)
@@ -72,7 +72,7 @@ def places(mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mixer", (*STUDENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in LATER)))
 def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
     model = two_layers(mixer)
-    cache = adopt(DynamicCache(config=model.config), model.config)
+    cache = as_hybrid_cache(DynamicCache(config=model.config), model.config)
     cache.activate_past_recording()
     tokens, draw, real = ids(2, 0), torch.Generator().manual_seed(0), torch.ones(2, 0, dtype=torch.long)
     for length, back in ((3, 1), (50, 7), (4, 4), (6, 0), (5, 3)):
@@ -90,18 +90,18 @@ def test_taking_back_tokens_among_which_some_were_absent(mixer: str) -> None:
 
 def test_what_is_settled_or_folded_cannot_be_taken_back() -> None:
     model = two_layers("mamba2")
-    cache = adopt(DynamicCache(config=model.config), model.config)
+    cache = as_hybrid_cache(DynamicCache(config=model.config), model.config)
     cache.activate_past_recording()
     with torch.no_grad():
         model(ids(2, SLOTS), past_key_values=cache)
     layer = cache.layers[0]
-    layer.take_back([3, 1])
+    layer.rollback([3, 1])
     assert layer.counts == [KEPT - 3, KEPT - 1]
     with pytest.raises(ValueError, match=f"cannot take back 30 tokens: a recurrent layer holds at most the last {KEPT}"):
-        layer.take_back([30, 30])
-    layer.pin()
+        layer.rollback([30, 30])
+    layer.commit()
     with pytest.raises(ValueError, match="cannot take back 1 tokens"):
-        layer.take_back([1, 0])
+        layer.rollback([1, 0])
 
 
 @pytest.mark.parametrize("firsts", [0, 5, [0, 7]])

@@ -93,21 +93,21 @@ def test_frequent_tokens_are_counted_over_targets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", [None, 20])
 def test_the_objective_is_kl_to_the_student_over_the_tokens_that_the_draft_has(head: int | None) -> None:
-    stage, guide = Draft(kl=0.7, ce=0.4, head=head), student("mamba2")
+    stage, target = Draft(kl=0.7, ce=0.4, head=head), student("mamba2")
     kept = torch.arange(101) if head is None else torch.arange(3, 3 + head)
     draft = make_draft(teacher(), 2, None if head is None else kept)
     tokens = ids(2, 12)
     batch = {"input_ids": tokens, "labels": tokens.masked_fill(torch.arange(12) < 5, IGNORE), "attention_mask": torch.ones_like(tokens)}
-    log_q, log_p = (model(tokens, use_cache=False).logits[:, :-1][..., kept].log_softmax(-1) for model in (draft, guide))
+    log_q, log_p = (model(tokens, use_cache=False).logits[:, :-1][..., kept].log_softmax(-1) for model in (draft, target))
     labels = batch["labels"][:, 1:]
     has = torch.isin(labels, kept)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[has].sum().item()
     ce = -sum(log_q[b, t, kept.tolist().index(int(labels[b, t]))].item() for b, t in has.nonzero().tolist())
     if head is not None:
         cut = torch.nn.Linear(32, head, bias=False, dtype=torch.float64)
-        cut.weight.data.copy_(guide.lm_head.weight[kept])
-        guide.set_output_embeddings(cut)
-    sums = objective(stage, draft, guide, batch)
+        cut.weight.data.copy_(target.lm_head.weight[kept])
+        target.set_output_embeddings(cut)
+    sums = objective(stage, draft, target, batch)
     assert 0 < int(sums.targets) == int(has.sum()) < labels.numel()
     assert sums.kl.item() == pytest.approx(kl, rel=1e-9) and sums.ce.item() == pytest.approx(ce, rel=1e-9)
     assert sums.loss.item() == pytest.approx(0.7 * kl + 0.4 * ce, rel=1e-9)

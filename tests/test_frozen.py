@@ -69,12 +69,12 @@ def test_by_document(name):
     torch.testing.assert_close(got[1][real], want[1][real], rtol=1e-9, atol=1e-9)
 
 
-def trainer_of(stage: Distill, data, student: str, guide: str, out: Path) -> DistillTrainer:
+def trainer_of(stage: Distill, data, student: str, teacher_model: str, out: Path) -> DistillTrainer:
     rows = data.rows("train")
     ordered = Ordered(rows, stage.batch, data.seed, epochs=1, steps=stage.steps, tokens=None)
-    pupil, teacher_ = distill._load(stage, student, guide)
+    student_model, teacher_ = distill._load(stage, student, teacher_model)
     return DistillTrainer(
-        pupil, teacher_, partial(distill.objective, stage), training_arguments(stage, 1, 0, out / "c"), ordered, out / "m"
+        student_model, teacher_, partial(distill.objective, stage), training_arguments(stage, 1, 0, out / "c"), ordered, out / "m"
     )
 
 
@@ -91,16 +91,16 @@ def test_same_numbers_for_less(tmp_path, data, upper, teacher_folder, precision)
     """Loss and gradients are those of whole fp32 weights under autocast, bit for bit but for attention's own rounding; layers run once."""
     stage = Distill(batch=4, micro_batch=4, steps=1, precision=precision, kl=1.0)
     batch = collate([data.rows("train")[row] for row in range(4)], 0)
-    pupil, guide = distill._load(stage, upper, str(teacher_folder))
+    student_model, teacher_model = distill._load(stage, upper, str(teacher_folder))
     trainer = trainer_of(stage, data, upper, str(teacher_folder), tmp_path)
-    assert frozen.shared_layers(trainer.student, trainer.teacher) == 2 and frozen.shared_layers(pupil, guide) == 0
+    assert frozen.shared_layers(trainer.student, trainer.teacher) == 2 and frozen.shared_layers(student_model, teacher_model) == 0
     for model in (trainer.student, trainer.teacher):
         model.set_attn_implementation("sdpa")
     calls = []
     trainer.student.base_model.layers[1].register_forward_hook(lambda *_: calls.append("student"))
     trainer.teacher.base_model.layers[1].register_forward_hook(lambda *_: calls.append("teacher"))
     results = []
-    for student, against in ((pupil, guide), (trainer.student, trainer.teacher)):
+    for student, against in ((student_model, teacher_model), (trainer.student, trainer.teacher)):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = distill.objective(stage, student, against, batch).loss
         loss.backward()
@@ -111,11 +111,11 @@ def test_same_numbers_for_less(tmp_path, data, upper, teacher_folder, precision)
 
 def test_memory_is_one_and_folders_are_whole(tmp_path, data, upper, teacher_folder):
     trainer = trainer_of(Distill(batch=4, micro_batch=4, steps=1), data, upper, str(teacher_folder), tmp_path)
-    student, guide = trainer.student, trainer.teacher
+    student, teacher_model = trainer.student, trainer.teacher
     before = load_file(Path(upper) / "model.safetensors")
     low = {name for name, weight in student.named_parameters() if weight.dtype == torch.bfloat16}
     assert "model.layers.3.mlp.up_proj.weight" in low and not any(".3.self_attn." in name or "norm" in name for name in low)
-    theirs = dict(guide.named_parameters())
+    theirs = dict(teacher_model.named_parameters())
     own = {name: weight for name, weight in student.named_parameters() if not weight.requires_grad}
     assert own and all(weight.data_ptr() == theirs[name].data_ptr() for name, weight in own.items())
     trainer._save(str(tmp_path / "saved"))

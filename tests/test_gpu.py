@@ -32,7 +32,7 @@ from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.slots import attend, place
 from llamba.kernels.ssd import ssd, ssd_step
 from llamba.speculative import generate, graphs
-from llamba.speculative.choose import Choice
+from llamba.speculative.sampling import Sampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative RMS error: operands of tensor cores are rounded once
@@ -269,7 +269,7 @@ def test_many_rounds_of_one_graph() -> None:
 def test_a_replay_neither_waits_nor_copies_to_the_host() -> None:
     model = student("mamba2", dtype=torch.float32).cuda()
     with torch.inference_mode():
-        made = graphs.Decoder(model, model, 1, 256, 4, Choice(temperature=1.0), 8)
+        made = graphs.Decoder(model, model, 1, 256, 4, Sampler(temperature=1.0), 8)
         made.start(model, model, [ids(6).tolist()], 50, set())
         parts = made.round(4)
         torch.cuda.set_sync_debug_mode("error")

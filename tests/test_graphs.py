@@ -13,8 +13,8 @@ from triton_tools import needs_interpreter
 from llamba.bench.decode import round_call, weight_bytes
 from llamba.kernels.decode import mamba2_steps
 from llamba.speculative import generate, graphs, steps
-from llamba.speculative.choose import Choice
 from llamba.speculative.graphs import Decoder
+from llamba.speculative.sampling import Sampler
 
 NEW = 12
 CASES = [("mamba2", 0.5), ("mamba2", 0.0), ("discrete_mamba2", 0.25), ("mamba1", 0.5)]
@@ -140,25 +140,25 @@ def test_the_same_noise_draws_the_same_tokens_as_the_eager_loop() -> None:
 
 # --- what a graph can hold ------------------------------------------------------------------------------------------------------------
 
-SAMPLING = Choice(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
+SAMPLING = Sampler(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
 
 
-def fake_rounds(model: PreTrainedModel, draft: PreTrainedModel | None, choice: Choice) -> None:
+def fake_rounds(model: PreTrainedModel, draft: PreTrainedModel | None, sampler: Sampler) -> None:
     """Rounds on tensors without content: whoever asks for a number of theirs gets an error."""
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True):
-        made = Decoder(model, draft, 2, 64, 2, choice, 8)
+        made = Decoder(model, draft, 2, 64, 2, sampler, 8)
         for part in made.round(2 if draft is not None else 0):
             part()
 
 
 @pytest.mark.parametrize(
-    ("kind", "choice"), [("mamba2", SAMPLING), ("discrete_mamba2", Choice()), ("mistral", Choice()), ("attention", SAMPLING)]
+    ("kind", "sampler"), [("mamba2", SAMPLING), ("discrete_mamba2", Sampler()), ("mistral", Sampler()), ("attention", SAMPLING)]
 )
-def test_a_round_reads_nothing_on_the_host(kind: str, choice: Choice) -> None:
+def test_a_round_reads_nothing_on_the_host(kind: str, sampler: Sampler) -> None:
     models = {"mistral": lambda: student("mamba2", "mistral"), "attention": teacher}
     model = models.get(kind, lambda: student(kind))()
     for draft in (None, model):
-        fake_rounds(model, draft, choice)
+        fake_rounds(model, draft, sampler)
 
 
 @pytest.mark.parametrize("where", ["accept", "accept_greedy"])
@@ -171,7 +171,7 @@ def test_a_look_at_the_device_would_be_noticed(where: str, monkeypatch) -> None:
 
     monkeypatch.setattr(graphs, where, looking)
     with pytest.raises(DataDependentOutputException):
-        fake_rounds(student("mamba2"), None, SAMPLING if where == "accept" else Choice())
+        fake_rounds(student("mamba2"), None, SAMPLING if where == "accept" else Sampler())
 
 
 @needs_interpreter
@@ -215,7 +215,7 @@ def test_what_graphs_cannot_serve_is_one_clear_message(mixer: str, arguments: di
 def test_a_text_that_overflows_the_static_cache_is_refused() -> None:
     model = student("mamba2")
     with torch.inference_mode():
-        made = Decoder(model, None, 1, 16, 0, Choice(), 8)
+        made = Decoder(model, None, 1, 16, 0, Sampler(), 8)
         with pytest.raises(ValueError, match="the static cache has 16 slots a row; prompt, new tokens and a round need 20"):
             made.start(model, None, [[5] * 10], 10, set())
 

@@ -15,7 +15,7 @@ from llamba.models.convert import convert
 from llamba.settings import Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
 from llamba.training import lora
-from llamba.training.trainer import carry_out
+from llamba.training.trainer import train_and_save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 SHORT = dict(batch=8, micro_batch=8, lr=2e-2, warmup=0, log_every=1, steps=3)
@@ -58,7 +58,7 @@ def test_the_folder_is_an_ordinary_one(tmp_path, monkeypatch, chats, preferred_p
         trainer = dpo.trainer_of(Dpo(**chosen), student, "", preferred_pairs, tmp_path)
     assert {kind.rpartition(".")[2] for kind, weight in trainer.model.named_parameters() if weight.requires_grad} == {"weight"}
     assert all("lora_" in kind for kind, weight in trainer.model.named_parameters() if weight.requires_grad)
-    carry_out(trainer, tmp_path, dict)
+    train_and_save(trainer, tmp_path, dict)
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         expected = trainer.model.eval()(ids).logits
@@ -100,7 +100,7 @@ def test_frozen_weights_are_halved_in_bf16(tmp_path, chats, student):
     dtypes = {name: weight.dtype for name, weight in trainer.model.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if "lora_" in name or "A_log" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "base_layer" in name} == {torch.bfloat16}
-    carry_out(trainer, tmp_path, dict)
+    train_and_save(trainer, tmp_path, dict)
     before, after = load_file(f"{student}/model.safetensors"), load_file(tmp_path / "model.safetensors")
     key = "model.layers.1.mlp.up_proj"
     a, b = (trainer.model.get_parameter(f"base_model.model.{key}.lora_{side}.default.weight").float() for side in "AB")

@@ -111,8 +111,8 @@ def case(dtype: torch.dtype, bias: bool = True, seed: int = 0) -> tuple[Tensor, 
     head, teacher_head = nn.Linear(D, V, bias=bias).double(), nn.Linear(2 * D, V, bias=bias).double()
     with torch.no_grad():
         head.weight.mul_(4), teacher_head.weight.mul_(4)
-    hidden, guide = torch.randn(B, T, D).double(), torch.randn(B, T, 2 * D).double()
-    return hidden.to(dtype).requires_grad_(), guide.to(dtype), head.to(dtype), teacher_head.to(dtype)
+    hidden, teacher_hidden = torch.randn(B, T, D).double(), torch.randn(B, T, 2 * D).double()
+    return hidden.to(dtype).requires_grad_(), teacher_hidden.to(dtype), head.to(dtype), teacher_head.to(dtype)
 
 
 def trained(hidden: Tensor, head: nn.Linear) -> list[Tensor]:
@@ -127,11 +127,13 @@ def trained(hidden: Tensor, head: nn.Linear) -> list[Tensor]:
 def test_fused_is_fp64_autograd(monkeypatch, divergence, temperature, kl, ce, reduction, at_once):
     """Values, and gradients of hidden states, head weight and head bias; many chunks, the last one short, or one."""
     monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", at_once)
-    hidden, guide, head, teacher_head = case(torch.float64)
+    hidden, teacher_hidden, head, teacher_head = case(torch.float64)
     labels = labels_of()
     settings = dict(kl=kl, ce=ce, temperature=temperature, divergence=divergence, beta=0.3, reduction=reduction)
-    sums = head_sums(hidden, guide, head, teacher_head, labels, **settings)
-    kl_sum, ce_sum = oracle(head(hidden), teacher_head(guide), labels, temperature, divergence, 0.3, reduction == "batchmean_legacy")
+    sums = head_sums(hidden, teacher_hidden, head, teacher_head, labels, **settings)
+    kl_sum, ce_sum = oracle(
+        head(hidden), teacher_head(teacher_hidden), labels, temperature, divergence, 0.3, reduction == "batchmean_legacy"
+    )
     assert sums.targets == (labels[:, 1:] != IGNORE).sum()
     expected = kl * kl_sum + ce * ce_sum
     torch.testing.assert_close((sums.loss, sums.kl, sums.ce), (expected, kl_sum, ce_sum), rtol=1e-11, atol=1e-12)
@@ -161,34 +163,34 @@ def test_fused_is_at_most_twice_as_wrong_as_pytorch(monkeypatch, divergence, tem
 
 
 def test_what_is_frozen_gets_no_gradient():
-    hidden, guide, head, teacher_head = case(torch.float32)
+    hidden, teacher_hidden, head, teacher_head = case(torch.float32)
     head.requires_grad_(False)
-    loss = head_sums(hidden, guide, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
+    loss = head_sums(hidden, teacher_hidden, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
     (gradient,) = torch.autograd.grad(loss, hidden)
     hidden.requires_grad_(False), head.requires_grad_(True)
-    loss = head_sums(hidden, guide, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
+    loss = head_sums(hidden, teacher_hidden, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
     loss.backward()
     assert gradient.any() and head.weight.grad.any() and teacher_head.weight.grad is None
     with torch.no_grad():
-        alone = head_sums(hidden, guide, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
+        alone = head_sums(hidden, teacher_hidden, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
     assert alone == loss and not alone.requires_grad
 
 
 def test_tied_embeddings_get_both_gradients():
-    _, guide, _, teacher_head = case(torch.float64)
+    _, teacher_hidden, _, teacher_head = case(torch.float64)
     embeddings, head = nn.Embedding(V, D, dtype=torch.float64), nn.Linear(D, V, bias=False, dtype=torch.float64)
     head.weight = embeddings.weight
     ids, labels = torch.randint(V, (B, T)), labels_of()
-    sums = head_sums(embeddings(ids).sin(), guide, head, teacher_head, labels, kl=0.7, ce=0.3)
-    whole = distill_loss(head(embeddings(ids).sin()), teacher_head(guide), labels, kl=0.7, ce=0.3, token_count=1)
+    sums = head_sums(embeddings(ids).sin(), teacher_hidden, head, teacher_head, labels, kl=0.7, ce=0.3)
+    whole = distill_loss(head(embeddings(ids).sin()), teacher_head(teacher_hidden), labels, kl=0.7, ce=0.3, token_count=1)
     own, right = (torch.autograd.grad(loss, embeddings.weight)[0] for loss in (sums.loss, whole))
     assert error(own, right) < 1e-12
 
 
 def test_a_second_backward_is_refused():
     """The gradients are scaled where they lie, so a second pass would be wrong; autograd says so."""
-    hidden, guide, head, teacher_head = case(torch.float32)
-    loss = head_sums(hidden, guide, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
+    hidden, teacher_hidden, head, teacher_head = case(torch.float32)
+    loss = head_sums(hidden, teacher_hidden, head, teacher_head, labels_of(), kl=1.0, ce=1.0).loss
     loss.backward(torch.tensor(0.5), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -218,7 +220,7 @@ class Largest(TorchDispatchMode):
 def test_no_logits_of_all_tokens_are_ever_held(monkeypatch, divergence, reduction):
     time, size = 128, 8
     monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", size * V)
-    hidden, guide, head, teacher_head = (
+    hidden, teacher_hidden, head, teacher_head = (
         torch.randn(1, time, D, requires_grad=True),
         torch.randn(1, time, D),
         nn.Linear(D, V),
@@ -227,12 +229,12 @@ def test_no_logits_of_all_tokens_are_ever_held(monkeypatch, divergence, reductio
     labels = torch.randint(V, (1, time))
     with Largest() as seen:
         head_sums(
-            hidden, guide, head, teacher_head, labels, kl=1.0, ce=0.5, temperature=2.0, divergence=divergence, reduction=reduction
+            hidden, teacher_hidden, head, teacher_head, labels, kl=1.0, ce=0.5, temperature=2.0, divergence=divergence, reduction=reduction
         ).loss.backward()
     assert seen.elements <= max(size * V, time * D)
     with Largest() as seen:
         distill_loss(
-            head(hidden), teacher_head(guide), labels, kl=1.0, ce=0.5, temperature=2.0, divergence=divergence, token_count=1
+            head(hidden), teacher_head(teacher_hidden), labels, kl=1.0, ce=0.5, temperature=2.0, divergence=divergence, token_count=1
         ).backward()
     assert seen.elements >= time * V  # so this test can tell
 
@@ -257,22 +259,22 @@ def bucket_oracle(student: Tensor, teacher: Tensor, k: int, t: float, divergence
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_kept_logits_are_a_divergence_over_buckets(monkeypatch, divergence, temperature, k):
     monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", 4 * V)
-    hidden, guide, head, teacher_head = case(torch.float64)
+    hidden, teacher_hidden, head, teacher_head = case(torch.float64)
     labels = labels_of()
     chosen = labels[:, 1:] != IGNORE
-    logits = teacher_head(guide)[:, :-1][chosen].detach()
+    logits = teacher_head(teacher_hidden)[:, :-1][chosen].detach()
     kept = TopK.of(logits, k, temperature)
     assert kept.values.shape == kept.indices.shape == (len(logits), k)
     settings = dict(kl=0.7, ce=0.3, temperature=temperature, divergence=divergence, beta=0.3)
     sums = head_sums(hidden, kept, head, None, labels, **settings)
     kl = bucket_oracle(head(hidden)[:, :-1][chosen], logits, k, temperature, divergence, 0.3)
     torch.testing.assert_close(sums.kl, kl, rtol=1e-10, atol=1e-12)
-    expected = 0.7 * kl + 0.3 * oracle(head(hidden), teacher_head(guide), labels, temperature)[1]
+    expected = 0.7 * kl + 0.3 * oracle(head(hidden), teacher_head(teacher_hidden), labels, temperature)[1]
     own, right = (torch.autograd.grad(loss, trained(hidden, head)) for loss in (sums.loss, expected))
     for mine, other in zip(own, right, strict=True):
         assert error(mine, other) < 1e-10
     if k == V:
-        online = head_sums(hidden, guide, head, teacher_head, labels, **settings)
+        online = head_sums(hidden, teacher_hidden, head, teacher_head, labels, **settings)
         torch.testing.assert_close(tuple(sums), tuple(online), rtol=1e-11, atol=1e-12)
 
 

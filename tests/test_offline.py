@@ -35,7 +35,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(offline, "_SHARD_BYTES", 4000)
 
 
-def make(stage: Distill, data: Prepared, teacher: Path, folder: Path, load=None) -> offline.KeptRows:
+def make(stage: Distill, data: Prepared, teacher: Path, folder: Path, load=None) -> offline.RowsWithLogits:
     loader = load or partial(loading.load_teacher, str(teacher), stage.precision)
     return offline.prepare(stage, data.folder / "train", str(teacher), loader, folder)
 
@@ -278,13 +278,15 @@ def test_legacy_is_the_published_loss(tmp_path, data, student_folder, teacher_fo
     """Passes of 4 rows: each cross-entropy a mean over its targets, each KL a sum over its positions by 4; and their plain mean."""
     stage = Distill(**{**SHORT, "clip": 0.0}, steps=1, train="all", reduction="batchmean_legacy")
     ordered = Ordered(data.rows("train"), stage.batch, 0, epochs=1, steps=1, tokens=None)
-    pupil, guide = distill._load(stage, student_folder, str(teacher_folder))
+    student_model, teacher_hidden = distill._load(stage, student_folder, str(teacher_folder))
     args = training_arguments(stage, 1, 0, tmp_path / "checkpoints")
-    trainer = DistillTrainer(pupil, guide, partial(distill.objective, stage), args, ordered, tmp_path / METRICS, None, True)
+    trainer = DistillTrainer(
+        student_model, teacher_hidden, partial(distill.objective, stage), args, ordered, tmp_path / METRICS, None, True
+    )
     student, teacher = (AutoModelForCausalLM.from_pretrained(name).double() for name in (student_folder, teacher_folder))
     losses = []
     for part in (range(4), range(4, 8)):
-        batch = collate([ordered[index] for index in part], pupil.config.pad_token_id)
+        batch = collate([ordered[index] for index in part], student_model.config.pad_token_id)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         logits = student(**inputs).logits
         with torch.no_grad():
@@ -295,7 +297,7 @@ def test_legacy_is_the_published_loss(tmp_path, data, student_folder, teacher_fo
     (sum(losses) / 2).backward()
     caught = {}
     trainer.create_optimizer().register_step_pre_hook(
-        lambda *_: caught.update({name: w.grad.double() for name, w in pupil.named_parameters()})
+        lambda *_: caught.update({name: w.grad.double() for name, w in student_model.named_parameters()})
     )
     trainer.train()
     for name, weight in student.named_parameters():

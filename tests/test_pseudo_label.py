@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llamba.chat.conversation import Sampling
-from llamba.chat.engines import ENGINES, Answer, pick
+from llamba.chat.engines import ENGINES, Answer, choose_engine
 from llamba.data.batches import Rows
 from llamba.data.tokens import Prepared
 from llamba.running import run as running
@@ -231,7 +231,7 @@ def test_vllm_engine(monkeypatch):
     assert log[0] == ("org/model", 1)
     shared = {"temperature": 0.5, "top_p": 0.8, "max_tokens": 9, "stop_token_ids": [1, 2]}
     assert log[1] == [{**shared, "seed": 100}, {**shared, "seed": 101}]
-    assert pick("auto") == ("vllm" if torch.accelerator.is_available() else "transformers") and pick("vllm") == "vllm"
+    assert choose_engine("auto") == ("vllm" if torch.accelerator.is_available() else "transformers") and choose_engine("vllm") == "vllm"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start the recipe with python"):
         ENGINES["vllm"]("org/model", Sampling(), [1])

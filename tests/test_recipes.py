@@ -143,7 +143,7 @@ def test_two_steps_of_every_stage(name, tmp_path, monkeypatch, teachers, local, 
             check_conversion(previous, out / f"{number}-convert")
             previous = out / f"{number}-convert"
         check_stage(stage, out / f"{number}-{stage.name}")
-        previous = previous if isinstance(stage, run.BESIDE) else out / f"{number}-{stage.name}"
+        previous = previous if isinstance(stage, run.SIDE_STAGES) else out / f"{number}-{stage.name}"
     assert f"done: {previous}" in capsys.readouterr().out and finished(out)[-1] == previous
     last = AutoModelForCausalLM.from_pretrained(previous)
     assert "linear_attention" in last.config.layer_types and last.config.num_hidden_layers == layers

@@ -18,7 +18,7 @@ from llamba.running import run
 from llamba.running.plan import plan
 from llamba.settings import Data, Recipe, Select, Student, layers_of
 from llamba.training.frozen import lower_whole
-from llamba.training.layer_ranking import Ranking, _Scorer, counted, divergence, lent, rank, restore, save, table
+from llamba.training.layer_ranking import Ranking, _Scorer, counted, divergence, rank, restore, save, swapped, table
 
 LAYERS = 4
 
@@ -44,14 +44,14 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def plain_kl(student, guide) -> float:
-    """Mean KL(guide || student) per target token, from whole logits, one unpadded row at a time."""
+def plain_kl(student, teacher_model) -> float:
+    """Mean KL(teacher_model || student) per target token, from whole logits, one unpadded row at a time."""
     total, count = 0.0, 0
     for batch in batches():
         for row in range(2):
             length = int(batch["attention_mask"][row].sum())
             tokens, labels = batch["input_ids"][row : row + 1, :length], batch["labels"][row, 1:length]
-            p, q = (F.log_softmax(model(tokens).logits[0, :-1].double(), -1) for model in (guide, student))
+            p, q = (F.log_softmax(model(tokens).logits[0, :-1].double(), -1) for model in (teacher_model, student))
             total += ((p.exp() * (p - q)).sum(-1) * (labels >= 0)).sum().item()
             count += int((labels >= 0).sum())
     return total / count
@@ -68,8 +68,8 @@ def with_attention_in(layers: list[int], student, name: str):
 
 @pytest.mark.parametrize("name, mixer", [("llama", "mamba2"), ("mistral", "mamba1"), ("phi", "discrete_mamba2")])
 def test_scores_are_those_of_hybrids_built_plainly(name, mixer):
-    guide, student = reference(name), converted(name, mixer)
-    restored, swapped = rank(guide, student, batches(), "restore"), rank(guide, student, batches(), "swap")
+    teacher_model, student = reference(name), converted(name, mixer)
+    restored, swapped = rank(teacher_model, student, batches(), "restore"), rank(teacher_model, student, batches(), "swap")
     assert restored.targets == swapped.targets == int(sum((batch["labels"] >= 0).sum() for batch in batches()))
     start = plain_kl(student, teacher(name))
     assert restored.start == pytest.approx(start, rel=1e-6) and swapped.start == pytest.approx(0, abs=1e-9)
@@ -89,18 +89,18 @@ def test_some_targets_of_each_row():
     assert every.sum(1).tolist() == [20, 3] and torch.equal(counted(labels, 30), every)
     some = counted(labels, 5)
     assert some.sum(1).tolist() == [5, 3] and some[0].nonzero().flatten().diff().unique().tolist() == [4]
-    guide, student = reference(), converted()
-    scorer = _Scorer(student, guide, guide, 3)
+    teacher_model, student = reference(), converted()
+    scorer = _Scorer(student, teacher_model, teacher_model, 3)
     total = sum(scorer.start(batch) for batch in batches())
-    found = rank(guide, student, batches(), per_row=3)
+    found = rank(teacher_model, student, batches(), per_row=3)
     assert found.targets == 12 and found.start == pytest.approx(total / 12)
-    assert divergence(guide, student, batches(), [], per_row=3) == pytest.approx(found.start)
+    assert divergence(teacher_model, student, batches(), [], per_row=3) == pytest.approx(found.start)
 
 
 def test_products_in_bf16_rank_alike():
     """What a CPU computes with: scores within a hundredth of the start of those in fp64, and the same order where they are apart."""
-    guide, student = reference(), converted()
-    exact = rank(guide, student, batches())
+    teacher_model, student = reference(), converted()
+    exact = rank(teacher_model, student, batches())
     low = [model.float() for model in (reference(), converted())]
     for model in low:
         lower_whole(model)
@@ -148,11 +148,11 @@ def test_head_scores_are_those_of_layers_with_one_head_exchanged(name, out):
 
 def test_restoring_heads_starts_from_the_student():
     """All heads of a layer restored one by one do not add up, but a head whose both sides are silent changes nothing."""
-    guide, student = reference(), converted()
+    teacher_model, student = reference(), converted()
     with torch.no_grad():
-        guide.model.layers[1].self_attn.o_proj.weight[:, 8:16] = 0
+        teacher_model.model.layers[1].self_attn.o_proj.weight[:, 8:16] = 0
         student.model.layers[1].self_attn.out_proj.weight[:, 8:16] = 0
-    found = rank(guide, student, batches(), "restore", heads=True)
+    found = rank(teacher_model, student, batches(), "restore", heads=True)
     assert found.heads is not None
     assert found.heads[1][1] == pytest.approx(0, abs=1e-9) and abs(found.heads[1][0]) > 1e-4
 
@@ -164,49 +164,49 @@ def test_the_layer_that_matters_is_found():
         for layer in source.model.layers:
             layer.self_attn.o_proj.weight.mul_(0.01)
         source.model.layers[2].self_attn.o_proj.weight.mul_(300)
-    guide, student = convert(source, attention=1.0), convert(source, attention=0, init="random")
+    teacher_model, student = convert(source, attention=1.0), convert(source, attention=0, init="random")
     with torch.no_grad():
         for layer in student.model.layers:
             layer.self_attn.out_proj.weight.mul_(0.01)
     for method in ("restore", "swap"):
-        found = rank(guide, student, batches(), method)
+        found = rank(teacher_model, student, batches(), method)
         assert found.order()[0] == 2 and found.kept(0.25) == [2], method
         assert found.kept(0) == [] and len(found.kept(0.5)) == 2
 
 
 def test_models_are_left_as_they_were_and_restoring_is_for_good():
-    guide, student = reference(), converted()
+    teacher_model, student = reference(), converted()
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    kinds = list(student.config.layer_types), list(guide.config.layer_types)
-    rank(guide, student, batches(), "restore", heads=True)
-    rank(guide, student, batches(), "swap", heads=True)
+    kinds = list(student.config.layer_types), list(teacher_model.config.layer_types)
+    rank(teacher_model, student, batches(), "restore", heads=True)
+    rank(teacher_model, student, batches(), "swap", heads=True)
     after = student.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert (student.config.layer_types, guide.config.layer_types) == kinds
-    measured = divergence(guide, student, batches(), [1, 3])
-    restore(student, guide, [1, 3])
+    assert (student.config.layer_types, teacher_model.config.layer_types) == kinds
+    measured = divergence(teacher_model, student, batches(), [1, 3])
+    restore(student, teacher_model, [1, 3])
     assert student.config.layer_types == ["linear_attention", "full_attention"] * 2
     assert plain_kl(student, teacher()) == pytest.approx(measured, rel=1e-6)
 
 
 def test_lent_layers_come_back_after_an_error():
-    guide, student = reference(), converted()
+    teacher_model, student = reference(), converted()
     own = student.model.layers[0].self_attn
-    with pytest.raises(RuntimeError), lent(student, guide, [0]):
-        assert student.model.layers[0].self_attn is guide.model.layers[0].self_attn
+    with pytest.raises(RuntimeError), swapped(student, teacher_model, [0]):
+        assert student.model.layers[0].self_attn is teacher_model.model.layers[0].self_attn
         raise RuntimeError
     assert student.model.layers[0].self_attn is own and student.config.layer_types[0] == "linear_attention"
 
 
 def test_refuses():
-    guide = reference()
+    teacher_model = reference()
     with pytest.raises(ValueError, match=r"every layer converted \(student.attention=0\); attention is left in \[1, 3\]"):
-        rank(guide, convert(teacher(), attention=0.5), batches())
+        rank(teacher_model, convert(teacher(), attention=0.5), batches())
     with pytest.raises(ValueError, match="needs the teacher that the student was made of"):
-        rank(guide, converted("mistral"), batches())
+        rank(teacher_model, converted("mistral"), batches())
     silent = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches()]
     with pytest.raises(ValueError, match="rows with target tokens"):
-        rank(guide, converted(), silent)
+        rank(teacher_model, converted(), silent)
 
 
 def test_the_file_is_a_value_of_attention(tmp_path):

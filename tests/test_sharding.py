@@ -19,7 +19,7 @@ from llamba.data.tokens import prepare
 from llamba.settings import Data, Distill
 from llamba.stages import distill
 from llamba.training.losses import IGNORE
-from llamba.training.trainer import inside, place_teacher
+from llamba.training.trainer import place_teacher, run_as_forward
 
 
 @pytest.fixture
@@ -61,18 +61,18 @@ def sharded_worker(rank: int, rendezvous: str, student: str, teacher: str, rows:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     stage = Distill(**STEPS)
-    pupil, guide = distill._load(stage, student, teacher)
+    student_model, teacher_hidden = distill._load(stage, student, teacher)
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=False))
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"), state=state)
-    place_teacher(guide, accelerator)
-    for module in (*pupil.model.layers, pupil):
+    place_teacher(teacher_hidden, accelerator)
+    for module in (*student_model.model.layers, student_model):
         fully_shard(module, mesh=mesh)
-    shard = next(pupil.model.layers[0].mlp.parameters()).to_local()
-    assert shard.shape[0] * 2 == pupil.config.intermediate_size
-    train(stage, pupil, guide, Rows(Path(rows)), rank, 2)
-    weights = get_model_state_dict(pupil, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    shard = next(student_model.model.layers[0].mlp.parameters()).to_local()
+    assert shard.shape[0] * 2 == student_model.config.intermediate_size
+    train(stage, student_model, teacher_hidden, Rows(Path(rows)), rank, 2)
+    weights = get_model_state_dict(student_model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        pupil.save_pretrained(out, state_dict=weights)
+        student_model.save_pretrained(out, state_dict=weights)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -80,14 +80,14 @@ def sharded_worker(rank: int, rendezvous: str, student: str, teacher: str, rows:
 STEPS = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, kl=1.0, ce=0.5, train="all")
 
 
-def train(stage: Distill, pupil, guide, rows: Rows, rank: int, world: int) -> None:
+def train(stage: Distill, student_model, teacher_hidden, rows: Rows, rank: int, world: int) -> None:
     """Three plain steps; the rows of each are divided among the processes, and gradients are means over processes."""
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=stage.lr)
+    optimizer = torch.optim.AdamW(student_model.parameters(), lr=stage.lr)
     for step in range(3):
         every = [rows[8 * step + index] for index in range(8)]
         batch = collate(every[rank::world], 0)
         targets = collate(every, 0)["labels"][:, 1:].ne(IGNORE).sum()
-        sums = inside(pupil, pupil, partial(distill.objective, stage, pupil, guide), batch)
+        sums = run_as_forward(student_model, student_model, partial(distill.objective, stage, student_model, teacher_hidden), batch)
         (sums.loss * world / targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,11 +98,11 @@ def test_two_fsdp2_processes_train_as_one_and_save_one_model(tmp_path, student_f
     prepare(Data(train=str(chat_file), length=48), tokenizer, "assistant", tmp_path / "data")
     rows = tmp_path / "data" / "train"
     stage = Distill(**STEPS)
-    pupil, guide = distill._load(stage, student_folder, str(teacher_folder))
-    before = {name: value.clone() for name, value in pupil.state_dict().items()}
-    train(stage, pupil, guide, Rows(rows), 0, 1)
+    student_model, teacher_hidden = distill._load(stage, student_folder, str(teacher_folder))
+    before = {name: value.clone() for name, value in student_model.state_dict().items()}
+    train(stage, student_model, teacher_hidden, Rows(rows), 0, 1)
     arguments = (str(tmp_path / "rendezvous"), student_folder, str(teacher_folder), str(rows), str(tmp_path / "out"))
     torch.multiprocessing.spawn(sharded_worker, arguments, nprocs=2)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    for name, value in pupil.state_dict().items():
+    for name, value in student_model.state_dict().items():
         assert rms_error(saved[name], value) < 1e-4 and not torch.equal(before[name], saved[name]), name

@@ -26,9 +26,9 @@ from transformers import (
 from llamba.models.convert import convert
 from llamba.speculative import Auto, Lookup, generate
 from llamba.speculative import accept as rule
-from llamba.speculative.choose import Choice
 from llamba.speculative.lookahead import MEMORY
 from llamba.speculative.proposers import Proposal
+from llamba.speculative.sampling import Sampler
 
 NEW = 16
 DRAFTS = ("llama", "hybrid", "self", "noisy", "adversarial", "lookup")
@@ -463,5 +463,5 @@ def test_without_attention_there_is_no_context_to_overflow() -> None:
 
 def test_choice_leaves_what_needs_no_warping() -> None:
     scores = torch.randn(2, 3, 7, dtype=torch.float64)
-    assert torch.allclose(Choice(temperature=1.0).probabilities(scores), scores.softmax(-1))
-    assert Choice(temperature=1.0, top_k=2).probabilities(scores).count_nonzero(-1).unique().tolist() == [2]
+    assert torch.allclose(Sampler(temperature=1.0).probabilities(scores), scores.softmax(-1))
+    assert Sampler(temperature=1.0, top_k=2).probabilities(scores).count_nonzero(-1).unique().tolist() == [2]

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llamba.data.tokens import Prepared, prepare
-from llamba.models.activations import HEARD
+from llamba.models.activations import CAPTURED
 from llamba.models.convert import convert
 from llamba.models.hybrid import mixer_layers
 from llamba.models.mixers import Recurrence
@@ -30,7 +30,7 @@ from llamba.training import checkpoints
 from llamba.training.losses import IGNORE
 from llamba.training.metrics import METRICS, read_metrics
 from llamba.training.trainer import DistillTrainer, train_only
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"
 SHORT = dict(batch=8, micro_batch=8, precision="fp32", warmup=0, log_every=1)
@@ -53,7 +53,7 @@ def pair(stage: TokenTraining, kind: str = "mamba2", name: str = "llama", **more
     made.train()
     if stage.name == "matrix":
         for model in (source, made):
-            model.set_attn_implementation(HEARD)
+            model.set_attn_implementation(CAPTURED)
     own = {f"layers.{index}.self_attn." for index in mixer_layers(made.config)}
     train_only(made, {name for name, _ in made.base_model.named_parameters() if name.startswith(tuple(own)) and _takes_part(stage, name)})
     return made, source
@@ -172,7 +172,7 @@ def test_sharded_models_give_the_same_loss_and_gradients(tmp_path: Path) -> None
             gradients = dict(zip(trained, torch.autograd.grad(want.loss, list(trained.values())), strict=True))
             for module in (*source.model.layers, *made.model.layers, made):
                 fully_shard(module, mesh=mesh)
-            got = inside(made, made, partial(function, made, source), batch(20, 14))
+            got = run_as_forward(made, made, partial(function, made, source), batch(20, 14))
             got.loss.backward()
             assert torch.allclose(got.loss, want.loss, rtol=1e-10)
             for name, weight in made.named_parameters():
@@ -298,9 +298,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path
         (Matrix, "half", tmp_path / "half", r"reads the teacher's attention, and .*half has none in layers \[0, 2\]"),
         (Hidden, "half", tmp_path / "other", "model_type must be one of .* got 'gpt_neox'"),
     ]
-    for kind, made, guide, words in wrong:
+    for kind, made, teacher_model, words in wrong:
         with pytest.raises(ValueError, match=words):
-            stage_losses(kind(**SHORT, steps=1), tmp_path / made, guide, data, tmp_path / "out")
+            stage_losses(kind(**SHORT, steps=1), tmp_path / made, teacher_model, data, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

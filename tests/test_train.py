@@ -26,7 +26,7 @@ from llamba.stages import distill
 from llamba.training import checkpoints
 from llamba.training.losses import IGNORE
 from llamba.training.metrics import METRICS, read_metrics
-from llamba.training.trainer import DistillTrainer, accumulation, freeze, inside, mixer_names, place_teacher, training_arguments
+from llamba.training.trainer import DistillTrainer, accumulation, freeze, mixer_names, place_teacher, run_as_forward, training_arguments
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -36,8 +36,8 @@ def trainer_of(stage: Distill, data: Prepared, student: str, teacher: str, out: 
     rows = data.rows("train")
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
     args = training_arguments(stage, stage.steps or 1, 0, out / "checkpoints")
-    pupil, guide = distill._load(stage, student, teacher)
-    return DistillTrainer(pupil, guide, partial(distill.objective, stage), args, ordered, out / METRICS)
+    student_model, teacher_model = distill._load(stage, student, teacher)
+    return DistillTrainer(student_model, teacher_model, partial(distill.objective, stage), args, ordered, out / METRICS)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -157,10 +157,10 @@ def test_inside_restores_forward():
     module = torch.nn.Linear(2, 2)
     x = torch.ones(1, 2)
     wrapped = module.__dict__["forward"] = lambda x: x * 0
-    assert inside(module, module, lambda y: module.weight.sum() * y, x).shape == x.shape and module.__dict__["forward"] is wrapped
+    assert run_as_forward(module, module, lambda y: module.weight.sum() * y, x).shape == x.shape and module.__dict__["forward"] is wrapped
     del module.__dict__["forward"]
     with pytest.raises(ZeroDivisionError):
-        inside(module, module, lambda y: 1 / 0, x)
+        run_as_forward(module, module, lambda y: 1 / 0, x)
     assert "forward" not in module.__dict__ and module(x).shape == x.shape
 
 
@@ -179,7 +179,7 @@ def test_fully_sharded_models_give_the_same_sums(tmp_path, data, student_folder,
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         for module in (*student.model.layers, student):
             fully_shard(module, mesh=mesh)
-        sums = inside(student, student, partial(distill.objective, stage, student, teacher), batch)
+        sums = run_as_forward(student, student, partial(distill.objective, stage, student, teacher), batch)
         sums.loss.backward()
         own = [weight.grad.full_tensor() for weight in student.parameters()]
     finally:

@@ -19,8 +19,8 @@ from llamba.models.convert import convert
 from llamba.models.tree import Tree, grow
 from llamba.speculative import accept as rule
 from llamba.speculative import generate
-from llamba.speculative.choose import Choice
 from llamba.speculative.rewind import Rewindable
+from llamba.speculative.sampling import Sampler
 
 CPU = torch.device("cpu")
 WIDE, DEEP = (2, 1, 2), (3, 2, 1, 1)
@@ -89,7 +89,7 @@ def test_of_equal_scores_the_first_child_is_the_one_that_plain_decoding_takes() 
     flat = torch.zeros(2, 3, V)
     flat[0, 1, 5] = flat[0, 1, 6] = flat[1, 2, 2] = flat[1, 2, 7] = 1.0
     for count in (1, 3, V):
-        tokens = Choice().pick_several(flat, count, torch.empty(2, 3 * count))[0].view(2, 3, count)
+        tokens = Sampler().sample_several(flat, count, torch.empty(2, 3 * count))[0].view(2, 3, count)
         assert torch.equal(tokens[..., 0], flat.argmax(-1))
         assert all(len(set(children)) == count for children in tokens.flatten(0, 1).tolist())
 
@@ -149,7 +149,7 @@ def test_a_random_walk_over_paths_of_trees_equals_reading_them_from_scratch(mixe
         tokens, part = ids(2, count, seed=round_), int(torch.randint(1, count + 1, (), generator=draw))
         logits = reader.read(tokens[:, :part], part, tree.first(part))
         if part == 1:  # as drafts do: the root stays in any case
-            reader.pin()
+            reader.commit()
         if part < count:
             logits = torch.cat((logits, reader.read(tokens[:, part:], count - part, tree)), 1)
         ends = torch.randint(0, count, (2,), generator=draw).tolist()
@@ -159,7 +159,7 @@ def test_a_random_walk_over_paths_of_trees_equals_reading_them_from_scratch(mixe
             _same_as_from_scratch(model, kept[row], logits[row, end], round_)
         reader.keep(count, paths)
         if round_ % 20 < 15:
-            reader.pin()
+            reader.commit()
         for row in range(2):
             _same_states(model, reader, kept[row], row)
         if max(map(len, kept)) > 40:  # a new pair of rows; what was held before is garbage to them
@@ -226,7 +226,7 @@ def test_a_refusal_to_go_back_changes_nothing(attention: float) -> None:
     refused = [[1], [-1, 0], [99, 0]]
     for back in refused if attention == 1 else [*refused, [5, 0], [0, 5]]:
         with pytest.raises(ValueError, match=r"take"):
-            reader.take_back(back)
+            reader.rollback(back)
     for tokens, paths in ((4, [[0, 2, 1], [0]]), (4, [[0, 4], [0]]), (99, [[0], [0]]), (4, [[0]])):
         with pytest.raises(ValueError, match=r"take|places to keep"):
             reader.keep(tokens, paths)
@@ -286,7 +286,7 @@ def tables(seed: int, spread: float) -> list[Tensor]:
 def drawn_by_the_rule(branching: tuple[int, ...], p: list[Tensor], q: list[Tensor], seed: int) -> Tensor:
     """How often each continuation of three tokens came, of DRAWS; what a round leaves open is drawn from p."""
     noise, tree = torch.Generator().manual_seed(seed), grow(branching, CPU)
-    choice, level, tokens, weights = Choice(temperature=1.0), [0], list[Tensor](), list[Tensor]()
+    sampler, level, tokens, weights = Sampler(temperature=1.0), [0], list[Tensor](), list[Tensor]()
 
     def behind(nodes: list[int], of: list[Tensor]) -> Tensor:
         """The distributions behind these nodes [DRAWS, len(nodes), V]."""
@@ -294,7 +294,7 @@ def drawn_by_the_rule(branching: tuple[int, ...], p: list[Tensor], q: list[Tenso
         return torch.stack([of[len(tree.path(n))][tuple(drafted[:, step - 1] for step in tree.path(n))].expand(DRAWS, V) for n in nodes], 1)
 
     for children in branching:
-        token, weight = choice.pick_several(behind(level, q).log(), children, torch.rand(DRAWS, len(level) * children, generator=noise))
+        token, weight = sampler.sample_several(behind(level, q).log(), children, torch.rand(DRAWS, len(level) * children, generator=noise))
         tokens.append(token)
         weights.append(weight)
         level = [node for node, parent in enumerate(tree.parents) if parent in level]

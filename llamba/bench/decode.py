@@ -19,8 +19,8 @@ from llamba.bench.train import DTYPES, ceilings
 from llamba.models.convert import student_config
 from llamba.models.published import teacher_config
 from llamba.speculative import generate
-from llamba.speculative.choose import Choice
 from llamba.speculative.graphs import Decoder
+from llamba.speculative.sampling import Sampler
 
 PROMPT, DRAFTED = 128, 4  # tokens before those that are timed; drafted tokens of a round that is verified
 
@@ -58,7 +58,7 @@ def hugging_face(model: Any, prompt: list[int], tokens: int, repeats: int) -> fl
 def round_call(model: Any, prompt: list[int], drafted: int, calls: int) -> Callable[[], None]:
     """What reads the model's last token and `drafted` ones behind it, and keeps what stands; with room for `calls` calls."""
     tokens = calls * (drafted + 1)
-    made = Decoder(model, None, 1, len(prompt) + tokens + drafted, drafted, Choice(), 8)
+    made = Decoder(model, None, 1, len(prompt) + tokens + drafted, drafted, Sampler(), 8)
     made.start(model, None, [prompt], tokens, set())
     return made.round(drafted)[-1]
 

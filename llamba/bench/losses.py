@@ -26,14 +26,14 @@ MIX: dict[str, Any] = {"kl": 0.9, "ce": 0.1, "temperature": 1.0}
 Loss = Callable[[Tensor, Tensor, nn.Linear, nn.Linear, Tensor], Tensor]
 
 
-def _fused(hidden: Tensor, guide: Tensor, head: nn.Linear, teacher_head: nn.Linear, labels: Tensor) -> Tensor:
-    return head_sums(hidden, guide, head, teacher_head, labels, **MIX).loss
+def _fused(hidden: Tensor, teacher_hidden: Tensor, head: nn.Linear, teacher_head: nn.Linear, labels: Tensor) -> Tensor:
+    return head_sums(hidden, teacher_hidden, head, teacher_head, labels, **MIX).loss
 
 
-def _naive(hidden: Tensor, guide: Tensor, head: nn.Linear, teacher_head: nn.Linear, labels: Tensor) -> Tensor:
+def _naive(hidden: Tensor, teacher_hidden: Tensor, head: nn.Linear, teacher_head: nn.Linear, labels: Tensor) -> Tensor:
     """As lean as whole logits can be: every position but the last is a target, so none has to be picked out."""
     with torch.no_grad():
-        teacher = teacher_head(guide[0, :-1])
+        teacher = teacher_head(teacher_hidden[0, :-1])
     kl, ce = loss_sums(Mix(**MIX), head(hidden[0, :-1]), teacher, labels[0, 1:])
     return MIX["kl"] * kl + MIX["ce"] * ce
 
@@ -53,7 +53,7 @@ def _inputs(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, nn.Linear, nn
     )
 
 
-def _once(side: str, queue: Any) -> None:
+def _measure_once(side: str, queue: Any) -> None:
     """Put (seconds, MiB, sum of the hidden states' gradient) of one call into `queue`. Runs in a fresh process."""
     torch.set_num_threads(THREADS)
     SIDES[side](*_inputs(64, 1024)).backward()  # threads and libraries are up
@@ -67,10 +67,10 @@ def _once(side: str, queue: Any) -> None:
     queue.put((seconds, mib("VmHWM") - before - weight.numel() * weight.element_size() / 2**20, gradient.norm().item()))
 
 
-def _apart(side: str) -> tuple[float, float, float]:
+def _in_own_process(side: str) -> tuple[float, float, float]:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_once, args=(side, queue))
+    process = context.Process(target=_measure_once, args=(side, queue))
     process.start()
     found: tuple[float, float, float] = queue.get(timeout=600)
     process.join()
@@ -82,7 +82,7 @@ def measure(repeats: int) -> dict[str, Any]:
     found: dict[str, list[tuple[float, float, float]]] = {side: [] for side in SIDES}
     for _ in range(repeats):
         for side, rows in found.items():
-            rows.append(_apart(side))
+            rows.append(_in_own_process(side))
     row: dict[str, Any] = {"loss": "forward KL + CE", "T": T, "D": D, "V": V, "dtype": "fp32", "repeats": repeats}
     for side, rows in found.items():
         row |= {f"{side}_s": statistics.median(r[0] for r in rows), f"{side}_mib": statistics.median(r[1] for r in rows)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from llamba.base.provenance import append_row
 from llamba.data.sources import rows
 from llamba.data.tokens import Tokenizer
-from llamba.models.activations import HEARD, record
+from llamba.models.activations import CAPTURED, capture
 from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.models.mixers import Recurrence
 from llamba.settings import Data
@@ -44,9 +44,9 @@ def _pieces(sources: Sequence[str], tokenizer: Any, length: int, count: int) -> 
 def attention_matrices(model: Any, pieces: Tensor, count: int, seed: int) -> Tensor:
     """Attention [M, T, T] of `count` heads: of each piece [T] in turn one of every layer."""
     layers, heads, draw, found = model.config.num_hidden_layers, model.config.num_attention_heads, random.Random(seed), []
-    model.set_attn_implementation(HEARD)
+    model.set_attn_implementation(CAPTURED)
     for piece in pieces:
-        heard = record(model, {"input_ids": piece[None]}, scores=range(layers))
+        heard = capture(model, {"input_ids": piece[None]}, scores=range(layers))
         for index in range(layers):
             mixing = heard.scores.pop(index).mixing(Recurrence())
             found.append(mixing.rows(mixing.inputs, slice(None))[0, draw.randrange(heads)])

@@ -25,20 +25,20 @@ from llamba.bench.graft import can_graft, graft
 from llamba.bench.shapes import Preset, Published, build, chosen
 from llamba.chat.conversation import load, load_draft
 from llamba.speculative import Auto, Generation, generate
-from llamba.speculative.choose import Choice
-from llamba.speculative.graphs import serves
+from llamba.speculative.graphs import runs_in_graphs
 from llamba.speculative.proposers import ModelDraft, Proposal, Rows
 from llamba.speculative.rewind import Rewindable
+from llamba.speculative.sampling import Sampler
 
 Row = dict[str, Any]
 CAPACITY = 64
 
 
-class Rehearsed(ModelDraft):
+class ScriptedDraft(ModelDraft):
     """A draft that costs what the model costs and is right with a set probability: it knows what the target will say."""
 
     def __init__(self, model: Any, capacity: int, script: list[int], acceptance: float):
-        super().__init__(model, capacity, Choice())
+        super().__init__(model, capacity, Sampler())
         self.script, self.acceptance = torch.tensor(script), acceptance
         self.draw = torch.Generator().manual_seed(0)
 
@@ -56,7 +56,7 @@ def _reads(model: Any, tokens: int, record: bool, prompt: list[int], calls: int,
 
     `engine`: as of `generate`; in graphs, what stands is kept and the rest is taken back.
     """
-    if serves(engine, model, None, Choice(), None, False):
+    if runs_in_graphs(engine, model, None, Sampler(), None, False):
         return round_call(model, prompt, tokens - 1, calls)
     reader = Rewindable(model, len(prompt) + calls * tokens + CAPACITY)
     reader.start([prompt])
@@ -66,8 +66,8 @@ def _reads(model: Any, tokens: int, record: bool, prompt: list[int], calls: int,
 
     def read() -> None:
         reader.read(new, tokens)
-        reader.take_back([back])
-        reader.pin()
+        reader.rollback([back])
+        reader.commit()
 
     return read
 
@@ -130,7 +130,7 @@ def measure(
     def source(number: int) -> Any:
         if acceptance is None:
             return draft
-        return Rehearsed(draft, len(prompts[number]) + tokens + CAPACITY, prompts[number] + plain.new[number], acceptance)
+        return ScriptedDraft(draft, len(prompts[number]) + tokens + CAPACITY, prompts[number] + plain.new[number], acceptance)
 
     best: dict[Any, Generation] = {0: plain}
     paces = {count: Auto() if count == "auto" else count for count in lookaheads}  # "auto" goes on learning from prompt to prompt

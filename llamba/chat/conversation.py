@@ -99,7 +99,7 @@ def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextI
     most, printer, made = min(sampling.max_new_tokens, context - length), Printer(tokenizer, out), None
     try:
         if speculation is None:
-            _plainly(model, tokenizer, inputs, sampling, most, printer)
+            _generate_plain(model, tokenizer, inputs, sampling, most, printer)
         else:
             made = generate(
                 model, inputs["input_ids"], draft=speculation.draft, lookahead=speculation.lookahead, max_new_tokens=most,
@@ -114,7 +114,7 @@ def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextI
     return printer.text
 
 
-def _plainly(model: Any, tokenizer: Any, inputs: Any, sampling: Sampling, most: int, printer: Printer) -> None:
+def _generate_plain(model: Any, tokenizer: Any, inputs: Any, sampling: Sampling, most: int, printer: Printer) -> None:
     """Transformers' own generation, whatever the model."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     arguments = sampling.arguments() | {"max_new_tokens": most}

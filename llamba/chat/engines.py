@@ -97,7 +97,7 @@ def vllm_engine(name: str, sampling: Sampling, ends: Sequence[int]) -> Engine:
 ENGINES = {"transformers": transformers_engine, "vllm": vllm_engine}
 
 
-def pick(engine: str) -> str:
+def choose_engine(engine: str) -> str:
     """The name of the engine that `auto` means here: vLLM where it is installed, there is an accelerator, and one process runs."""
     if engine != "auto":
         return engine

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from llamba.base.foreign import read_object
 from llamba.interop.discrete import layer_table, mixer_options
 from llamba.interop.published import Published, Shapes, same
 from llamba.models.convert import student_config
-from llamba.models.loading.checks import read_json
 
 NORM_EPS = 1e-5  # of the norms in the layers, whatever config.json says; its norm_epsilon is that of the last norm
 MLP: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
@@ -29,7 +29,7 @@ AROUND = ("input_layernorm.weight", "post_attention_layernorm.weight", *(f"mlp.{
 
 def describe(folder: Path, shapes: Shapes) -> Published:
     """What the checkpoint is, as ours; arguments and errors as in `llamba.interop.mamba_in_llama.describe`."""
-    return published(read_json(folder / "config.json"), shapes)
+    return published(read_object(folder / "config.json"), shapes)
 
 
 def published(values: dict[str, Any], shapes: Shapes) -> Published:

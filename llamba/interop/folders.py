@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llamba.models.loading.checks import read_json
+from llamba.base.foreign import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -58,7 +58,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: by an index where there is one, safetensors before pickles. Raises ValueError for none."""
     for index in (folder / name for name in INDEXES):
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_object(index).get("weight_map", {}).values()))
             outside = [name for name in names if Path(name).name != name]
             lost = [name for name in names if not (folder / name).is_file()]
             if outside or lost or not names:

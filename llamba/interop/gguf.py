@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 
+from llamba.base.foreign import read_object
 from llamba.interop.stock import BAMBA, Exported, Source, obstacle, stock_config, stock_tensors, write_stock
 from llamba.models.loading import load_model
-from llamba.models.loading.checks import read_json
 from llamba.models.mixers import MixerConfig
 
 TYPES = ("f32", "f16", "bf16", "q8_0")  # what the converter itself writes; all others come from llama.cpp's own llama-quantize
@@ -84,7 +84,7 @@ def pre_tokenizer(folder: Path) -> str:
     """llama.cpp's name for a byte-level pre-tokenizer, "-" where it is another one (whose name the converter must know)."""
     if not (folder / "tokenizer.json").is_file():
         return "-"
-    found = read_json(folder / "tokenizer.json").get("pre_tokenizer") or {}
+    found = read_object(folder / "tokenizer.json").get("pre_tokenizer") or {}
     steps = found.get("pretokenizers", [found])
     kinds = [(step.get("type"), step.get("individual_digits", False), step.get("add_prefix_space", False)) for step in steps]
     if kinds == [("ByteLevel", False, False)] and steps[0].get("use_regex", True):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamba.base.foreign import read_object
 from llamba.interop import cartesia, mamba_in_llama, phi_mamba
 from llamba.interop.folders import Weights, check_names, copy_tokenizer, whole_folder
 from llamba.interop.published import Published, Shapes
 from llamba.interop.students import expected_tensors, write_student
 from llamba.models.loading import load_generation_config
-from llamba.models.loading.checks import read_json
 from llamba.models.mixers.base import FP32_PARAMETERS
 
 Describe = Callable[[Path, Shapes], Published]
@@ -30,7 +30,7 @@ def format_of(folder: Path) -> Describe:
         )
     if (folder / mamba_in_llama.CONFIG).is_file():
         return mamba_in_llama.describe
-    values = read_json(folder / "config.json")
+    values = read_object(folder / "config.json")
     kind = values.get("model_type")
     if kind == "apriel_hybrid_ssm":
         raise ValueError(

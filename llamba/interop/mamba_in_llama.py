@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llamba.base.foreign import read_object
 from llamba.interop.published import Published, Shapes, Take, same, stacked
 from llamba.models.convert import student_config
 from llamba.models.families import family_of
 from llamba.models.loading import load_config
-from llamba.models.loading.checks import read_json
 
 CONFIG = "mamba_config.json"
 NORM_EPS = 1e-5  # of the norm behind the gate, whatever the model's own
@@ -52,7 +52,7 @@ MAMBA2: dict[str, tuple[str, ...]] = {
 
 def describe(folder: Path, shapes: Shapes) -> Published:
     """What the checkpoint is, as ours. `shapes`: names and shapes of its tensors. Raises ValueError for what a mixer of ours cannot be."""
-    base, own = load_config(folder), read_json(folder / CONFIG)
+    base, own = load_config(folder), read_object(folder / CONFIG)
     return published(base, own, shapes)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PhiConfig
 
+from llamba.base.foreign import read_object
 from llamba.interop.discrete import layer_table, mixer_options
 from llamba.interop.published import Published, Shapes, Take, same
 from llamba.models.convert import student_config
-from llamba.models.loading.checks import read_json
 
 MIXER, ATTENTION = "modules.mixers.discrete_mamba2", "modules.mixers.phi_attention"
 PHI = (2048, 32)  # width and heads of PhiConfig's defaults, of which their attention is built, whatever the file says of it
@@ -28,7 +28,7 @@ KEPT = tuple(f"self_attn.{name}.{what}" for name in ("q_proj", "k_proj", "v_proj
 
 def describe(folder: Path, shapes: Shapes) -> Published:
     """What the checkpoint is, as ours; arguments and errors as in `llamba.interop.mamba_in_llama.describe`."""
-    return published(read_json(folder / "config.json"), shapes)
+    return published(read_object(folder / "config.json"), shapes)
 
 
 def published(values: dict[str, Any], shapes: Shapes) -> Published:

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from llamba.models.mixers import Mixing, Recurrence
 from llamba.models.mixers.base import at_least_fp32
 
-HEARD = "llamba_heard"  # the name of sdpa with a listener, among transformers' implementations of attention
+CAPTURED = "llamba_captured"  # the name of sdpa with a callback, among transformers' implementations of attention
 
 
 @dataclass
@@ -52,32 +52,32 @@ def _attention_rows(scale: float, window: int | None, rec: Recurrence, inputs: S
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0)
 
 
-_LISTENER: ContextVar[Callable[[nn.Module, Scores], None] | None] = ContextVar("listener", default=None)
+_CALLBACK: ContextVar[Callable[[nn.Module, Scores], None] | None] = ContextVar("callback", default=None)
 
 
-def _heard_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    listener = _LISTENER.get()
-    if listener is not None:
-        listener(module, Scores(query, key, kwargs["scaling"], kwargs.get("sliding_window")))
+def _captured_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    callback = _CALLBACK.get()
+    if callback is not None:
+        callback(module, Scores(query, key, kwargs["scaling"], kwargs.get("sliding_window")))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(HEARD, _heard_attention)
-AttentionMaskInterface.register(HEARD, sdpa_mask)
+AttentionInterface.register(CAPTURED, _captured_attention)
+AttentionMaskInterface.register(CAPTURED, sdpa_mask)
 
 
 @contextmanager
-def listening(listener: Callable[[nn.Module, Scores], None]) -> Iterator[None]:
-    """Within it, `listener(module, scores)` hears every attention of models whose implementation is `HEARD`."""
-    token = _LISTENER.set(listener)
+def capturing_attention(callback: Callable[[nn.Module, Scores], None]) -> Iterator[None]:
+    """Within it, `callback(module, scores)` is called with every attention of models whose implementation is `CAPTURED`."""
+    token = _CALLBACK.set(callback)
     try:
         yield
     finally:
-        _LISTENER.reset(token)
+        _CALLBACK.reset(token)
 
 
 @dataclass
-class Record:
+class Activations:
     """Of one forward pass: the residual stream before each layer and, last, after all of them, before the final norm; and, of the
     layers asked for, attention's output [B, T, D] and its scores."""
 
@@ -87,25 +87,25 @@ class Record:
 
 
 @torch.no_grad()
-def record(model: Any, inputs: dict[str, Any], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
+def capture(model: Any, inputs: dict[str, Any], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Activations:
     """Run the model's base on `inputs` and keep what its layers saw and did.
 
-    Scores need `model.set_attn_implementation(HEARD)` before. Everything is kept in the model's own dtype, whole rows of queries and
+    Scores need `model.set_attn_implementation(CAPTURED)` before. Everything is kept in the model's own dtype, whole rows of queries and
     keys and no matrix.
     """
-    made, layers = Record(), list(model.base_model.layers)
+    made, layers = Activations(), list(model.base_model.layers)
     hooks = [layer.register_forward_pre_hook(partial(_before, made), with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(lambda module, args, out: made.streams.append(_first(out))))
     for index in mixed:
         hooks.append(layers[index].self_attn.register_forward_hook(partial(_after_mixer, made, index)))
     wanted = {layers[index].self_attn: index for index in scores}
 
-    def hear(module: nn.Module, found: Scores) -> None:
+    def take(module: nn.Module, found: Scores) -> None:
         if module in wanted:
             made.scores[wanted[module]] = found
 
     try:
-        with listening(hear):
+        with capturing_attention(take):
             model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
@@ -118,7 +118,7 @@ def input_of_layer(model: Any, layer: int, run: Callable[[], Tensor]) -> tuple[T
     """What `run` returns, and what enters the model's `layer` [B, T, D] meanwhile; None where layer 0 is asked for."""
     if layer == 0:
         return run(), None
-    made = Record()
+    made = Activations()
     hook = model.base_model.layers[layer].register_forward_pre_hook(partial(_before, made), with_kwargs=True)
     try:
         return run(), made.streams[0]
@@ -130,9 +130,9 @@ def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _before(made: Record, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before(made: Activations, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     made.streams.append(args[0] if args else kwargs["hidden_states"])
 
 
-def _after_mixer(made: Record, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+def _after_mixer(made: Activations, index: int, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
     made.mixed[index] = _first(out)

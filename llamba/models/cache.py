@@ -83,7 +83,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     `state` is fp32 (fp64 for fp64 models). Without recording every token is folded into it at once and `raw` is the window of the
     convolution. With recording (speculative decoding) the last `KEPT` tokens, and at most `SLOTS`, are held, so that they can be taken
-    back; `pinned[b]` of them are settled and may be folded.
+    back; `committed[b]` of them are settled and may be folded.
     """
 
     is_compileable = False
@@ -103,7 +103,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.raw: Tensor | None = None  # [B, W - 1 (+ S while tokens are held), C]
         self.held: Inputs | None = None  # each [B, S, ...]
         self.counts: list[int] = []
-        self.pinned: list[int] = []
+        self.committed: list[int] = []
         self.absent: list[list[int]] = []  # of each row, which of the tokens seen while recording were padding
         self.seen = 0
         self.ring: KeyRing | None = None  # of a mixer with window or sinks
@@ -117,33 +117,33 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Raw convolution inputs of the last W - 1 tokens [B, W - 1, C], oldest first; None before the first token."""
         return None if self.raw is None else columns(self.raw, self.counts, self.conv_width - 1)
 
-    def settle(self, window: Tensor, state: Tensor, tokens: int) -> None:
+    def set_state(self, window: Tensor, state: Tensor, tokens: int) -> None:
         """Note `tokens` tokens that are folded already: `state` and `window` [B, W - 1, C] after them. Nothing may be held."""
         assert not any(self.counts), "held tokens are folded first"
         self.state, self.seen = _own(state), self.seen + tokens
         if self.held is None:
             self.raw, self.counts = _own(window), [0] * window.shape[0]
-            self.pinned = self.counts
+            self.committed = self.counts
         else:
             assert self.raw is not None
             self.raw[:, : self.conv_width - 1] = window
 
-    def note(self, raw: Tensor, advance: Advance, fold_after: int, behind: int = 0) -> Tensor:
-        """Append raw inputs [B, T, C], T <= KEPT; returns the window before them and themselves [B, W - 1 + T, C]. `hold` follows.
+    def append_conv(self, raw: Tensor, advance: Advance, fold_after: int, behind: int = 0) -> Tensor:
+        """Append raw inputs [B, T, C], T <= KEPT; returns the window before them and themselves [B, W - 1 + T, C]. `append_inputs` follows.
 
         `advance` folds (inputs, mask, state) into a state. Settled tokens are folded once there are `fold_after` of them. `behind`:
         how many of the tokens held before are to be returned as well, and not to be folded yet.
         """
         if self.held is None:
             self._make_columns(raw)
-        elif max(self.counts) + raw.shape[1] > SLOTS or min(self.pinned) >= fold_after:
-            old = [max(pinned, count - KEPT) for pinned, count in zip(self.pinned, self.counts, strict=True)]
+        elif max(self.counts) + raw.shape[1] > SLOTS or min(self.committed) >= fold_after:
+            old = [max(committed, count - KEPT) for committed, count in zip(self.committed, self.counts, strict=True)]
             self._fold([min(fold, count - behind) for fold, count in zip(old, self.counts, strict=True)], advance)
         assert self.raw is not None
         write(self.raw, [count + self.conv_width - 1 for count in self.counts], raw)
         return columns(self.raw, [count - behind for count in self.counts], self.conv_width - 1 + behind + raw.shape[1])
 
-    def hold(self, inputs: Inputs) -> tuple[Inputs, list[int]]:
+    def append_inputs(self, inputs: Inputs) -> tuple[Inputs, list[int]]:
         """Append the tokens' inputs [B, T, ...]; returns those of all slots in use and each row's first new slot."""
         if self.held is None:
             self.held = tuple(values.new_zeros(values.shape[0], SLOTS, *values.shape[2:]) for values in inputs)
@@ -177,7 +177,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if old is not None:
             self.raw[:, :width] = old
         self.counts = [0] * raw.shape[0]
-        self.pinned = self.counts
+        self.committed = self.counts
 
     def fold_all(self, advance: Advance) -> None:
         """Fold every held token; none of them can be taken back then."""
@@ -198,32 +198,32 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         for buffer in self.held:
             write(buffer, [0] * len(counts), columns(buffer, counts, max(left)).clone())
         write(self.raw, [0] * len(counts), columns(self.raw, counts, max(left) + self.conv_width - 1).clone())
-        self.pinned = [max(pinned - fold, 0) for pinned, fold in zip(self.pinned, counts, strict=True)]
+        self.committed = [max(committed - fold, 0) for committed, fold in zip(self.committed, counts, strict=True)]
         self.counts = left
 
-    def pin(self) -> None:
+    def commit(self) -> None:
         """Declare all tokens settled: none of them will be taken back."""
-        self.pinned = self.counts
+        self.committed = self.counts
 
-    def check_back(self, tokens: list[int]) -> None:
+    def check_rollback(self, tokens: list[int]) -> None:
         """Raise ValueError unless the last tokens[b] tokens of each row can be taken back. Changes nothing."""
         if len(tokens) != len(self.counts) and any(tokens):
             raise ValueError(f"one count of tokens to take back per row is needed; got {len(tokens)} for {len(self.counts)} rows")
         if min(tokens, default=0) < 0:
             raise ValueError(f"counts of tokens to take back are 0 or more; got {min(tokens)}")
-        if any(back > count - pinned for back, count, pinned in zip(tokens, self.counts, self.pinned, strict=False)):
+        if any(back > count - committed for back, count, committed in zip(tokens, self.counts, self.committed, strict=False)):
             raise ValueError(
                 f"cannot take back {max(tokens)} tokens: a recurrent layer holds at most the last {KEPT} tokens, and only "
                 "after cache.activate_past_recording(), which an empty DynamicCache() forgets: make it with config=model.config"
             )
 
-    def take_back(self, tokens: list[int]) -> None:
+    def rollback(self, tokens: list[int]) -> None:
         """Take back the last tokens[b] tokens of each row. Raises ValueError, and changes nothing, for more than are held."""
-        self.check_back(tokens)
+        self.check_rollback(tokens)
         if any(tokens):
             self._shorten(tokens)
             if self.ring is not None:
-                self.ring.take_back(tokens)
+                self.ring.rollback(tokens)
 
     def _shorten(self, tokens: list[int]) -> None:
         self.counts = [count - back for count, back in zip(self.counts, tokens, strict=True)]
@@ -231,7 +231,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def check_keep(self, tokens: int, places: list[list[int]]) -> None:
         """Raise ValueError where `keep` would refuse. Changes nothing."""
         check_places(tokens, places)
-        self.check_back([tokens - len(path) for path in places])
+        self.check_rollback([tokens - len(path) for path in places])
         if tokens > min(self.counts, default=0):
             raise ValueError(f"cannot take back or keep {tokens} tokens: rows hold {self.counts}")
 
@@ -255,7 +255,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
         Raises ValueError, and changes nothing, for more than are held.
         """
-        self.take_back(self.check_crop(tokens_to_remove))
+        self.rollback(self.check_crop(tokens_to_remove))
         self.seen += tokens_to_remove
         self.absent = [[time for time in row if time < self.seen] for row in self.absent]
 
@@ -268,7 +268,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         seen = self.seen + tokens_to_remove
         gone = [sum(time >= seen for time in row) for row in self.absent or [[]] * len(self.counts)]
         back = [-tokens_to_remove - absent for absent in gone]
-        self.check_back(back)
+        self.check_rollback(back)
         return back
 
     def get_seq_length(self) -> int:
@@ -296,7 +296,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.ring is not None:
             self.ring.map(change)
         rows = change(torch.arange(len(self.counts))).tolist()
-        self.counts, self.pinned = [self.counts[row] for row in rows], [self.pinned[row] for row in rows]
+        self.counts, self.committed = [self.counts[row] for row in rows], [self.committed[row] for row in rows]
         self.absent = [list(self.absent[row]) for row in rows] if self.absent else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -320,7 +320,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Buffers are made with the first tokens."""
 
     def update(self, *args, **kwargs):
-        """Not for this layer: mixers use `settle`, `note` and `hold`."""
-        raise TypeError("a recurrent layer holds no keys and values; mixers call settle, note and hold")
+        """Not for this layer: mixers use `set_state`, `append_conv` and `append_inputs`."""
+        raise TypeError("a recurrent layer holds no keys and values; mixers call set_state, append_conv and append_inputs")
 
     update_conv_state = update_recurrent_state = update

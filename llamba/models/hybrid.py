@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from llamba.models.adoption import RECURRENT, adopt, check_rows, fresh_cache
 from llamba.models.cache import KEPT, RecurrentLayer
+from llamba.models.hybrid_cache import RECURRENT, as_hybrid_cache, check_rows, new_hybrid_cache
 from llamba.models.masks import Said, said
 from llamba.models.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.models.mixers.base import FP32_PARAMETERS
@@ -124,7 +124,7 @@ class HybridBackbone(PreTrainedModel):
         if past_key_values is not None and documents is not None:
             raise ValueError(PACKED)
         if past_key_values is None and caches and documents is None:
-            past_key_values = fresh_cache(self.config)
+            past_key_values = new_hybrid_cache(self.config)
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
         masks = self._masks(hidden, attention_mask, Said(mask, documents), past_key_values, position_ids, explicit)
@@ -136,7 +136,7 @@ class HybridBackbone(PreTrainedModel):
         """How many tokens the cache holds, which is made ours. Raises ValueError where it does not fit the model or the tokens."""
         if cache is None:
             return 0
-        check_rows(adopt(cache, self.config), hidden.shape[0])
+        check_rows(as_hybrid_cache(cache, self.config), hidden.shape[0])
         recurrent = next((layer.seen for layer in cache.layers if isinstance(layer, RecurrentLayer)), None)
         check_room(cache, (recurrent or 0) + hidden.shape[1])
         return int(cache.get_seq_length()) if recurrent is None else recurrent
@@ -259,14 +259,14 @@ class HybridCausalLM(PreTrainedModel):
         if assistant_model is not None:
             check_draft(self, assistant_model)
         made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
-        made.get_candidates = partial(_few, made.get_candidates)
+        made.get_candidates = partial(_within_rollback, made.get_candidates)
         return made
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
-            check_room(adopt(cache, self.config), generation_config.max_length - 1)  # the last token is not read
+            check_room(as_hybrid_cache(cache, self.config), generation_config.max_length - 1)  # the last token is not read
 
 
 def check_room(cache: Cache, tokens: int) -> None:
@@ -279,7 +279,9 @@ def check_room(cache: Cache, tokens: int) -> None:
         )
 
 
-def _few(whole: Callable[..., tuple[Tensor, Tensor | None]], tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _within_rollback(
+    whole: Callable[..., tuple[Tensor, Tensor | None]], tokens: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """Candidates [B, T] behind the tokens, no more of them than the cache can take back: another tokenizer may make any number."""
     made, logits = whole(tokens, *args, **kwargs)
     return made[:, : tokens.shape[1] + KEPT - 1], None if logits is None else logits[:, : KEPT - 1]

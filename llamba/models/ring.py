@@ -163,7 +163,7 @@ class KeyRing:
         self.values[row, :, slot] = v.detach()[row, column].to(self.values.dtype)
         self.lengths = [length + more for length, more in zip(self.lengths, counts, strict=True)]
 
-    def take_back(self, tokens: list[int]) -> None:
+    def rollback(self, tokens: list[int]) -> None:
         """Forget the last tokens[b] tokens of each row."""
         assert max(tokens) <= self.spare, "the layer has checked what can be taken back"
         self.lengths = [length - back for length, back in zip(self.lengths, tokens, strict=True)]

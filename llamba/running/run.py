@@ -34,7 +34,7 @@ from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, 
 from llamba.training import checkpoints
 
 RECIPE = "recipe.json"
-BESIDE = (PseudoLabel, Draft)  # stages that make something beside the student
+SIDE_STAGES = (PseudoLabel, Draft)  # stages that make something beside the student
 _MAY_CHANGE = {"gradient_checkpointing", "log_every", "micro_batch", "report_to", "save_every"}  # in a stage that has begun
 _WAIT_SECONDS = 6 * 3600  # for the one process that converts and tokenises
 
@@ -49,16 +49,16 @@ def _write(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _lasting(stage: dict[str, Any]) -> dict[str, Any]:
+def _result_settings(stage: dict[str, Any]) -> dict[str, Any]:
     """The settings of a stage that its result depends on. (Published code counts each forward pass alike, whatever its size.)"""
     lasting = {"micro_batch"} if stage.get("reduction") == "batchmean_legacy" else set()
     return {key: value for key, value in stage.items() if key not in _MAY_CHANGE or key in lasting}
 
 
-def _settled(recipe: Recipe, out: Path) -> dict[str, Any]:
+def _identity(recipe: Recipe, out: Path) -> dict[str, Any]:
     """What of a recipe the finished and begun work in `out` rests on."""
     values = overrides.to_dict(recipe)
-    begun = [_lasting(stage) for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
+    begun = [_result_settings(stage) for number, stage in enumerate(values["stages"], 1) if any(out.glob(f"{number}-*"))]
     first = {key: values[key] for key in ("seed", "student", "teacher")} if finished(out) else {}
     return first | {"stages": [stage | {"data": stage["data"] or values["data"]} for stage in begun]}
 
@@ -68,7 +68,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
     path = out / RECIPE
     if path.exists():
         present = overrides.from_dict(read_object(path), str(path))
-        if changed := overrides.differences(_settled(present, out), _settled(recipe, out)):
+        if changed := overrides.differences(_identity(present, out), _identity(recipe, out)):
             raise ValueError(
                 f"{out} holds a run of another recipe ({'; '.join(changed)}); "
                 "give the old values, choose another output, or delete the folder"
@@ -132,11 +132,11 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
         else:
             data.prepare(config, load_tokenizer(source), stage.targets, folder, limit, starts)
 
-    _once(folder, work)
+    _on_first_process(folder, work)
     return Prepared(config, recipe.seed, folder)
 
 
-def _once(marker: Path, work: Callable[[], None]) -> None:
+def _on_first_process(marker: Path, work: Callable[[], None]) -> None:
     """Do `work`, which leaves `marker`, in the first process; in the others wait for it."""
     deadline = time.monotonic() + _WAIT_SECONDS
     if _rank() == 0:
@@ -154,7 +154,9 @@ def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
     stage = recipe.stages[number - 1]
     if stage.attention is not None:
         attention, source, previous = stage.attention, previous, out / f"{number}-convert"
-        _once(previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, attention, str(source), previous))
+        _on_first_process(
+            previous / DONE, lambda: None if (previous / DONE).exists() else _convert(recipe, attention, str(source), previous)
+        )
     folder = out / f"{number}-{stage.name}"
     if not (folder / DONE).exists():
         prepared = _prepare(recipe, number, str(previous), out)
@@ -167,10 +169,10 @@ def _stage(recipe: Recipe, number: int, previous: Path, out: Path) -> Path:
             stopped = {} if prepared.folder is None else data.stopped(prepared.config, prepared.folder)
             _describe(folder, stage.name, settings, started, results, **({"stopped_at": stopped} if stopped else {}))
 
-        _once(folder / DONE, finish)
+        _on_first_process(folder / DONE, finish)
     if _rank() == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return previous if isinstance(stage, BESIDE) else folder
+    return previous if isinstance(stage, SIDE_STAGES) else folder
 
 
 def run(recipe: Recipe) -> Path:
@@ -188,7 +190,9 @@ def run(recipe: Recipe) -> Path:
             preflight.check(recipe, out)
         last = out / "0-convert"
         first = last
-        _once(first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first))
+        _on_first_process(
+            first / DONE, lambda: None if (first / DONE).exists() else _convert(recipe, recipe.student.attention, teacher, first)
+        )
         for number in [number for number, stage in enumerate(recipe.stages, 1) if not stage.skip]:
             last = _stage(recipe, number, last, out)
     return last

@@ -15,7 +15,7 @@ from llamba.models.activations import input_of_layer
 from llamba.models.documents import by_document
 from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary
 from llamba.settings import Distill
-from llamba.stages.shared import teach
+from llamba.stages.shared import train_student
 from llamba.training import stored_logits as offline
 from llamba.training.frozen import shared_layers
 from llamba.training.losses import Sums, TopK, head_sums
@@ -32,29 +32,29 @@ def _hidden_of_both(student: PreTrainedModel, teacher: PreTrainedModel, batch: B
     """The same of student and teacher [B, T, D and D']; the first layers run once where they are one computation."""
     shared = shared_layers(student, teacher)
     with torch.no_grad():
-        guide, stream = input_of_layer(teacher, shared, partial(_hidden, teacher, batch))
-    return _hidden(student, batch, **({"first": shared, "stream": stream} if shared else {})), guide
+        teacher_model, stream = input_of_layer(teacher, shared, partial(_hidden, teacher, batch))
+    return _hidden(student, batch, **({"first": shared, "stream": stream} if shared else {})), teacher_model
 
 
 def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Sums:
     """kl · Σ divergence + ce · Σ CE over the batch's target tokens; without a teacher, from its kept logits in the batch."""
-    guide: Tensor | TopK
+    teacher_model: Tensor | TopK
     if teacher is None:
-        hidden, guide, head = _hidden(student, batch), TopK(*(batch[key] for key in KEPT)), None
+        hidden, teacher_model, head = _hidden(student, batch), TopK(*(batch[key] for key in KEPT)), None
     else:
-        (hidden, guide), head = _hidden_of_both(student, teacher, batch), teacher.get_output_embeddings()
+        (hidden, teacher_model), head = _hidden_of_both(student, teacher, batch), teacher.get_output_embeddings()
     settings = {key: getattr(stage, key) for key in ("kl", "ce", "temperature", "divergence", "beta", "reduction")}
-    return head_sums(hidden, guide, student.get_output_embeddings(), head, batch["labels"], **settings)
+    return head_sums(hidden, teacher_model, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The student in fp32, and the teacher where it takes part in training: as it was saved, in fp32, or quantised."""
     require_same_vocabulary(student, teacher)
-    pupil = load_model(student, torch.float32)
-    freeze(pupil, stage.train)
+    student_model = load_model(student, torch.float32)
+    freeze(student_model, stage.train)
     if stage.offline:
-        return pupil, None
-    return pupil, load_teacher(teacher, stage.precision, stage.teacher_bits, own_device() if stage.teacher_bits else None)
+        return student_model, None
+    return student_model, load_teacher(teacher, stage.precision, stage.teacher_bits, own_device() if stage.teacher_bits else None)
 
 
 def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path, split: str) -> Rows | None:
@@ -71,11 +71,11 @@ def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path,
 
 
 def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `teach`.
+    """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `train_student`.
 
     Raises ValueError for vocabularies that differ, too, and for a teacher that cannot be loaded as the stage says.
     """
     teacher = located(stage.teacher or teacher)
     rows = {split: _rows(stage, student, teacher, data, out, split) for split in ("train", "eval")}
     load, legacy = partial(_load, stage, student, teacher), stage.reduction == "batchmean_legacy"
-    return teach(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)
+    return train_student(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)

@@ -22,9 +22,9 @@ from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Dpo
 from llamba.training.losses import IGNORE, head_sums
 from llamba.training.metrics import METRICS, Metrics
-from llamba.training.trainer import carry_out, model_inputs, shards_weights, training_arguments
+from llamba.training.trainer import model_inputs, shards_weights, train_and_save, training_arguments
 from llamba.training.trl_trainers import Aligner, load_student
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 PROBE = 16  # pairs on whose answers the KL to the reference is measured
 
@@ -45,13 +45,13 @@ class DpoStage(Aligner, DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
-        return dataset  # `consult` does it, once for the run and for the rows that are trained on
+        return dataset  # `prepare_reference` does it, once for the run and for the rows that are trained on
 
     @torch.no_grad()
-    def consult(self, stage: Dpo, rows: Pairs, used: Sequence[int], held_out: Pairs | None) -> None:
+    def prepare_reference(self, stage: Dpo, rows: Pairs, used: Sequence[int], held_out: Pairs | None) -> None:
         """Take what training needs of the reference: its states on a probe and, where precomputed, its log-probabilities."""
         if not shards_weights(self.accelerator):
-            self._take_probe(rows if held_out is None else held_out, range(PROBE) if held_out else used[:PROBE])
+            self._make_probe(rows if held_out is None else held_out, range(PROBE) if held_out else used[:PROBE])
         if stage.precompute:
             self._log_probs(rows, used, self.folder / "reference-train.npy")
             if held_out is not None:
@@ -76,7 +76,7 @@ class DpoStage(Aligner, DPOTrainer):
             self.accelerator.wait_for_everyone()
         rows.reference = np.load(path)
 
-    def _take_probe(self, rows: Pairs, used: Sequence[int]) -> None:
+    def _make_probe(self, rows: Pairs, used: Sequence[int]) -> None:
         """Keep the reference's last hidden states on the probe's answers, and its head."""
         pairs = [rows[index] for index in used if index < len(rows)]
         size = self.args.per_device_train_batch_size
@@ -84,22 +84,22 @@ class DpoStage(Aligner, DPOTrainer):
         model: Any = self.ref_model or self.model
         plain = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            self.probe = [(batch, inside(model, plain, lambda batch: _hidden(plain, batch), batch)) for batch in batches]
+            self.probe = [(batch, run_as_forward(model, plain, lambda batch: _hidden(plain, batch), batch)) for batch in batches]
         self.head = copy.deepcopy(plain.get_output_embeddings()).requires_grad_(False)
 
     @torch.no_grad()
     def _kl(self) -> float:
         """KL(student || reference) over the whole vocabulary, a mean over the probe's answer tokens, in nats."""
         plain, head, total, count = self.accelerator.unwrap_model(self.model_wrapped), self.head, 0.0, 0.0
-        for batch, guide in self.probe:
+        for batch, reference_hidden in self.probe:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
 
-            def sums(batch: Batch, guide: Tensor = guide, labels: Tensor = labels) -> Any:
+            def sums(batch: Batch, reference_hidden: Tensor = reference_hidden, labels: Tensor = labels) -> Any:
                 heads = plain.get_output_embeddings(), head
-                return head_sums(_hidden(plain, batch), guide, *heads, labels, kl=1.0, ce=0.0, divergence="reverse_kl")
+                return head_sums(_hidden(plain, batch), reference_hidden, *heads, labels, kl=1.0, ce=0.0, divergence="reverse_kl")
 
             with self.accelerator.autocast():
-                found = inside(self.model_wrapped, plain, sums, batch)
+                found = run_as_forward(self.model_wrapped, plain, sums, batch)
             total, count = total + float(found.kl), count + float(found.targets)
         return total / count
 
@@ -157,7 +157,7 @@ def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path
         peft_config=peft_config,
     )
     trainer.begin(stage, student, ordered, held_out)
-    trainer.consult(stage, rows, np.unique(ordered.order).tolist(), held_out)
+    trainer.prepare_reference(stage, rows, np.unique(ordered.order).tolist(), held_out)
     return trainer
 
 
@@ -169,4 +169,4 @@ def run(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path) -> di
     not finite, a full disk, a reference of another vocabulary, and LoRA where it cannot be used.
     """
     trainer = trainer_of(stage, student, teacher, data, out)
-    return carry_out(trainer, out, trainer.held_out)
+    return train_and_save(trainer, out, trainer.held_out)

@@ -18,7 +18,7 @@ from llamba.models.draft import make_draft
 from llamba.models.hybrid import PrunedHead
 from llamba.models.loading import load_model
 from llamba.settings import Draft
-from llamba.stages.shared import load_pair, teach
+from llamba.stages.shared import load_pair, train_student
 from llamba.training.losses import IGNORE, Sums, head_sums
 from llamba.training.trainer import freeze, model_inputs
 
@@ -49,20 +49,20 @@ def _make(stage: Draft, teacher: str, rows: Rows, folder: Path) -> None:
 
 
 def _load(stage: Draft, made: str, student: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The draft, and the student as its guide, whose head is cut to the tokens that the draft has."""
-    draft, guide = load_pair(stage, made, student)
+    """The draft, and the student as its target, whose head is cut to the tokens that the draft has."""
+    draft, target = load_pair(stage, made, student)
     freeze(draft, stage.train)
     head = draft.get_output_embeddings()
     if isinstance(head, PrunedHead):
-        whole: Any = guide.get_output_embeddings()
+        whole: Any = target.get_output_embeddings()
         cut = nn.Linear(whole.in_features, len(head.tokens), bias=whole.bias is not None, dtype=whole.weight.dtype)
         cut.load_state_dict({name: value[head.tokens] for name, value in whole.state_dict().items()})
-        guide.config.tie_word_embeddings = False
-        guide.set_output_embeddings(cut)
-    return draft, guide
+        target.config.tie_word_embeddings = False
+        target.set_output_embeddings(cut)
+    return draft, target
 
 
-def objective(stage: Draft, draft: PreTrainedModel, guide: PreTrainedModel, batch: Batch) -> Sums:
+def objective(stage: Draft, draft: PreTrainedModel, target: PreTrainedModel, batch: Batch) -> Sums:
     """kl · Σ KL(student || draft) + ce · Σ CE over the batch's target tokens that the draft has."""
     hidden: Tensor = draft.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
     head: Any = draft.get_output_embeddings()
@@ -70,17 +70,20 @@ def objective(stage: Draft, draft: PreTrainedModel, guide: PreTrainedModel, batc
     if not stage.kl:
         return head_sums(hidden, hidden.detach(), head, head, labels, kl=0.0, ce=stage.ce)
     with torch.no_grad():
-        wanted: Tensor = guide.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
-    return head_sums(hidden, wanted, head, guide.get_output_embeddings(), labels, kl=stage.kl, ce=stage.ce)
+        wanted: Tensor = target.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+    return head_sums(hidden, wanted, head, target.get_output_embeddings(), labels, kl=stage.kl, ce=stage.ce)
 
 
 def run(stage: Draft, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Make a draft of the model folder `teacher`, train it with the model folder `student` as its guide, leave it in `out`; see `teach`."""
+    """Make a draft of the model folder `teacher`, train it with the model folder `student` as its target, leave it in `out`.
+
+    See `train_student`.
+    """
     rows = data.rows("train")
     assert rows is not None
     out.mkdir(parents=True, exist_ok=True)
     _make(stage, teacher, rows, out / MADE)
-    results = teach(stage, partial(_load, stage, str(out / MADE), student), partial(objective, stage), data, out)
+    results = train_student(stage, partial(_load, stage, str(out / MADE), student), partial(objective, stage), data, out)
     if int(os.environ.get("RANK", "0")) == 0:
         shutil.rmtree(out / MADE)
     return results

@@ -13,25 +13,25 @@ from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch
 from llamba.data.tokens import Prepared
-from llamba.models.activations import record
+from llamba.models.activations import capture
 from llamba.models.documents import by_document
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import located
 from llamba.models.mixers.base import at_least_fp32
 from llamba.settings import Hidden
-from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
-from llamba.stages.shared import Pair, teach
+from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
+from llamba.stages.shared import Pair, train_student
 from llamba.training.layer_distances import Distances, Part, one_graph_at_a_time
 from llamba.training.trainer import model_inputs, train_only
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 
 def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
     """Sums over target tokens of |student - teacher| for each converted layer; the last block's target is before the final norm."""
     layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
     inputs: dict[str, Any] = {**model_inputs(batch), **by_document(teacher, batch)}
-    heard = record(teacher, inputs, mixed=layers if stage.target == "mixer" else ())
-    calls, chosen = calls_of(student, heard.streams[0], batch), predicting(batch)
+    heard = capture(teacher, inputs, mixed=layers if stage.target == "mixer" else ())
+    calls, chosen = layer_calls(student, heard.streams[0], batch), target_mask(batch)
     parts = []
     for index in layers:
         after = min(index + stage.ahead, len(every))
@@ -43,11 +43,11 @@ def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel,
     return Distances(total / len(layers), dict(zip(layers, values, strict=True)), chosen.sum())
 
 
-def _distance(stage: Hidden, layers: Any, stream: Tensor, target: Tensor, calls: Calls, first: int, chosen: Tensor) -> Tensor:
+def _distance(stage: Hidden, layers: Any, stream: Tensor, target: Tensor, calls: LayerCalls, first: int, chosen: Tensor) -> Tensor:
     """Sum over the chosen tokens of the L2 distance to `target` [B, T, D], for layers fed with the teacher's `stream` [B, T, D]."""
     hidden = calls.own(stream)
     if stage.target == "mixer":
-        hidden = inside(layers[0], layers[0], partial(_mixer_output, layers[0], calls.layers[first]), hidden)
+        hidden = run_as_forward(layers[0], layers[0], partial(_mixer_output, layers[0], calls.layers[first]), hidden)
     else:
         for place, layer in enumerate(layers):
             hidden = layer(hidden, **calls.layers[first + place])
@@ -61,18 +61,18 @@ def _mixer_output(layer: Any, call: dict[str, Any], hidden: Tensor) -> Tensor:
 
 
 def _load(stage: Hidden, student: str, teacher: str) -> Pair:
-    pupil, guide = load_alike(stage, student, teacher)
+    student_model, teacher_model = load_matching(stage, student, teacher)
     inner = "self_attn." if stage.train == "mixers" else ""
-    prefixes = tuple(f"layers.{index}.{inner}" for index in mixer_layers(pupil.config))
-    names = {name for name, _ in pupil.base_model.named_parameters() if name.startswith(prefixes)}
-    train_only(pupil, {name for name in names if stage.train != "all_but_mlps" or ".mlp." not in name})
-    return pupil, guide
+    prefixes = tuple(f"layers.{index}.{inner}" for index in mixer_layers(student_model.config))
+    names = {name for name, _ in student_model.base_model.named_parameters() if name.startswith(prefixes)}
+    train_only(student_model, {name for name in names if stage.train != "all_but_mlps" or ".mlp." not in name})
+    return student_model, teacher_model
 
 
 def run(stage: Hidden, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Align the layers of the model folder `student` with those of `teacher`, leaving the result in `out`; see `teach`.
+    """Align the layers of the model folder `student` with those of `teacher`, leaving the result in `out`; see `train_student`.
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match.
     """
     load = partial(_load, stage, student, located(stage.teacher or teacher))
-    return teach(stage, load, partial(objective, stage), data, out)
+    return train_student(stage, load, partial(objective, stage), data, out)

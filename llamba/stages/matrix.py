@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch
 from llamba.data.tokens import Prepared
-from llamba.models.activations import HEARD, Scores, listening, record
+from llamba.models.activations import CAPTURED, Scores, capture, capturing_attention
 from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.models.loading import located
 from llamba.models.mixers import Mixer, Mixing, NoMixer, Recurrence
 from llamba.settings import Matrix
-from llamba.stages.layerwise import Calls, calls_of, load_alike, predicting, trained_in
-from llamba.stages.shared import Pair, teach
+from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
+from llamba.stages.shared import Pair, train_student
 from llamba.training.layer_distances import Distances, Part, norm, one_graph_at_a_time, squared_distance
 from llamba.training.trainer import model_inputs, train_only
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 _ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every family
 
@@ -30,9 +30,9 @@ _ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every fami
 def objective(stage: Matrix, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
     """Distances of the layers with the student's mixer; a sequence counts as often as it has targets."""
     layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
-    heard = record(teacher, model_inputs(batch), scores=layers)
-    calls = calls_of(student, heard.streams[0], batch)
-    weight = predicting(batch).sum(1)  # [B]
+    heard = capture(teacher, model_inputs(batch), scores=layers)
+    calls = layer_calls(student, heard.streams[0], batch)
+    weight = target_mask(batch).sum(1)  # [B]
     parts = []
     for index in layers:
         layer = every[index]
@@ -42,7 +42,7 @@ def objective(stage: Matrix, student: PreTrainedModel, teacher: PreTrainedModel,
     return Distances(total / len(layers), dict(zip(layers, values, strict=True)), weight.sum())
 
 
-def _distance(stage: Matrix, layer: Any, stream: Tensor, scores: Scores, calls: Calls, index: int, weight: Tensor) -> Tensor:
+def _distance(stage: Matrix, layer: Any, stream: Tensor, scores: Scores, calls: LayerCalls, index: int, weight: Tensor) -> Tensor:
     """Sum over sequences of weight x mean over heads of the distance, for a layer fed with the teacher's `stream` [B, T, D]."""
 
     def forward(hidden: Tensor) -> Tensor:
@@ -50,14 +50,14 @@ def _distance(stage: Matrix, layer: Any, stream: Tensor, scores: Scores, calls: 
         squared = squared_distance(mixing, scores.mixing(calls.rec), stage.rows)  # [B, H]
         return ((squared if stage.squared else norm(squared)).mean(1) * weight).sum()
 
-    distance: Tensor = inside(layer, layer, forward, calls.own(stream))
+    distance: Tensor = run_as_forward(layer, layer, forward, calls.own(stream))
     return distance
 
 
-def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixing:
+def _mixing(mixer: nn.Module, hidden: Tensor, calls: LayerCalls, index: int) -> Mixing:
     made: list[Mixing] = []
     if not isinstance(mixer, Mixer):
-        with listening(lambda module, scores: made.append(scores.mixing(calls.rec))):
+        with capturing_attention(lambda module, scores: made.append(scores.mixing(calls.rec))):
             mixer(hidden_states=hidden, **calls.layers[index])
         return made[0]
 
@@ -65,32 +65,32 @@ def _mixing(mixer: nn.Module, hidden: Tensor, calls: Calls, index: int) -> Mixin
         made.append(mixer.mixing(hidden, rec, calls.layers[index].get("position_embeddings")))
         return made[0].inputs
 
-    inputs = inside(mixer, mixer, forward, hidden, calls.rec)
+    inputs = run_as_forward(mixer, mixer, forward, hidden, calls.rec)
     return made[0]._replace(inputs=inputs)
 
 
 def _load(stage: Matrix, student: str, teacher: str) -> Pair:
-    pupil, guide = load_alike(stage, student, teacher)
-    kinds = guide.config.to_dict().get("layer_types") or []
-    if unread := [index for index in mixer_layers(pupil.config) if RECURRENT in kinds[index : index + 1]]:
+    student_model, teacher_model = load_matching(stage, student, teacher)
+    kinds = teacher_model.config.to_dict().get("layer_types") or []
+    if unread := [index for index in mixer_layers(student_model.config) if RECURRENT in kinds[index : index + 1]]:
         raise ValueError(f"stage matrix reads the teacher's attention, and {teacher} has none in layers {unread}; name its own teacher")
-    trained, every = set(), cast(Any, pupil.base_model.layers)
-    for index in mixer_layers(pupil.config):
+    trained, every = set(), cast(Any, student_model.base_model.layers)
+    for index in mixer_layers(student_model.config):
         mixer = every[index].self_attn
         if isinstance(mixer, Mixer) and type(mixer).mixing in (Mixer.mixing, NoMixer.mixing):
             mixer.mixing(torch.empty(0), Recurrence())  # raises the sentence that says what to do instead
         parts = mixer.matrix_parts if isinstance(mixer, Mixer) else _ATTENTION_PARTS
         trained |= {f"layers.{index}.self_attn.{name}" for name, _ in mixer.named_parameters() if name.startswith(parts)}
-    train_only(pupil, trained)
-    for model in (pupil, guide):
-        model.set_attn_implementation(HEARD)
-    return pupil, guide
+    train_only(student_model, trained)
+    for model in (student_model, teacher_model):
+        model.set_attn_implementation(CAPTURED)
+    return student_model, teacher_model
 
 
 def run(stage: Matrix, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
-    """Align the mixing matrices of the model folder `student` with the attention of `teacher`, leaving the result in `out`; see `teach`.
+    """Align the mixing matrices of the model folder `student` with the attention of `teacher`, leaving the result in `out`.
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match, and for mixers without a matrix.
     """
     load = partial(_load, stage, student, located(stage.teacher or teacher))
-    return teach(stage, load, partial(objective, stage), data, out)
+    return train_student(stage, load, partial(objective, stage), data, out)

@@ -24,7 +24,7 @@ import numpy as np
 from llamba.base.folders import ROWS
 from llamba.base.foreign import read_object
 from llamba.chat.conversation import Sampling
-from llamba.chat.engines import ENGINES, Engine, pick
+from llamba.chat.engines import ENGINES, Engine, choose_engine
 from llamba.data import sources
 from llamba.data.tokens import Prepared
 from llamba.models.loading import ends_of, load_config, load_tokenizer, located
@@ -201,7 +201,7 @@ def run(stage: PseudoLabel, student: str, teacher: str, data: Prepared, out: Pat
     """
     if data.config.weights is not None:
         raise ValueError("pseudo_label reads every row once, so data.weights has no meaning; set stages.pseudo_label.data.weights=none")
-    name, engine = located(stage.teacher or teacher), pick(stage.engine)
+    name, engine = located(stage.teacher or teacher), choose_engine(stage.engine)
     config, tokenizer = load_config(name), load_tokenizer(name)
     ends, sampling = _ends(name, config, tokenizer), Sampling(stage.max_new_tokens, stage.temperature, stage.top_p, data.seed)
     reader = Reader(stage, data.config, tokenizer, _room(stage, config.max_position_embeddings))

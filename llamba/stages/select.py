@@ -28,17 +28,17 @@ def _pair(teacher: str, student: str | None, mixer: str, seed: int, options: dic
     In the teacher's own dtype on an accelerator; on a CPU in fp32, which `_computing` computes with in bf16.
     """
     if student is None:
-        pupil = convert(teacher, mixer=mixer, attention=0, seed=seed, options=options)
+        student_model = convert(teacher, mixer=mixer, attention=0, seed=seed, options=options)
     else:
-        pupil = load_model(student)
-    guide = convert(teacher, mixer=_mixer(pupil, student), attention=1.0)
+        student_model = load_model(student)
+    teacher_model = convert(teacher, mixer=_mixer(student_model, student), attention=1.0)
     device = own_device()
     if device.type != "cpu":
-        return guide.to(device), pupil.to(device, guide.dtype)
-    for model in (guide.float(), pupil.float()):
+        return teacher_model.to(device), student_model.to(device, teacher_model.dtype)
+    for model in (teacher_model.float(), student_model.float()):
         lower_whole(model)
         attend_by_document(model)
-    return guide, pupil
+    return teacher_model, student_model
 
 
 def _computing() -> AbstractContextManager[object]:
@@ -55,14 +55,14 @@ def _mixer(student: Any, name: str | None) -> str:
 
 
 def _choose(
-    stage: Select, guide: Any, pupil: Any, batches: Sequence[Batch], path: Path, facts: dict[str, Any]
+    stage: Select, teacher_model: Any, student_model: Any, batches: Sequence[Batch], path: Path, facts: dict[str, Any]
 ) -> tuple[Ranking, list[int]]:
-    """Rank, pick, write `path` and its picture, print the table and the KL that is left with the picked and with uniform layers."""
+    """Rank, choose, write `path` and its picture, print the table and the KL that is left with the chosen and with uniform layers."""
     with _computing():
-        ranking = rank(guide, pupil, batches, stage.method, stage.heads, stage.per_row)
+        ranking = rank(teacher_model, student_model, batches, stage.method, stage.heads, stage.per_row)
         layers = ranking.kept(stage.keep)
         choices = {"none": [], "selected": layers, "uniform": kept_layers(stage.keep, len(ranking.scores))}
-        kl = {name: divergence(guide, pupil, batches, chosen, stage.per_row) for name, chosen in choices.items()}
+        kl = {name: divergence(teacher_model, student_model, batches, chosen, stage.per_row) for name, chosen in choices.items()}
     save(ranking, layers, path, {**facts, "keep": stage.keep, "kl_with_attention_in": kl})
     print(table(ranking, layers))
     print(f"KL with attention in no layer {kl['none']:.4g}, in these {kl['selected']:.4g}, in every n-th {kl['uniform']:.4g}", flush=True)
@@ -87,10 +87,12 @@ def run(stage: Select, student: str, teacher: str, data: Prepared, out: Path) ->
         return {}
     rows = data.rows("train")
     assert rows is not None
-    guide, pupil = _pair(teacher, student, "", data.seed)
-    ranking, layers = _choose(stage, guide, pupil, _batches(stage, rows, data.seed), out / LAYERS, {"teacher": teacher, "student": student})
-    kind = _mixer(pupil, student)
-    del guide, pupil  # may be in 16 bit: what is saved is read again
+    teacher_model, student_model = _pair(teacher, student, "", data.seed)
+    ranking, layers = _choose(
+        stage, teacher_model, student_model, _batches(stage, rows, data.seed), out / LAYERS, {"teacher": teacher, "student": student}
+    )
+    kind = _mixer(student_model, student)
+    del teacher_model, student_model  # may be in 16 bit: what is saved is read again
     result = load_model(student, torch.float32)
     restore(result, convert(teacher, mixer=kind, attention=1.0).float(), layers)
     result.save_pretrained(out)
@@ -120,14 +122,14 @@ def select(
     with tempfile.TemporaryDirectory() as folder:
         prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
         batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)
-    guide, pupil = _pair(guide_name, pupil_name, mixer, seed, options)
+    teacher_model, student_model = _pair(guide_name, pupil_name, mixer, seed, options)
     _, layers = _choose(
         stage,
-        guide,
-        pupil,
+        teacher_model,
+        student_model,
         batches,
         path,
-        {"teacher": teacher, "student": student or f"{teacher}, converted to {pupil.config.mixer['kind']}", "data": data.train},
+        {"teacher": teacher, "student": student or f"{teacher}, converted to {student_model.config.mixer['kind']}", "data": data.train},
     )
     print(f"saved: {path} (student.attention={path}), {path.with_suffix('.png')}")
     return layers

@@ -12,7 +12,7 @@ from llamba.data.tokens import Prepared
 from llamba.models.loading import load_tokenizer
 from llamba.settings import Sft
 from llamba.training.metrics import METRICS, Metrics
-from llamba.training.trainer import carry_out, held_out_batches, training_arguments
+from llamba.training.trainer import held_out_batches, train_and_save, training_arguments
 from llamba.training.trl_trainers import Aligner, load_student
 
 
@@ -70,4 +70,4 @@ def run(stage: Sft, student: str, teacher: str, data: Prepared, out: Path) -> di
     not finite, a full disk, and LoRA where it cannot be used.
     """
     trainer = trainer_of(stage, student, data, out)
-    return carry_out(trainer, out, lambda: trainer.held_out(data.rows("eval")))
+    return train_and_save(trainer, out, lambda: trainer.held_out(data.rows("eval")))

@@ -12,18 +12,18 @@ from llamba.models.loading import load_model, load_teacher
 from llamba.models.mixers import drop_window
 from llamba.settings import TokenTraining
 from llamba.training.metrics import METRICS
-from llamba.training.trainer import DistillTrainer, Objective, carry_out, training_arguments
+from llamba.training.trainer import DistillTrainer, Objective, train_and_save, training_arguments
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 
 def load_pair(stage: TokenTraining, student: str, teacher: str) -> Pair:
     """The student in fp32; the teacher as it was saved, or in fp32 where the stage computes in fp32."""
-    pupil = load_model(student, torch.float32)
-    return pupil, load_teacher(teacher, stage.precision)
+    student_model = load_model(student, torch.float32)
+    return student_model, load_teacher(teacher, stage.precision)
 
 
-def teach(
+def train_student(
     stage: TokenTraining,
     load: Callable[[], tuple[PreTrainedModel, PreTrainedModel | None]],
     objective: Objective,
@@ -46,9 +46,9 @@ def teach(
     ordered = Ordered(train, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
     folder = out / "checkpoints"
     args = training_arguments(stage, ordered.steps, data.seed, folder)  # before the models: under ZeRO-3 it decides how they load
-    pupil, guide = load()
-    drop_window(pupil, stage.drop_window)
-    args.use_cache = pupil.config.use_cache
-    trainer = DistillTrainer(pupil, guide, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
+    student_model, teacher_model = load()
+    drop_window(student_model, stage.drop_window)
+    args.use_cache = student_model.config.use_cache
+    trainer = DistillTrainer(student_model, teacher_model, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
     held_out = read("eval")
-    return carry_out(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})
+    return train_and_save(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})

@@ -71,7 +71,7 @@ def require_whole(checkpoint: Path, trained: set[str]) -> None:
         )
 
 
-def last_good(folder: Path) -> str:
+def last_complete(folder: Path) -> str:
     """The newest complete checkpoint in words, for messages."""
     found = complete(folder)
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
@@ -87,7 +87,7 @@ def require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"disk full: saving to {folder} needs {needed / _GIB:.3f} GiB, {free / _GIB:.3f} GiB are free; {last_good(folder)}; "
+            f"disk full: saving to {folder} needs {needed / _GIB:.3f} GiB, {free / _GIB:.3f} GiB are free; {last_complete(folder)}; "
             "free some space and run the same command again"
         )
 
@@ -110,5 +110,5 @@ def disk_errors(out: Path) -> Iterator[None]:
         if not _is_disk_full(error):
             raise
         raise ValueError(
-            f"disk full: could not write to {out}; {last_good(out)}; free some space and run the same command again"
+            f"disk full: could not write to {out}; {last_complete(out)}; free some space and run the same command again"
         ) from error

@@ -33,7 +33,7 @@ class Part(NamedTuple):
     weights: list[nn.Parameter]
 
 
-class _Known(torch.autograd.Function):
+class _KnownGradients(torch.autograd.Function):
     """The sum of values [L] whose gradients for the weights are already known and wait for the backward pass."""
 
     @staticmethod
@@ -74,7 +74,7 @@ def one_graph_at_a_time(parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
         values.append(value.detach())
         for weight, gradient in zip(part.weights, found, strict=True):
             known[weight] = known[weight] + gradient if weight in known else gradient
-    return _Known.apply(torch.stack(values), list(known.values()), *known), values
+    return _KnownGradients.apply(torch.stack(values), list(known.values()), *known), values
 
 
 class _SquaredDistance(torch.autograd.Function):

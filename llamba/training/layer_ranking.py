@@ -71,11 +71,11 @@ def _place(model: Any, layer: int, module: nn.Module, kind: str) -> None:
 
 
 @contextmanager
-def lent(host: Any, guest: Any, layers: Sequence[int]) -> Iterator[None]:
-    """Within it, `host` has in `layers` what stands there in `guest`: the module itself, no copy."""
+def swapped(host: Any, donor: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Within it, `host` has in `layers` what stands there in `donor`: the module itself, no copy."""
     own = [(layer, _layers(host)[layer].self_attn, host.config.layer_types[layer]) for layer in layers]
     for layer in layers:
-        _place(host, layer, _layers(guest)[layer].self_attn, guest.config.layer_types[layer])
+        _place(host, layer, _layers(donor)[layer].self_attn, donor.config.layer_types[layer])
     try:
         yield
     finally:
@@ -164,25 +164,25 @@ class _Guide:
 
 
 class _Scorer:
-    """KL sums of variants of `host`, one batch at a time. `guest` lends its layers."""
+    """KL sums of variants of `host`, one batch at a time. `donor` lends its layers."""
 
-    def __init__(self, host: Any, guest: Any, teacher: Any, per_row: int | None = None) -> None:
-        self.host, self.guest, self.teacher, self.per_row = host, guest, teacher, per_row
+    def __init__(self, host: Any, donor: Any, teacher: Any, per_row: int | None = None) -> None:
+        self.host, self.donor, self.teacher, self.per_row = host, donor, teacher, per_row
 
     def start(self, batch: Batch) -> float:
         """Take up a batch; returns the KL of the host as it is, summed over the counted tokens."""
         self.batch, self.chosen = batch, counted(batch["labels"], self.per_row)
-        self.guide = _Guide(partial(_logits, self.teacher), _hidden(self.teacher, batch)[self.chosen])
+        self.teacher_hidden = _Guide(partial(_logits, self.teacher), _hidden(self.teacher, batch)[self.chosen])
         self.inputs, hidden = _layer_inputs(self.host, batch)
         return self.kl(hidden)
 
     def kl(self, hidden: Tensor) -> float:
         """Sum over the counted tokens of KL(teacher || host with these last hidden states)."""
-        return self.guide.kl(partial(_logits, self.host), hidden[self.chosen])
+        return self.teacher_hidden.kl(partial(_logits, self.host), hidden[self.chosen])
 
     def layer(self, layer: int) -> float:
-        """KL with the guest's module in one layer."""
-        with lent(self.host, self.guest, [layer]):
+        """KL with the donor's module in one layer."""
+        with swapped(self.host, self.donor, [layer]):
             return self.kl(_hidden_from(self.host, self.batch, layer, self.inputs[layer]))
 
     def _before_projection(self, layer: int) -> tuple[nn.Linear, Tensor]:
@@ -202,9 +202,9 @@ class _Scorer:
         return projection, seen[0]
 
     def heads(self, layer: int) -> list[float]:
-        """KL with one head of a layer from the guest, for each head in turn."""
+        """KL with one head of a layer from the donor, for each head in turn."""
         own, own_y = self._before_projection(layer)
-        with lent(self.host, self.guest, [layer]):
+        with swapped(self.host, self.donor, [layer]):
             other, other_y = self._before_projection(layer)
         heads = self.host.config.num_attention_heads
         bias = 0 if other.bias is None else other.bias  # counted once: the host's
@@ -238,8 +238,8 @@ def rank(
     both are left as they were. Costs about half a forward pass per layer (and head) and batch. Raises ValueError for other models.
     """
     _check(teacher, student)
-    host, guest = (student, teacher) if method == "restore" else (teacher, student)
-    scorer, layers = _Scorer(host, guest, teacher, per_row), range(len(_layers(host)))
+    host, donor = (student, teacher) if method == "restore" else (teacher, student)
+    scorer, layers = _Scorer(host, donor, teacher, per_row), range(len(_layers(host)))
     start, targets = 0.0, 0
     by_layer = torch.zeros(len(layers), dtype=torch.float64)
     by_head = torch.zeros(len(layers), host.config.num_attention_heads if heads else 0, dtype=torch.float64)
@@ -260,7 +260,7 @@ def rank(
 def divergence(teacher: Any, student: Any, batches: Sequence[Batch], layers: Sequence[int], per_row: int | None = None) -> float:
     """Mean KL(teacher || student) per target token, as `rank` counts them, with the teacher's attention back in `layers`."""
     scorer, total, targets = _Scorer(student, teacher, teacher, per_row), 0.0, 0
-    with lent(student, teacher, layers):
+    with swapped(student, teacher, layers):
         for batch in progress(batches, f"KL with attention in {len(layers)} layers", "batches"):
             total += scorer.start(batch)
             targets += int(scorer.chosen.sum())

@@ -107,7 +107,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-class KeptRows(Rows):
+class RowsWithLogits(Rows):
     """Prepared rows together with a teacher's kept logits of their targets."""
 
     def __init__(self, folder: Path, k: int, logits: Path) -> None:
@@ -125,7 +125,7 @@ def _hidden(teacher: PreTrainedModel, rows: list[Item]) -> Tensor:
     return hidden[:, :-1][batch["labels"][:, 1:].to(hidden.device) != IGNORE]
 
 
-def _kept(teacher: PreTrainedModel, rows: list[Item], k: int, temperature: float) -> TopK:
+def _top_k(teacher: PreTrainedModel, rows: list[Item], k: int, temperature: float) -> TopK:
     """The kept logits of some rows' targets, in blocks, on the CPU. Raises ValueError where a logit is not finite."""
     head: Any = teacher.get_output_embeddings()
     blocks = _hidden(teacher, rows).split(max(1, _LOGITS_AT_ONCE // teacher.config.vocab_size))
@@ -142,7 +142,7 @@ def _make(stage: Distill, teacher: PreTrainedModel, rows: Rows, shards: Shards, 
     wanted = shards.rows(number)
     groups = [wanted[start : start + stage.micro_batch] for start in range(0, len(wanted), stage.micro_batch)]
     with torch.autocast(teacher.device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-        found = [_kept(teacher, [rows[index] for index in group], shards.k, stage.temperature) for group in groups]
+        found = [_top_k(teacher, [rows[index] for index in group], shards.k, stage.temperature) for group in groups]
     values, indices, tail = (torch.cat(part) for part in zip(*found, strict=True))
     path = shards.path(number)
     save_file({"values": values, "indices": indices.int(), "tail": tail}, _partial(path))
@@ -159,7 +159,7 @@ def _progress(numbers: list[int], shards: Shards) -> Iterator[int]:
         print(f"teacher's logits: {count} of {len(numbers)} shards, {tokens} targets, {rate:.0f} a second", flush=True)
 
 
-def prepare(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrainedModel], folder: Path) -> KeptRows:
+def prepare(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrainedModel], folder: Path) -> RowsWithLogits:
     """The rows in `rows` with the kept logits of the model `teacher`, which are made where they are not yet below `folder`.
 
     `load` loads the teacher, and is called only where a shard is missing or broken. Under a launcher every process calls
@@ -179,7 +179,7 @@ def prepare(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrai
     _fill(stage, plain, shards, load)
     while any(shards.fault(number) for number in range(len(shards))):  # those of other processes
         time.sleep(0.5)
-    return KeptRows(rows, stage.offline, folder)
+    return RowsWithLogits(rows, stage.offline, folder)
 
 
 def _rank() -> int:

@@ -23,7 +23,7 @@ from llamba.training.layer_distances import Distances
 from llamba.training.losses import IGNORE, Sums
 from llamba.training.metrics import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.training.reporters import reporters
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 Objective = Callable[[PreTrainedModel, Any, Batch], Sums | Distances]  # student, teacher (or None), batch
 
@@ -230,7 +230,7 @@ class StageTrainer(Trainer):
         if broken:
             raise ValueError(
                 f"weights must be finite, got NaN or infinity in {broken[0]} and {len(broken) - 1} more at step {self.state.global_step}; "
-                f"{checkpoints.last_good(self.folder)}; {CALMER}"
+                f"{checkpoints.last_complete(self.folder)}; {CALMER}"
             )
 
 
@@ -293,7 +293,7 @@ class DistillTrainer(StageTrainer):
         """The loss, with gradient, and all sums of the objective in one vector, in the order of `_names`."""
         student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            sums = inside(model, student, partial(self.sums_of, student, self.teacher), batch)
+            sums = run_as_forward(model, student, partial(self.sums_of, student, self.teacher), batch)
         named = sums._asdict()
         named |= {f"{LAYERS}{number}": value for number, value in named.pop("layers", {}).items()}
         self._names = tuple(named)
@@ -332,7 +332,7 @@ class DistillTrainer(StageTrainer):
             broken = [name.removeprefix(LAYERS) for name, value in means.items() if name.startswith(LAYERS) and not math.isfinite(value)]
             raise ValueError(
                 f"the loss must be finite, got {means['loss']} ({parts or 'in layers ' + ', '.join(broken)}) at step "
-                f"{self.state.global_step + 1}; {checkpoints.last_good(self.folder)}; {CALMER}"
+                f"{self.state.global_step + 1}; {checkpoints.last_complete(self.folder)}; {CALMER}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -365,7 +365,7 @@ def held_out_batches(trainer: StageTrainer, rows: Rows) -> Iterator[Batch]:
         yield trainer._prepare_inputs(batch)
 
 
-def carry_out(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, float]]) -> dict[str, float]:
+def train_and_save(trainer: StageTrainer, out: Path, score: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Train from the newest complete checkpoint on, score, and leave the model in `out`.
 
     Returns the last line of `out/metrics.jsonl`, the scores on held-out rows, and how many processes trained.

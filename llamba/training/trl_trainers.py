@@ -64,7 +64,7 @@ class Aligner(StageTrainer):
             total = float(self.accelerator.reduce(self._step_loss, "sum"))
             self._step_loss.zero_()
             if not math.isfinite(total):
-                good = checkpoints.last_good(self.folder)
+                good = checkpoints.last_complete(self.folder)
                 raise ValueError(f"the loss must be finite, got {total} at step {self.state.global_step + 1}; {good}; {CALMER}")
         return loss
 

@@ -7,7 +7,7 @@ from accelerate.utils.modeling import align_module_device
 from torch import nn
 
 
-def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+def run_as_forward(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)` run as the forward pass of `module`, called through `wrapper` (DDP, DeepSpeed, FSDP or itself).
 
     So the wrapper's hooks see one ordinary forward pass, whatever the function computes from the module's parts.

@@ -51,8 +51,8 @@ class NoMixer(Mixer):
         return nothing, nothing.new_zeros(nothing.shape[0], 0), nothing.new_zeros(nothing.shape[0], self.config.conv_width - 1, 0)
 
     def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer, tree: Tree | None) -> Tensor:
-        layer.note(parts["conv"], self._advance, self.fold_after)
-        layer.hold((parts["conv"],))
+        layer.append_conv(parts["conv"], self._advance, self.fold_after)
+        layer.append_inputs((parts["conv"],))
         return parts["conv"]
 
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:

@@ -457,21 +457,21 @@ class Mixer(nn.Module):
 
     def _folded_run(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
         y, state, window = self._run(parts, rec, layer.window(), layer.state)
-        layer.settle(window, state, y.shape[1])
+        layer.set_state(window, state, y.shape[1])
         return y
 
     def _held_run(self, parts: dict[str, Tensor], layer: RecurrentLayer, tree: Tree | None) -> Tensor:
         tokens = parts["conv"].shape[1]
         behind = 0 if tree is None else len(tree) - tokens
-        span = layer.note(self._conv_in(parts), self._advance, self.fold_after, behind)
+        span = layer.append_conv(self._conv_in(parts), self._advance, self.fold_after, behind)
         windows = None if tree is None else tree.windows(self.config.conv_width)[behind:]
         conv_out = self.conv1d(span, causal_conv1d_span, activation=self.config.conv_activation, windows=windows)
         x, b, c = self._turned_heads(conv_out, parts)
-        return self.hold(x, b, c, parts["dt"], layer, tree)
+        return self.append_inputs(x, b, c, parts["dt"], layer, tree)
 
-    def hold(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+    def append_inputs(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
         """Output [B, T, H, P] of new tokens, whose inputs the cache holds from now on; `tree`: they are its last T nodes."""
-        inputs, firsts = layer.hold((x, b, dt))
+        inputs, firsts = layer.append_inputs((x, b, dt))
         return self.resume(inputs, c, layer.state, firsts, tree)
 
     def resume(self, inputs: tuple[Tensor, ...], c: Tensor, state: Tensor | None, firsts: list[int], tree: Tree | None = None) -> Tensor:
@@ -509,7 +509,7 @@ class Mixer(nn.Module):
         conv_out, window = self.conv1d(fresh, causal_conv1d_step, activation=self.config.conv_activation, state=window)
         x, b, c = self._turned_heads(conv_out, {name: part[:, 0] for name, part in parts.items()})
         y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
-        layer.settle(window, state, 1)
+        layer.set_state(window, state, 1)
         return y.unsqueeze(1)
 
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:

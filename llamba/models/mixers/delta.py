@@ -112,12 +112,12 @@ class GatedDelta(Mixer):
         x, b = written(x, b)
         return delta_step(x, a, b, c, erase, state=state)
 
-    def hold(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
+    def append_inputs(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, layer: RecurrentLayer, tree: Tree | None) -> Tensor:
         """What the new tokens write and read behind the held ones; see `llamba.kernels.delta.delta_resume`. The cache holds u, b and dt."""
         _, erase = self.gates(dt)
         x, b = written(x, b)
         nothing = at_least_fp32(x).new_zeros(*c.shape[:3], self.config.head_dim)
-        (u, keys, steps), firsts = layer.hold((nothing, b, dt))
+        (u, keys, steps), firsts = layer.append_inputs((nothing, b, dt))
         first = firsts[0] if min(firsts) == max(firsts) else torch.tensor(firsts, device=x.device)
         y, updates = delta_resume(
             x,

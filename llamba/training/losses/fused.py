@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from llamba.training.losses.plain import IGNORE, REDUCTIONS, Mix, Sums
 from llamba.training.losses.teacher_distribution import Head, TopK
-from llamba.training.wrapped_forward import inside
+from llamba.training.wrapped_forward import run_as_forward
 
 LOGITS_AT_ONCE = {"cpu": 2**22}  # elements of one [c, V] block by kind of device, in fp32; about five blocks live at a time
 LOGITS_AT_ONCE_ELSEWHERE = 2**26
@@ -204,38 +204,38 @@ def head_sums(
     factor = count.item() / len(labels) if legacy else 1.0
     counted = torch.ones_like(chosen) if legacy else chosen
     mix = Mix(kl * factor, ce, temperature, divergence, beta)
-    guide = teacher if isinstance(teacher, TopK) else teacher[counted]  # [n, D']
-    sums = _in_heads(mix, student[counted], guide, student_head, teacher_head, shifted[counted])
+    teacher_hidden = teacher if isinstance(teacher, TopK) else teacher[counted]  # [n, D']
+    sums = _in_heads(mix, student[counted], teacher_hidden, student_head, teacher_head, shifted[counted])
     return Sums(sums[0], sums[1] * factor, sums[2], count)
 
 
-def _at_hand(guide: Tensor, head: nn.Module) -> Head:
+def _at_hand(teacher_hidden: Tensor, head: nn.Module) -> Head:
     """A teacher by its states [n, D'] and its head, whose weight is cast once where that is all that autocast would do to it."""
-    if type(head) is not nn.Linear or head.bias is not None or not torch.is_autocast_enabled(guide.device.type):
-        return Head(guide, head)
-    return Head(guide, head, head.weight.detach().to(_compute_dtype(head.weight)))
+    if type(head) is not nn.Linear or head.bias is not None or not torch.is_autocast_enabled(teacher_hidden.device.type):
+        return Head(teacher_hidden, head)
+    return Head(teacher_hidden, head, head.weight.detach().to(_compute_dtype(head.weight)))
 
 
 def _in_heads(
-    mix: Mix, hidden: Tensor, guide: Tensor | TopK, head: nn.Module, teacher_head: nn.Module | None, targets: Tensor
+    mix: Mix, hidden: Tensor, teacher_hidden: Tensor | TopK, head: nn.Module, teacher_head: nn.Module | None, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_from_head` inside the forward passes of both heads. hidden [n, D], guide [n, D'], targets [n]."""
+    """`_from_head` inside the forward passes of both heads. hidden [n, D], teacher_hidden [n, D'], targets [n]."""
 
     def with_kept(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert isinstance(guide, TopK) and len(targets) in (0, len(guide.values))
-        return _from_head(mix, head, guide, targets, hidden)
+        assert isinstance(teacher_hidden, TopK) and len(targets) in (0, len(teacher_hidden.values))
+        return _from_head(mix, head, teacher_hidden, targets, hidden)
 
     def with_head(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert teacher_head is not None
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         # nothing with a gradient leaves the teacher's call: its hooks need not prepare a backward pass
-        inside(
+        run_as_forward(
             teacher_head,
             teacher_head,
-            lambda guide: found.append(_from_head(mix, head, _at_hand(guide, teacher_head), targets, hidden)),
-            guide,
+            lambda teacher_hidden: found.append(_from_head(mix, head, _at_hand(teacher_hidden, teacher_head), targets, hidden)),
+            teacher_hidden,
         )
         return found[0]
 
-    sums: tuple[Tensor, Tensor, Tensor] = inside(head, head, with_kept if isinstance(guide, TopK) else with_head, hidden)
+    sums: tuple[Tensor, Tensor, Tensor] = run_as_forward(head, head, with_kept if isinstance(teacher_hidden, TopK) else with_head, hidden)
     return sums

@@ -21,7 +21,7 @@ from llamba.models.cache import RecurrentLayer
 RECURRENT = "linear_attention"
 
 
-class WholeCrop:
+class AtomicCrop:
     """Mixed into a transformers cache, before it: a `crop` that any layer refuses changes none."""
 
     layers: list[Any]
@@ -68,27 +68,27 @@ def _check_attention(layer: Any, back: int) -> None:
 _MADE: dict[type[Cache], Any] = {}
 
 
-def whole(kind: type[Cache]) -> Any:
+def with_atomic_crop(kind: type[Cache]) -> Any:
     """The class of caches `kind` with a crop that changes all layers or none."""
     if kind not in _MADE:
-        _MADE[kind] = type(kind.__name__, (WholeCrop, kind), {"__module__": __name__})
+        _MADE[kind] = type(kind.__name__, (AtomicCrop, kind), {"__module__": __name__})
     return _MADE[kind]
 
 
-GROWING = whole(DynamicCache)
+GROWING = with_atomic_crop(DynamicCache)
 
 
 def _empty(kind: type[Cache]) -> Cache:
-    made = whole(kind)
+    made = with_atomic_crop(kind)
     return made.__new__(made)
 
 
-def fresh_cache(config: PreTrainedConfig) -> Cache:
+def new_hybrid_cache(config: PreTrainedConfig) -> Cache:
     """An empty cache that grows, for a model of this configuration."""
-    return adopt(GROWING(config=config), config)
+    return as_hybrid_cache(GROWING(config=config), config)
 
 
-def adopt(cache: Cache, config: PreTrainedConfig) -> Cache:
+def as_hybrid_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     """Give an empty transformers cache our layers where the model is recurrent; a cache that has them is returned as it is.
 
     Raises ValueError for what is no such cache, and for one that another model has filled.
@@ -100,8 +100,8 @@ def adopt(cache: Cache, config: PreTrainedConfig) -> Cache:
         raise _foreign(f"it has {len(layers)} layers and this model has {len(config.layer_types)}")
     mixer = {key: value for key, value in config.mixer.items() if key != "layers"}
     ours = [_ours(index, kind, layer, config, mixer) for index, (kind, layer) in enumerate(zip(config.layer_types, layers, strict=True))]
-    if not isinstance(cache, WholeCrop):
-        cache.__class__ = whole(type(cache))
+    if not isinstance(cache, AtomicCrop):
+        cache.__class__ = with_atomic_crop(type(cache))
     cache.layers, cache.layer_class_to_replicate = ours, None
     return cache
 

@@ -14,7 +14,7 @@ from llamba.speculative.accept import draw
 
 
 @dataclass(frozen=True)
-class Choice:
+class Sampler:
     """`temperature` 0 is greedy, and the limits then do not apply; `top_k` 0, `top_p` 1 and `min_p` 0 do not limit.
 
     `processors` are transformers' logits processors (repetition penalty, banned words, ...); they see what stands before each position.
@@ -74,14 +74,14 @@ class Choice:
         unused: Any = None  # warpers look at no tokens
         return self._warpers()(unused, flat).softmax(-1).view(scores.shape)
 
-    def pick(self, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """One token [B] from processed logits [B, V], and the distribution it was drawn from [B, V] (None: it was certain)."""
         if self.greedy:
             return scores.argmax(-1), None
         weights = self.probabilities(scores[:, None])[:, 0]
         return draw(weights, noise), weights
 
-    def pick_several(self, scores: Tensor, count: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample_several(self, scores: Tensor, count: int, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """`count` different tokens for each of T positions [B, T count], the likeliest ones or drawn without replacement.
 
         scores [B, T, V] processed logits; noise [B, T count]. Also returns what each token was drawn from [B, T count, V], given the
