@@ -22,7 +22,7 @@ from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, wri
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
-FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta_log")
 NAMES: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", NoneType: "null"
 }  # fmt: skip
@@ -231,7 +231,7 @@ class Mixer(nn.Module):
     A_log: nn.Parameter  # not in discrete Mamba-2
     erase_bias: nn.Parameter  # in the delta rules
     trap_bias: nn.Parameter  # in Mamba-3, as the next three
-    theta: nn.Parameter
+    theta_log: nn.Parameter
     B_bias: nn.Parameter
     C_bias: nn.Parameter
     dt_proj: nn.Linear  # in Mamba-1

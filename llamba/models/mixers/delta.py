@@ -46,8 +46,8 @@ class GatedDelta(Mixer):
 
     @classmethod
     def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
-        """With the norm of its output."""
-        return super().defaults(shape) | {"out_norm": True}
+        """With the norm of its output, and a linear convolution: directions of keys behind a SiLU lie close together."""
+        return super().defaults(shape) | {"out_norm": True, "conv_activation": None}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.state != config.head_dim:

@@ -15,7 +15,7 @@ from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_lea
 
 NO_DECAY = -40.0
 AT_ONCE = 6.0  # bias of the share of a write that comes at once
-ERASED = 0.1  # of what stands under a key when it is written to, at the start
+ERASED = 0.3  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
 
 
@@ -104,12 +104,13 @@ def _turning(mixer: Mixer, weights: AttentionWeights | None, rule: Init) -> list
     known = None if weights is None or rule.decay == "none" else weights.frequencies
     now = {"paper": 0.0, "log_spaced": AT_ONCE}.get(rule.decay, -NO_DECAY)
     values = {
-        "theta": torch.zeros_like(mixer.theta) if known is None else known, "trap_bias": torch.full_like(mixer.trap_bias, now),
+        "theta_log": torch.full_like(mixer.theta_log, NO_DECAY) if known is None else known.log(),
+        "trap_bias": torch.full_like(mixer.trap_bias, now),
         "B_bias": torch.zeros_like(mixer.B_bias), "C_bias": torch.zeros_like(mixer.C_bias),
     }  # fmt: skip
     for name, value in values.items():
         _set(mixer.get_parameter(name), value)
-    sources = {"theta": "new: 0" if known is None else "RoPE's frequencies", "trap_bias": f"new: {now:g}"}
+    sources = {"theta_log": "new: no angle" if known is None else "RoPE's frequencies", "trap_bias": f"new: {now:g}"}
     return [Origin(name, tuple(value.shape), sources.get(name, "new: 0")) for name, value in values.items()]
 
 

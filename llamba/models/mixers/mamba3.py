@@ -15,16 +15,18 @@ from torch.nn import functional as F
 from llamba.kernels.mamba3 import mamba3_matrix, mamba3_scan, mamba3_step
 from llamba.models.mixers.base import Mixer, MixerConfig, Mixing, QKNorm, Recurrence, at_least_fp32
 
+NOTHING = -40.0  # log of an angle that is none
+
 
 class Mamba3(Mixer):
     """h <- e^(dt A) h + (1 - l) dt e^(dt A) x' B'^T + l dt x B^T, y = h C + D x; x' and B' of the token before, B and C turned.
 
-    A token turns them by theta + dt pi tanh(angle). dt = softplus(dt + bias), A = -max(softplus(rate + bias), rate_floor) with a bias that
-    makes it -e^A_log where the rate row is 0, l = sigmoid(trap + bias); B and C have a bias for every head behind their norms.
-    With theta = 0 and l = 1 this is Mamba-2; without decay and with the teacher's theta, rotary linear attention.
+    A token turns them by theta + dt pi tanh(angle), theta = e^theta_log. dt = softplus(dt + bias), A = -max(softplus(rate + bias),
+    rate_floor) with a bias that makes it -e^A_log where the rate row is 0, l = sigmoid(trap + bias); B and C have a bias for every head
+    behind their norms. With theta = 0 and l = 1 this is Mamba-2; without decay and with the teacher's theta, rotary linear attention.
     """
 
-    matrix_parts = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "trap_bias", "theta", "B_bias", "C_bias", "q_norm", "k_norm")
+    matrix_parts = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "trap_bias", "theta_log", "B_bias", "C_bias", "q_norm", "k_norm")
     turns = True
 
     @classmethod
@@ -46,7 +48,7 @@ class Mamba3(Mixer):
         heads = config.heads
         for name in ("dt_bias", "D", "A_log", "trap_bias"):
             setattr(self, name, nn.Parameter(torch.zeros(heads)))
-        self.theta = nn.Parameter(torch.zeros(config.angles))
+        self.theta_log = nn.Parameter(torch.zeros(config.angles))  # slow angles are as sensitive as fast ones, relatively
         self.B_bias, self.C_bias = (nn.Parameter(torch.zeros(heads, config.state)) for _ in range(2))
         if config.qk_norm is not None:
             self.q_norm, self.k_norm = (QKNorm(config.qk_norm, config.state, config.qk_norm_eps) for _ in range(2))
@@ -83,7 +85,7 @@ class Mamba3(Mixer):
         step = F.softplus(step + at_least_fp32(self.dt_bias))
         own = at_least_fp32(self.A_log).exp()
         rate = F.softplus(rate + own + torch.log(-torch.expm1(-own)))  # softplus of the last two is `own`
-        turn = at_least_fp32(self.theta) + step[..., None] * torch.pi * torch.tanh(angle)[..., None, :]
+        turn = at_least_fp32(self.theta_log).exp() + step[..., None] * torch.pi * torch.tanh(angle)[..., None, :]
         return -rate.clamp_min(self.config.rate_floor) * step, turn, step, torch.sigmoid(trap + at_least_fp32(self.trap_bias))
 
     def scan(self, x: Tensor, b: Tensor, c: Tensor | None, dt: Tensor, state: Tensor | None, rec: Recurrence) -> tuple[Tensor, Tensor]:
@@ -142,7 +144,7 @@ def official(
     made = {
         "in_proj.weight": torch.cat((z, x, b, c, *rest)), "out_proj.weight": weights["out_proj.weight"], "D": weights["D"],
         "dt_bias": weights["dt_bias"], "A_log": torch.full_like(zeros, 2.0).log().log(), "trap_bias": zeros,
-        "theta": projection.new_zeros(angles), "B_bias": weights["B_bias"].reshape(heads, N)[:, order],
+        "theta_log": projection.new_full((angles,), NOTHING), "B_bias": weights["B_bias"].reshape(heads, N)[:, order],
         "C_bias": weights["C_bias"].reshape(heads, N)[:, order], "k_norm.weight": weights["B_norm.weight"][order],
         "q_norm.weight": weights["C_norm.weight"][order],
     }  # fmt: skip
