@@ -122,8 +122,8 @@ NEEDED = {"out_norm": True, "conv_activation": "silu"}
 NEAREST = {
     "mamba1": "Jamba's Mamba-1 normalises step, B and C, and shares B and C between all channels",
     "discrete_mamba2": "every stock mixer scales what it writes by its step",
-    "gated_delta": "the delta rule of Qwen3-Next and OLMo-hybrid writes and erases by one gate; this one writes by the length of its key",
-    "kda": "Kimi-Linear's delta rule writes and erases by one gate, beside multi-head latent attention; this one writes by its key's length",
+    "gated_delta": "the delta rule of Qwen3-Next and OLMo-hybrid writes and erases by one gate; this one writes by its key's length",
+    "kda": "Kimi-Linear's delta rule writes and erases by one gate, beside latent attention; this one writes by its key's length",
     "mamba3": "nothing in transformers 5.23 is Mamba-3",
     "window": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
     "sinks": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
