@@ -122,9 +122,9 @@ NEEDED = {"out_norm": True, "conv_activation": "silu"}
 NEAREST = {
     "mamba1": "Jamba's Mamba-1 normalises step, B and C, and shares B and C between all channels",
     "discrete_mamba2": "every stock mixer scales what it writes by its step",
-    "gated_delta": "Qwen3-Next and OLMo-hybrid have the delta rule, beside attention whose queries and keys are normalised and whose "
-    "output is gated or normalised, which this model's is not",
-    "kda": "Kimi-Linear has it, beside multi-head latent attention, which this model has not",
+    "gated_delta": "the delta rule of Qwen3-Next and OLMo-hybrid writes and erases by one gate; this one writes by its key's length",
+    "kda": "Kimi-Linear's delta rule writes and erases by one gate, beside latent attention; this one writes by its key's length",
+    "mamba3": "nothing in transformers 5.23 is Mamba-3",
     "window": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
     "sinks": "no stock mixer attends beside its recurrence but Falcon-H1's, whose attention sees everything",
     "rotary": "no stock Mamba-2 turns B and C by position",
