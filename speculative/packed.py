@@ -114,8 +114,9 @@ def packed(*models: Any) -> Iterator[None]:
     for model in models:
         if isinstance(model, PreTrainedModel) and runs_in_graphs(model):
             for linear, product in _products(model).items():
-                linear.__dict__["forward"] = partial(_forward, linear, product)
-                changed.append(linear)
+                if "forward" not in linear.__dict__:  # someone's hook, or this function's own
+                    linear.__dict__["forward"] = partial(_forward, linear, product)
+                    changed.append(linear)
     try:
         yield
     finally:

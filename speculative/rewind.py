@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Decode
 from llamba.models.cache import RecurrentLayer, check_places, gather
 from llamba.models.hybrid import RECURRENT, HybridBackbone
 from llamba.models.mixers import Recurrence
-from llamba.models.offloaded import reading_device
+from llamba.models.offloaded import is_offloaded, reading_device
 from llamba.models.tree import Tree
 
 FEW = 64  # tokens of a call that is a step of decoding
@@ -173,7 +173,7 @@ class Rewindable:
             RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind]) for kind in self.kinds
         ]
         self.cache = Cache(layers=layers)
-        on_cpu = model.device.type == "cpu" and implementation == "sdpa"
+        on_cpu = model.device.type == "cpu" and implementation == "sdpa" and not is_offloaded(model)
         self.lean = on_cpu and all(type(layer) in LEAN for layer in backbone.layers)  # a kernel for each head costs more than its work
         self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
 
