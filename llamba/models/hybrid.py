@@ -241,10 +241,29 @@ class HybridCausalLM(PreTrainedModel):
         _init_weights(super(), module)
 
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
+        given = kwargs.get("model_kwargs") or {}
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        if cache is not None:
+            unread, prompt = check_unread(cache, kwargs["input_ids"]), kwargs["input_ids"].shape[1]
+            if unread < prompt and mask is not None and mask.shape[1] > prompt:
+                raise ValueError(
+                    f"drafted generation behind a filled cache needs the whole text; got {prompt} tokens and a mask of {mask.shape[1]}"
+                )
         if assistant_model is not None:
             check_draft(self, assistant_model)
         made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
         made.get_candidates = partial(_few, made.get_candidates)
+        return made
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        """As transformers', but generation behind a filled cache, drafted or not, reads what the cache has not read, and that alone."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        alone = isinstance(mask, Tensor) and mask.shape[-1] > input_ids.shape[1]  # the new tokens alone, with a mask of all
+        if is_first_iteration and not args and cache is not None and kwargs.get("inputs_embeds") is None and not alone:
+            unread = check_unread(cache, input_ids)
+            if kwargs.get("next_sequence_length") is None and unread < input_ids.shape[1]:
+                kwargs["next_sequence_length"] = unread
+        made = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)  # type: ignore[misc]
         return made
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
@@ -252,6 +271,16 @@ class HybridCausalLM(PreTrainedModel):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             check_room(adopt(cache, self.config), generation_config.max_length - 1)  # the last token is not read
+
+
+def check_unread(cache: Cache, prompt: Tensor) -> int:
+    """How many tokens of a prompt [B, T] the cache has not read. Raises ValueError where there is none."""
+    seen = int(cache.get_seq_length())
+    if seen >= prompt.shape[1]:
+        raise ValueError(
+            f"the cache has read {seen} tokens and the prompt has {prompt.shape[1]}; pass all that was read and at least one token more"
+        )
+    return prompt.shape[1] - seen
 
 
 def check_room(cache: Cache, tokens: int) -> None:
