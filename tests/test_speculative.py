@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch

@@ -77,22 +77,28 @@ class HybridBackbone(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
+        first: int = 0,
+        stream: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As the family's own forward, and `seq_idx` [B, T]: document numbers of a packed row.
 
-        Documents also come from a 4-D mask, from `cu_seq_lens_q`, and from `position_ids` that restart. Neither attention, state nor
-        convolution reaches over a boundary.
+        `stream` [B, T, D] is what enters layer `first`, where that is known; the layers below are not run. Documents also come from a
+        4-D mask, from `cu_seq_lens_q`, and from `position_ids` that restart. Neither attention, state nor convolution reaches over a
+        boundary.
         Raises ValueError for packed documents together with a cache, and for a mask that recurrent layers cannot obey; see `masks.said`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        if stream is not None:
+            hidden = stream
+        else:
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
         lengths = _packed_lengths(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         past_key_values, calls = self.prepare(hidden, attention_mask, position_ids, seq_idx, past_key_values, use_cache, lengths)
-        if self.parts.embed_dropout is not None:
+        if self.parts.embed_dropout is not None and stream is None:
             hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
-        for layer, call in zip(self.layers, calls, strict=True):
+        for layer, call in zip(self.layers[first:], calls[first:], strict=True):
             hidden = layer(hidden, **call, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         hidden = self.get_submodule(self.parts.final_norm)(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)

@@ -234,6 +234,11 @@ class Mixer(nn.Module):
     drop_window = 0.0  # share of sequences that do without the window in training
     recurrence_off = False
 
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """The mixer's own values of its configuration for attention of this shape; a user's options come over them."""
+        return {"state": shape["head_dim"]}
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -352,7 +357,7 @@ class Mixer(nn.Module):
         rows = self._split(parts)
         q, k, v = (rows[name].unflatten(-1, (-1, self.config.head_dim)) for name in ("C", "B", "x"))
         cos, sin = parts["cos"], parts["sin"]
-        return turned(q, cos, sin), turned(k, cos, sin), v
+        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v  # under autocast the angles are wider
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
         """What attention sees [B, T, H, P] of the last tokens and the first ones."""
