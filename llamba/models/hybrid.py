@@ -247,28 +247,23 @@ class HybridCausalLM(PreTrainedModel):
         _init_weights(super(), module)
 
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
-        given = kwargs.get("model_kwargs") or {}
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        if cache is not None:
-            unread, prompt = check_unread(cache, kwargs["input_ids"]), kwargs["input_ids"].shape[1]
-            if unread < prompt and mask is not None and mask.shape[1] > prompt:
-                raise ValueError(
-                    f"drafted generation behind a filled cache needs the whole text; got {prompt} tokens and a mask of {mask.shape[1]}"
-                )
         if assistant_model is not None:
             check_draft(self, assistant_model)
         made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
         made.get_candidates = partial(_few, made.get_candidates)
+        given, mask = kwargs["model_kwargs"], kwargs["model_kwargs"].get("attention_mask")
+        if given.get("past_key_values") is not None:  # generate forgets a mask of ones, but for its length
+            text = mask.shape[1] if mask is not None else vars(kwargs["generation_config"]).get("_mask_length", 0)
+            given["unread"] = check_unread(given["past_key_values"], kwargs["input_ids"], text)
         return made
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        """As transformers', but generation behind a filled cache, drafted or not, reads what the cache has not read, and that alone."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        alone = isinstance(mask, Tensor) and mask.shape[-1] > input_ids.shape[1]  # the new tokens alone, with a mask of all
-        if is_first_iteration and not args and cache is not None and kwargs.get("inputs_embeds") is None and not alone:
-            unread = check_unread(cache, input_ids)
-            if kwargs.get("next_sequence_length") is None and unread < input_ids.shape[1]:
-                kwargs["next_sequence_length"] = unread
+    def prepare_inputs_for_generation(self, input_ids, *args, unread=None, is_first_iteration=False, **kwargs):
+        """As transformers', but drafted generation behind a filled cache reads the tokens from `unread` on, not the whole text again."""
+        if is_first_iteration and unread:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - unread
+        cache, count = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+        if is_first_iteration and cache is not None and count is not None and count < 1:
+            check_unread(cache, input_ids)
         made = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)  # type: ignore[misc]
         return made
 
@@ -279,14 +274,17 @@ class HybridCausalLM(PreTrainedModel):
             check_room(adopt(cache, self.config), generation_config.max_length - 1)  # the last token is not read
 
 
-def check_unread(cache: Cache, prompt: Tensor) -> int:
-    """How many tokens of a prompt [B, T] the cache has not read. Raises ValueError where there is none."""
-    seen = int(cache.get_seq_length())
-    if seen >= prompt.shape[1]:
+def check_unread(cache: Cache, prompt: Tensor, text: int = 0) -> int:
+    """Where in a prompt [B, T] the tokens begin that the cache has not read. Raises ValueError where there is none, or where the prompt is
+    but the new part of a text of `text` tokens."""
+    seen, tokens = int(cache.get_seq_length()), prompt.shape[1]
+    if seen and text > tokens:
+        raise ValueError(f"drafted generation behind a filled cache needs the whole text; got {tokens} tokens and a mask of {text}")
+    if seen >= tokens:
         raise ValueError(
-            f"the cache has read {seen} tokens and the prompt has {prompt.shape[1]}; pass all that was read and at least one token more"
+            f"the cache has read {seen} tokens and the prompt has {tokens}; pass all that was read and at least one token more"
         )
-    return prompt.shape[1] - seen
+    return seen
 
 
 def check_room(cache: Cache, tokens: int) -> None:
