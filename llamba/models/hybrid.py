@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -246,6 +247,15 @@ class HybridCausalLM(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         _init_weights(super(), module)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers', for students without recurrent layers. Raises ValueError for others, as `generate_batch` does."""
+        if RECURRENT in self.config.layer_types:
+            raise ValueError(
+                "generate_batch pages keys and values, of which recurrent layers have none; use model.generate on a left-padded batch, or "
+                "llamba.speculative.generate"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
         if assistant_model is not None:
             check_draft(self, assistant_model)
@@ -272,6 +282,16 @@ class HybridCausalLM(PreTrainedModel):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             check_room(adopt(cache, self.config), generation_config.max_length - 1)  # the last token is not read
+
+
+class HybridSequenceClassifier(GenericForSequenceClassification):
+    """Mixed into a family's pretrained model, before it: a score of the last token over a `HybridBackbone`, as reward models have it."""
+
+    _keep_in_fp32_modules_strict: Any = list(FP32_PARAMETERS)
+    _is_stateful = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super(), module)
 
 
 def check_unread(cache: Cache, prompt: Tensor, text: int = 0) -> int:
