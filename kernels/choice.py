@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 VARIABLE = "LLAMBA_KERNELS"
@@ -86,6 +87,13 @@ def _triton_obstacle(example: Tensor, obstacle: Obstacle) -> Obstacle:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton, or impl='torch'"
     return _device_obstacle(example, example.device.type == "cuda") or obstacle
+
+
+def product_obstacle(*tensors: Tensor) -> Obstacle:
+    """Why Triton cannot multiply matrices of these tensors here: its interpreter (3.9.0) takes bf16 entries for whole numbers."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return "Triton's interpreter multiplies bf16 matrices wrongly; pass fp32, or impl='torch'"
+    return None
 
 
 def _device_obstacle(example: Tensor, compiled: bool) -> Obstacle:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,35 @@ def test_hugging_faces_assisted_generation_equals_plain(mixer: str, attention: f
         assert plain(model, prompt, **more) == want, kind
         assert plain(model, prompt[:2], **more) == plain(model, prompt[:2]), kind
         assert plain(model, prompt, eos_token_id=want[7], **more) == want[: want.index(want[7]) + 1], kind
+
+
+@pytest.mark.filterwarnings("ignore:the draft has")
+@pytest.mark.parametrize("attention", [0.0, 0.5])
+def test_hugging_faces_assisted_generation_goes_on_behind_a_filled_cache(attention: float) -> None:
+    """transformers' own loop reads the whole text again, with plain Llama too."""
+    model, draft, text = student(attention=attention), student(attention=0.0), ids(1, 19)
+    model.generation_config.eos_token_id = None
+    more = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(text), "pad_token_id": 0}
+    want = model.generate(text, **more)
+    ways: list[dict[str, Any]] = [{}, {"assistant_model": draft}, {"assistant_model": teacher()}, {"prompt_lookup_num_tokens": 3}]
+    for seen in (1, 14, 18):
+        for way in ways:
+            with torch.no_grad():
+                cache = model(text[:, :seen]).past_key_values
+            assert torch.equal(model.generate(text, past_key_values=cache, **more, **way), want), (seen, way)
+    with torch.no_grad():
+        cache = model(text).past_key_values
+    for way in ways:
+        with pytest.raises(ValueError, match="the cache has read 19 tokens and the prompt has 19; pass all that was read and at least one"):
+            model.generate(text, past_key_values=cache, **more, **way)
+    new, mask = ids(1, 22, seed=1), torch.ones(1, 41, dtype=torch.long)
+    whole = model.generate(torch.cat((text, new), 1), **more | {"attention_mask": mask})
+    got = model.generate(new, past_key_values=cache, **more | {"attention_mask": mask})  # the new tokens alone
+    assert torch.equal(got[:, 22:], whole[:, 41:])
+    with torch.no_grad():
+        cache = model(text).past_key_values
+    with pytest.raises(ValueError, match="needs the whole text; got 22 tokens and a mask of 41"):
+        model.generate(new, past_key_values=cache, assistant_model=draft, **more | {"attention_mask": mask})
 
 
 def test_attention_past_its_window_goes_back_too() -> None:

@@ -100,3 +100,10 @@ def test_norm_and_gate(impl: str, D: int) -> None:
         assert torch.allclose(gated(x, residual, impl=impl), torch.nn.functional.silu(x) * residual, atol=1e-6)
     with pytest.raises(ValueError, match="weight must have shape"):
         add_norm(x, None, norm.weight[1:], 1e-3)
+
+
+def test_products_of_bf16_are_refused_in_the_interpreter() -> None:
+    """It multiplies their bits as whole numbers (triton 3.9.0), and would return numbers of 1e10."""
+    q, keys = torch.randn(1, 1, 4, 16), torch.randn(1, 32, 2, 16)
+    with pytest.raises(ValueError, match="attend cannot run in Triton: Triton's interpreter multiplies bf16 matrices wrongly; pass fp32"):
+        attend(q.bfloat16(), keys.bfloat16(), keys.bfloat16(), torch.tensor([[20]]), 0.3, impl="triton")

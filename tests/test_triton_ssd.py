@@ -224,3 +224,15 @@ def test_every_kernel_compiles_for_hopper() -> None:
     for row in rows:
         assert row["shared"] <= 227 * 1024 and row["stack"] <= 512, row
         assert row["wgmma"] or row["kernel"] not in products, row
+
+
+@pytest.mark.parametrize("narrow", [("x", "b", "c"), ("b",)])
+def test_products_of_bf16_are_refused_in_the_interpreter(narrow: tuple[str, ...], monkeypatch) -> None:
+    """It multiplies their bits as whole numbers (triton 3.9.0), and would return numbers of 1e10; "auto" and PyTorch take them."""
+    inputs = {name: tensor.bfloat16() if name in narrow else tensor.float() for name, tensor in _inputs(1, 20).items()}
+    with pytest.raises(ValueError, match="ssd cannot run in Triton: Triton's interpreter multiplies bf16 matrices wrongly; pass fp32"):
+        ssd(**inputs, impl="triton")
+    assert ssd(**inputs)[0].isfinite().all()
+    monkeypatch.setenv("LLAMBA_KERNELS", "triton")
+    with pytest.raises(ValueError, match="multiplies bf16 matrices wrongly"):
+        ssd(**inputs)

@@ -8,7 +8,7 @@ Shapes: B batch, T time, H query heads, G key/value heads, R = H // G, P head wi
 import torch
 from torch import Tensor
 
-from ..choice import choose
+from ..choice import choose, product_obstacle
 from ..common import check_rank, check_shape
 
 __all__ = ["attend", "place"]
@@ -47,7 +47,7 @@ def attend(
     (B, T, H, P), (S, G) = q.shape, keys.shape[1:3]
     check_shape("positions", positions, B, T)
     check_shape("values", values, *keys.shape)
-    if choose("attend", impl, ("torch", "triton"), q) == "triton":
+    if choose("attend", impl, ("torch", "triton"), q, product_obstacle(q, keys, values)) == "triton":
         from .triton_op import fused_attend
 
         return fused_attend(q, keys, values, positions, scale, window)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choice import Obstacle, choose
+from ..choice import Obstacle, choose, product_obstacle
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
 from ..graph import operation
 from .chunked import chunked
@@ -60,7 +60,7 @@ def ssd(
     Returns y [B, T, H, P] in the dtype of x and the state after the last token [B, H, P, N], fp32 (fp64 for fp64 inputs).
     Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
     """
-    form = choose("ssd", impl, FORMS, x, _obstacle(x, b), obstacles(x, a, b))
+    form = choose("ssd", impl, FORMS, x, _obstacle(x, b) or product_obstacle(x, b, c), obstacles(x, a, b))
     chunk = CHUNKS_OF_FORMS.get(form, CHUNKS.get(x.device.type, CHUNK_ELSEWHERE)) if chunk is None else chunk
     check_positive("chunk", chunk)
     _check(x, a, b, c, dt, D, state, seq_idx, mask)

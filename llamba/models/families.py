@@ -1,6 +1,6 @@
-"""The families of teachers: three thin classes and one entry each.
+"""The families of teachers: four thin classes and one entry each.
 
-Adding a family: subclass its configuration, base model and causal LM below, and add one entry to FAMILIES.
+Adding a family: subclass its configuration, base model, causal LM and classifier below, and add one entry to FAMILIES.
 """
 
 from collections.abc import Callable
@@ -13,25 +13,31 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    LlamaPreTrainedModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MistralPreTrainedModel,
     PhiConfig,
     PhiForCausalLM,
     PhiModel,
+    PhiPreTrainedModel,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen2PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3PreTrainedModel,
 )  # fmt: skip
 
-from llamba.models.hybrid import HybridBackbone, HybridCausalLM, Parts
+from llamba.models.hybrid import HybridBackbone, HybridCausalLM, HybridSequenceClassifier, Parts
 from llamba.models.mixers import AttentionWeights
 from llamba.models.offloaded import present
 
@@ -55,6 +61,10 @@ class LlamaHybridForCausalLM(HybridCausalLM, LlamaForCausalLM):
     backbone = LlamaHybridModel
 
 
+class LlamaHybridForSequenceClassification(HybridSequenceClassifier, LlamaPreTrainedModel):
+    config: LlamaHybridConfig
+
+
 class MistralHybridConfig(MistralConfig):
     """Mistral with `layer_types` and one mixer configuration; kept attention keeps its sliding window."""
 
@@ -72,6 +82,10 @@ class MistralHybridModel(HybridBackbone, MistralModel):
 class MistralHybridForCausalLM(HybridCausalLM, MistralForCausalLM):
     config: MistralHybridConfig
     backbone = MistralHybridModel
+
+
+class MistralHybridForSequenceClassification(HybridSequenceClassifier, MistralPreTrainedModel):
+    config: MistralHybridConfig
 
 
 class PhiHybridConfig(PhiConfig):
@@ -94,6 +108,10 @@ class PhiHybridForCausalLM(HybridCausalLM, PhiForCausalLM):
     backbone = PhiHybridModel
 
 
+class PhiHybridForSequenceClassification(HybridSequenceClassifier, PhiPreTrainedModel):
+    config: PhiHybridConfig
+
+
 class Qwen2HybridConfig(Qwen2Config):
     """Qwen2 with one mixer configuration (it has `layer_types` of its own)."""
 
@@ -110,6 +128,10 @@ class Qwen2HybridModel(HybridBackbone, Qwen2Model):
 class Qwen2HybridForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
     config: Qwen2HybridConfig
     backbone = Qwen2HybridModel
+
+
+class Qwen2HybridForSequenceClassification(HybridSequenceClassifier, Qwen2PreTrainedModel):
+    config: Qwen2HybridConfig
 
 
 class Qwen3HybridConfig(Qwen3Config):
@@ -130,6 +152,10 @@ class Qwen3HybridForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
     backbone = Qwen3HybridModel
 
 
+class Qwen3HybridForSequenceClassification(HybridSequenceClassifier, Qwen3PreTrainedModel):
+    config: Qwen3HybridConfig
+
+
 @dataclass(frozen=True)
 class Family:
     """What conversion needs to know of a family.
@@ -141,6 +167,7 @@ class Family:
     config: type[PreTrainedConfig]
     model: type[HybridBackbone]
     causal_lm: type[HybridCausalLM]
+    classifier: type[HybridSequenceClassifier]
     biases: Callable[[PreTrainedConfig], tuple[bool, bool]]
     norm_kind: Callable[[PreTrainedConfig], str | None] = lambda config: None
     norm_eps: str = "rms_norm_eps"
@@ -188,16 +215,24 @@ def _llama_biases(config: PreTrainedConfig) -> tuple[bool, bool]:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaHybridConfig, LlamaHybridModel, LlamaHybridForCausalLM, biases=_llama_biases),
-    "mistral": Family(MistralHybridConfig, MistralHybridModel, MistralHybridForCausalLM, biases=lambda config: (False, False)),
+    "llama": Family(
+        LlamaHybridConfig, LlamaHybridModel, LlamaHybridForCausalLM, LlamaHybridForSequenceClassification, biases=_llama_biases,
+    ),
+    "mistral": Family(
+        MistralHybridConfig, MistralHybridModel, MistralHybridForCausalLM, MistralHybridForSequenceClassification,
+        biases=lambda config: (False, False),
+    ),
     "phi": Family(
-        PhiHybridConfig, PhiHybridModel, PhiHybridForCausalLM, biases=lambda config: (True, True), out="dense",
-        norm_kind=lambda config: "layer" if config.qk_layernorm else None, norm_eps="layer_norm_eps",
+        PhiHybridConfig, PhiHybridModel, PhiHybridForCausalLM, PhiHybridForSequenceClassification, biases=lambda config: (True, True),
+        out="dense", norm_kind=lambda config: "layer" if config.qk_layernorm else None, norm_eps="layer_norm_eps",
         norms={"q_layernorm": "q_norm", "k_layernorm": "k_norm"},
     ),
-    "qwen2": Family(Qwen2HybridConfig, Qwen2HybridModel, Qwen2HybridForCausalLM, biases=lambda config: (True, False)),
+    "qwen2": Family(
+        Qwen2HybridConfig, Qwen2HybridModel, Qwen2HybridForCausalLM, Qwen2HybridForSequenceClassification,
+        biases=lambda config: (True, False),
+    ),
     "qwen3": Family(
-        Qwen3HybridConfig, Qwen3HybridModel, Qwen3HybridForCausalLM, biases=_llama_biases,
+        Qwen3HybridConfig, Qwen3HybridModel, Qwen3HybridForCausalLM, Qwen3HybridForSequenceClassification, biases=_llama_biases,
         norm_kind=lambda config: "rms", norms={"q_norm": "q_norm", "k_norm": "k_norm"},
     ),
 }  # fmt: skip
@@ -212,11 +247,12 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know the hybrids. Done once, on `import llamba`."""
+    """Make AutoConfig and the Auto classes of base models, causal LMs and classifiers know the hybrids. Done once, on import."""
     for family in FAMILIES.values():
         AutoConfig.register(family.config.model_type, family.config)
         AutoModel.register(family.config, family.model)
         AutoModelForCausalLM.register(family.config, family.causal_lm)
+        AutoModelForSequenceClassification.register(family.config, family.classifier)
 
 
 register()

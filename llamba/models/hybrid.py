@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -255,11 +256,34 @@ class HybridCausalLM(PreTrainedModel):
             add_code(save_directory)
         return saved
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As transformers', for students without recurrent layers. Raises ValueError for others, as `generate_batch` does."""
+        if RECURRENT in self.config.layer_types:
+            raise ValueError(
+                "generate_batch pages keys and values, of which recurrent layers have none; use model.generate on a left-padded batch, or "
+                "llamba.speculative.generate"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
     def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
         if assistant_model is not None:
             check_draft(self, assistant_model)
         made = super()._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)  # type: ignore[misc]
         made.get_candidates = partial(_within_rollback, made.get_candidates)
+        given, mask = kwargs["model_kwargs"], kwargs["model_kwargs"].get("attention_mask")
+        if given.get("past_key_values") is not None:  # generate forgets a mask of ones, but for its length
+            text = mask.shape[1] if mask is not None else vars(kwargs["generation_config"]).get("_mask_length", 0)
+            given["unread"] = check_unread(given["past_key_values"], kwargs["input_ids"], text)
+        return made
+
+    def prepare_inputs_for_generation(self, input_ids, *args, unread=None, is_first_iteration=False, **kwargs):
+        """As transformers', but drafted generation behind a filled cache reads the tokens from `unread` on, not the whole text again."""
+        if is_first_iteration and unread:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - unread
+        cache, count = kwargs.get("past_key_values"), kwargs.get("next_sequence_length")
+        if is_first_iteration and cache is not None and count is not None and count < 1:
+            check_unread(cache, input_ids)
+        made = super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)  # type: ignore[misc]
         return made
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
@@ -267,6 +291,29 @@ class HybridCausalLM(PreTrainedModel):
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             check_room(as_hybrid_cache(cache, self.config), generation_config.max_length - 1)  # the last token is not read
+
+
+class HybridSequenceClassifier(GenericForSequenceClassification):
+    """Mixed into a family's pretrained model, before it: a score of the last token over a `HybridBackbone`, as reward models have it."""
+
+    _keep_in_fp32_modules_strict: Any = list(FP32_PARAMETERS)
+    _is_stateful = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(super(), module)
+
+
+def check_unread(cache: Cache, prompt: Tensor, text: int = 0) -> int:
+    """Where in a prompt [B, T] the tokens begin that the cache has not read. Raises ValueError where there is none, or where the prompt is
+    but the new part of a text of `text` tokens."""
+    seen, tokens = int(cache.get_seq_length()), prompt.shape[1]
+    if seen and text > tokens:
+        raise ValueError(f"drafted generation behind a filled cache needs the whole text; got {tokens} tokens and a mask of {text}")
+    if seen >= tokens:
+        raise ValueError(
+            f"the cache has read {seen} tokens and the prompt has {tokens}; pass all that was read and at least one token more"
+        )
+    return seen
 
 
 def check_room(cache: Cache, tokens: int) -> None:
