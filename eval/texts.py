@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from llamba.data import sources
-from llamba.data.tokens import marks_answers
+from llamba.data.chat_templates import marks_answers
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class Tokenizer:
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, targets: str) -> None:
         self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
         found = chosen(data, tokenizer)
-        self.template = (require_marks(found) if self.assistant else found) and found.text
+        found = require_marks(found) if self.assistant else found
+        self.template = found and found.text
         self.own = data.template is None or found is None or found.text == tokenizer.chat_template
         self.inner: Any = tokenizer
         self.length = data.length
