@@ -4,7 +4,7 @@ No paper. Every layer is converted and aligned (`hidden`), attention goes back i
 and the whole is distilled by KL on all tokens, the mixers trained and everything else frozen.
 
 Without a hub: `teacher=package:smollm2-135m-instruct` takes the weights from a package, and `data.train=FILE` your own conversations;
-`recipes/real.py` does both.
+`recipes/real/real.py` does both.
 """
 
 from llamba import Data, Distill, Hidden, Recipe, Select, Student, launch
