@@ -65,11 +65,15 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def share(values: Values) -> Interval:
-    """Per cent of questions, each right (100) or wrong (0), with Wilson's interval; other values are bootstrapped."""
-    held = [float(v[0]) for v in values.values() if len(v) == 1]
-    if not held or len(held) < sum(len(v) > 0 for v in values.values()) or set(held) - {0.0, 100.0}:
+    """Per cent of questions, each right (100) or wrong (0), with Wilson's interval; other values are bootstrapped.
+
+    Where a question has several values and all of all are alike, a bootstrap would have no width: Wilson's then too, by questions.
+    """
+    held = [[float(one) for one in v] for v in values.values() if len(v)]
+    apart = {one for v in held for one in v}
+    if not held or apart - {0.0, 100.0} or (len(apart) > 1 and any(len(v) > 1 for v in held)):
         return bootstrap(values)
-    mean = sum(held) / len(held)
+    mean = sum(v[0] for v in held) / len(held)
     low, high = wilson(mean / 100, len(held))
     return Interval(mean, 100 * low, 100 * high, len(held))
 

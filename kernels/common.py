@@ -53,3 +53,8 @@ def documents(seq_idx: Tensor | None, mask: Tensor | None) -> Tensor | None:
 def document_before(docs: Tensor) -> Tensor:
     """The document number [B, T] that the state before each token belongs to: 0 at the first token."""
     return torch.cat([torch.zeros_like(docs[:, :1]), docs[:, :-1]], 1)
+
+
+def traced(length: int) -> bool:
+    """Whether a graph is being traced that may have to hold for other lengths too: then no loop and no branch may depend on them."""
+    return torch.compiler.is_dynamo_compiling() or not isinstance(length, int)

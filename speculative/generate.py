@@ -208,7 +208,7 @@ class _Job:
         return self._keep(numbers, fates)
 
     def _propose(self, count: int) -> Proposal:
-        device = self.target.model.device
+        device = self.target.device
         if self.source is None or count == 0:
             return Proposal(torch.empty(len(self.rows), 0, dtype=torch.long, device=device), [0] * len(self.rows), None)
         tokens = count if self.branching is None else len(grow(self.branching[:count], device)) - 1
@@ -218,8 +218,8 @@ class _Job:
         """Uniform random numbers [B, count]; greedy decoding needs none."""
         shape = (len(self.rows), count)
         if self.choice.greedy:
-            return torch.empty(shape, device=self.target.model.device)
-        return torch.rand(shape, generator=self.generator).to(self.target.model.device)
+            return torch.empty(shape, device=self.target.device)
+        return torch.rand(shape, generator=self.generator).to(self.target.device)
 
     def _verify(self, proposal: Proposal) -> tuple[list[int], list[int], Tensor]:
         """How many drafts stand in each row (of a tree: the deepest node that does), what follows them, and the scores [B, K + 1, V]."""

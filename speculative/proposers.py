@@ -83,7 +83,7 @@ class ModelDraft:
         """Read the tokens not read yet; returns the logits [B, V] behind each row's last token."""
         missing = [row[length:] for row, length in zip(rows, self.reader.lengths, strict=True)]
         longest = max(map(len, missing))
-        tokens = torch.tensor([new + [0] * (longest - len(new)) for new in missing], device=self.reader.model.device)
+        tokens = torch.tensor([new + [0] * (longest - len(new)) for new in missing], device=self.reader.device)
         ragged = any(len(new) < longest for new in missing)
         logits = self.reader.read(tokens, longest if ragged else 1)
         if ragged:
@@ -110,7 +110,7 @@ class TreeDraft(ModelDraft):
 
     def propose(self, rows: Rows, count: int, noise: Tensor) -> Proposal:
         """A tree of depth `count`; noise has a number for each of its nodes but the root."""
-        self.tree = tree = grow(self.branching[:count], self.reader.model.device)
+        self.tree = tree = grow(self.branching[:count], self.reader.device)
         logits, first, last = self._catch_up(rows)[:, None], 0, 1  # behind the nodes first .. last - 1, a level
         tokens, weights = list[Tensor](), list[Tensor | None]()
         for children in self.branching[:count]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from llamba.models.cache import RecurrentLayer, gather
+from llamba.models.cache import RecurrentLayer, check_places, gather
 from llamba.models.hybrid import RECURRENT, HybridBackbone
 from llamba.models.mixers import Recurrence
+from llamba.models.offloaded import reading_device
 from llamba.models.tree import Tree
 
 KNOWN = (HybridBackbone, LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -160,10 +161,10 @@ class Rewindable:
         if implementation not in ("sdpa", "eager") and set(self.kinds) != {RECURRENT}:
             raise ValueError(f'speculative decoding needs attn_implementation="sdpa" (or "eager"); got {implementation!r}')
         self.model, self.place, self.lengths = model, Place(capacity), [0]
+        self.device = reading_device(model)
         self.windows = {"full_attention": None, "sliding_attention": vars(model.config).get("sliding_window")}
         layers: list[Any] = [
-            RecurrentLayer(model.config.mixer["conv_width"]) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind])
-            for kind in self.kinds
+            RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind]) for kind in self.kinds
         ]
         self.cache = Cache(layers=layers)
         self.recurrent = [layer for layer in layers if isinstance(layer, RecurrentLayer)]
@@ -173,7 +174,7 @@ class Rewindable:
         lengths = [len(prompt) for prompt in prompts]
         self.lengths = [0] * len(prompts)
         if max(lengths):
-            tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.model.device)
+            tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=self.device)
             real = torch.arange(tokens.shape[1], device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
             self._run(tokens, 1, Recurrence(real if min(lengths) < max(lengths) else None))
         self.lengths = lengths
@@ -228,14 +229,24 @@ class Rewindable:
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
 
     def take_back(self, tokens: list[int]) -> None:
-        """Take back the last tokens[b] tokens of each row. Raises ValueError for more than are held."""
+        """Take back the last tokens[b] tokens of each row. Raises ValueError, and changes nothing, for more than are held."""
+        self._check(tokens)
+        for layer in self.recurrent:
+            layer.check_back(tokens)
         self.lengths = [length - back for length, back in zip(self.lengths, tokens, strict=True)]
         if any(tokens):
             for layer in self.recurrent:
                 layer.take_back(tokens)
 
     def keep(self, tokens: int, paths: list[list[int]]) -> None:
-        """Of each row's last `tokens` tokens, a tree, keep the nodes paths[b] (from the root on), and take back the others."""
+        """Of each row's last `tokens` tokens, a tree, keep the nodes paths[b] (from the root on), and take back the others.
+
+        Raises ValueError, and changes nothing, where so many are not held or paths do not rise.
+        """
+        check_places(tokens, paths)
+        self._check([tokens] * len(paths))
+        for recurrent in self.recurrent:
+            recurrent.check_keep(tokens, paths)
         firsts = [length - tokens for length in self.lengths]
         for layer in self.cache.layers:
             if isinstance(layer, RecurrentLayer):
@@ -243,6 +254,10 @@ class Rewindable:
             elif isinstance(layer, PlacedLayer):
                 layer.keep(firsts, paths)
         self.lengths = [first + len(path) for first, path in zip(firsts, paths, strict=True)]
+
+    def _check(self, back: list[int]) -> None:
+        if len(back) != len(self.lengths) or any(not 0 <= b <= length for b, length in zip(back, self.lengths, strict=True)):
+            raise ValueError(f"rows have {self.lengths} tokens that could be taken back; got {back}")
 
     def pin(self) -> None:
         """Declare that nothing read so far will be taken back."""

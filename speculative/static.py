@@ -25,6 +25,7 @@ from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
 from llamba.models.mixers import Mixer
+from llamba.models.offloaded import is_offloaded
 from llamba.speculative.rewind import FIXED_ROPES, PlacedLayer, Rewindable
 from llamba.speculative.steps import STEPS, Angles, Windowed
 
@@ -89,6 +90,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
             return f"its mixer {type(layer.self_attn).__name__} has no decode kernel (those of {served} have)"
     if (reader.recurrent != reader.cache.layers or _turning(model)) and reader.backbone.rotary_emb.rope_type not in FIXED_ROPES:
         return f"its rotary angles ({reader.backbone.rotary_emb.rope_type}) depend on the length"
+    if is_offloaded(model):
+        return "its weights are offloaded"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
     if model.config.to_dict().get("quantization_config"):

@@ -7,7 +7,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span
 from llamba.kernels.ssd import ssd, ssd_fold, ssd_resume
-from llamba.models.cache import KEPT, SLOTS, adopt
+from llamba.models.adoption import adopt
+from llamba.models.cache import KEPT, SLOTS
 from llamba.models.convert import convert
 
 ROWS, ROUNDS = 2, 200

@@ -205,6 +205,9 @@ def test_intervals_stay_on_the_scale() -> None:
     assert right.mean == 90 and 55 < right.low < right.high < 98.3 and stats.share({0: [100.0]}).high == 100
     between = stats.share({i: [99.0 + i % 2] for i in range(10)})
     assert 99 <= between.low <= between.high <= 100
+    alike, mixed = stats.share({i: [0.0, 0.0] for i in range(20)}), {i: [0.0, 100.0 * i] for i in range(2)}
+    assert (alike.mean, alike.low, alike.n) == (0.0, 0.0, 20) and alike.high == pytest.approx(16.11, abs=5e-3)
+    assert stats.share(mixed) == stats.bootstrap(mixed)
     rows = {str(q): [100.0 * (q > 0)] for q in range(10)}
     results = {
         "results": {"t": {"acc,none": 0.9, "acc_stderr,none": 0.1, "perplexity,none": 2.0, "perplexity_stderr,none": 5.0,

@@ -21,6 +21,10 @@ from llamba.stages import STAGES
 class Forgetful(Mamba2):
     """Mamba-2 that forgets twice as fast: all that a new mixer's file would hold."""
 
+    @classmethod
+    def defaults(cls, shape):
+        return super().defaults(shape) | {"conv_width": 3}
+
     def factors(self, dt):
         decay, write = super().factors(dt)
         return 2 * decay, write
@@ -32,7 +36,8 @@ def test_a_mixer_is_one_line_more(teacher_folder: Path, tmp_path: Path, monkeypa
     main(["convert", str(teacher_folder), str(tmp_path / "student"), "--mixer", "forgetful"])
     assert "q_proj.weight" in capsys.readouterr().out
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert isinstance(student.model.layers[0].self_attn, Forgetful)
+    mixer = student.model.layers[0].self_attn
+    assert isinstance(mixer, Forgetful) and mixer.conv1d.weight.shape[-1] == 3
     ids = torch.tensor([[5, 9, 7, 11, 6, 30, 12]])
     whole = student(ids).logits
     cache = student(ids[:, :4], use_cache=True).past_key_values

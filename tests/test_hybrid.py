@@ -1,6 +1,8 @@
 """The hybrid model: whole, chunked, stepwise, padded and packed runs agree; generation, saving, Auto classes, errors."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -226,18 +228,95 @@ def test_taking_tokens_back(mixer: str, attention: float) -> None:
     assert cache.get_seq_length() == kept.shape[1] + 3
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("attention", [0.0, 0.5, [0, 3]])
+def test_a_refused_crop_changes_nothing_in_any_layer(name: str, attention) -> None:
+    """Not recording; recording since the prompt, so that only what came later is held; more than a ring holds, or than was read.
+    Mistral's window is 16."""
+    model = student(name=name, attention=attention)
+    for length, later, back in ((14, 0, 5), (40, 3, 5), (0, 60, 33), (0, 9, 10), (40, 0, -1)):
+        cache, tokens, kept = DynamicCache(config=model.config), ids(1, length + later), length + later
+        with torch.no_grad():
+            for piece, record in ((tokens[:, :length], False), (tokens[:, length:], True)):
+                if record and later:
+                    cache.activate_past_recording()
+                if piece.shape[1]:
+                    model(piece, past_key_values=cache)
+            cache = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+            with pytest.raises(ValueError, match="cannot take back|takes a negative count"):
+                cache.crop(-back)
+            if later > 1:
+                cache.crop(-1)
+                kept -= 1
+            got = model(ids(1, 4, seed=1), past_key_values=cache).logits
+        assert [layer.get_seq_length() for layer in cache.layers] == [kept + 4] * 4
+        assert rms_error(got, logits(model, torch.cat((tokens[:, :kept], ids(1, 4, seed=1)), 1))[:, -4:]) < 1e-10
+
+
+def test_attention_in_a_window_gives_back_no_more_than_it_still_holds() -> None:
+    """transformers itself cuts keys that are not there any more."""
+    model = student(name="mistral")
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids(1, 40), past_key_values=cache)
+        cache.crop(-1)
+        with pytest.raises(ValueError, match="attention in a window of 16 holds only the tokens since the last crop"):
+            cache.crop(-5)
+        got = model(ids(1, 2, seed=1), past_key_values=cache).logits
+    assert rms_error(got, logits(model, torch.cat((ids(1, 40)[:, :39], ids(1, 2, seed=1)), 1))[:, -2:]) < 1e-10
+
+
+def test_what_other_models_filled_is_refused_in_a_sentence() -> None:
+    model, x, y = student(), ids(2, 12), ids(2, 3)
+    wide = convert(teacher(groups=4), attention=0.5, init="paper")
+    with torch.no_grad():
+        full = model(x).past_key_values
+        foreign = {
+            "layer 0 holds keys and values": teacher()(x, use_cache=True).past_key_values,
+            "layer 0 is of a mixer with kind='mamba1'": student("mamba1")(x, use_cache=True).past_key_values,
+            "layer 1 is recurrent, and this model has attention there": student(attention=0.0)(x).past_key_values,
+            "layer 0 is of a mixer with groups=4": wide(x).past_key_values,
+            "it has 4 layers and this model has 2": None,
+            "such as DynamicCache": ((torch.zeros(1), torch.zeros(1)),),
+            "holds 2 rows and 1 are read": full,
+        }
+        for message, cache in foreign.items():
+            reader = two_layers(model) if cache is None else model
+            with pytest.raises(ValueError, match=message):
+                reader(y[:1] if cache is full else y, past_key_values=full if cache is None else cache)
+        got = model(y, past_key_values=full).logits
+        unused = model(x, past_key_values=DynamicCache(config=teacher().config)).logits
+    assert rms_error(got, logits(model, torch.cat((x, y), 1))[:, -3:]) < 1e-12 and torch.equal(unused, model(x).logits)
+
+
+def two_layers(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    return type(model)(config).double()
+
+
 def test_taking_back_more_than_the_rings_hold_is_refused() -> None:
     model = student(attention=0.0)
     with torch.no_grad():
         plain = model(ids(1, 9)).past_key_values
         with pytest.raises(ValueError, match="activate_past_recording"):
             plain.crop(-1)
+        lazy = DynamicCache()
+        lazy.activate_past_recording()  # of no layers: transformers forgets it
+        model(ids(1, 9), past_key_values=lazy)
+        with pytest.raises(ValueError, match=r"empty DynamicCache\(\) forgets"):
+            lazy.crop(-1)
         cache = DynamicCache(config=model.config)
         cache.activate_past_recording()
         model(ids(1, 60), past_key_values=cache)
         with pytest.raises(ValueError, match="at most the last 32"):
             cache.crop(-33)
         cache.crop(-32)
+        static = StaticCache(config=student().config, max_cache_len=16)
+        student()(ids(1, 9), past_key_values=static)
+        with pytest.raises(ValueError, match="a static cache takes no tokens back"):
+            static.crop(-1)
 
 
 @pytest.mark.filterwarnings("ignore:the draft has")  # a few parameters more than the target

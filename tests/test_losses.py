@@ -126,7 +126,7 @@ def trained(hidden: Tensor, head: nn.Linear) -> list[Tensor]:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fused_is_fp64_autograd(monkeypatch, divergence, temperature, kl, ce, reduction, at_once):
     """Values, and gradients of hidden states, head weight and head bias; many chunks, the last one short, or one."""
-    monkeypatch.setattr(fused, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", at_once)
     hidden, guide, head, teacher_head = case(torch.float64)
     labels = labels_of()
     settings = dict(kl=kl, ce=ce, temperature=temperature, divergence=divergence, beta=0.3, reduction=reduction)
@@ -146,7 +146,7 @@ def test_fused_is_fp64_autograd(monkeypatch, divergence, temperature, kl, ce, re
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fused_is_at_most_twice_as_wrong_as_pytorch(monkeypatch, divergence, temperature, bias, lowered):
     """In fp32 and in bf16 autocast, against autograd on whole logits in the same precision."""
-    monkeypatch.setattr(fused, "_LOGITS_AT_ONCE", 5 * V)
+    monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", 5 * V)
     labels, settings = labels_of(), dict(kl=0.7, ce=0.3, temperature=temperature, divergence=divergence, beta=0.3)
     wide, own, plain = (case(dtype, bias) for dtype in (torch.float64, torch.float32, torch.float32))
     kl, ce = oracle(wide[2](wide[0]), wide[3](wide[1]), labels, temperature, divergence, 0.3)
@@ -217,7 +217,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["token_mean", "batchmean_legacy"])
 def test_no_logits_of_all_tokens_are_ever_held(monkeypatch, divergence, reduction):
     time, size = 128, 8
-    monkeypatch.setattr(fused, "_LOGITS_AT_ONCE", size * V)
+    monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", size * V)
     hidden, guide, head, teacher_head = (
         torch.randn(1, time, D, requires_grad=True),
         torch.randn(1, time, D),
@@ -256,7 +256,7 @@ def bucket_oracle(student: Tensor, teacher: Tensor, k: int, t: float, divergence
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_kept_logits_are_a_divergence_over_buckets(monkeypatch, divergence, temperature, k):
-    monkeypatch.setattr(fused, "_LOGITS_AT_ONCE", 4 * V)
+    monkeypatch.setitem(fused.LOGITS_AT_ONCE, "cpu", 4 * V)
     hidden, guide, head, teacher_head = case(torch.float64)
     labels = labels_of()
     chosen = labels[:, 1:] != IGNORE

@@ -214,6 +214,28 @@ def test_the_dual_form_of_a_tree_equals_the_recurrence_on_every_path(roots: Any,
         assert rms_error(got[row, node - M + asked], want) < bound, (row, node)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [0.0, 0.5, 1.0])
+def test_a_refusal_to_go_back_changes_nothing(attention: float) -> None:
+    model = student(attention=attention)
+    prompts = [ids(7).tolist(), ids(9).tolist()]
+    reader = Rewindable(model, 64)
+    reader.start(prompts)
+    reader.record()
+    reader.read(ids(2, 4, seed=1), 1)
+    refused = [[1], [-1, 0], [99, 0]]
+    for back in refused if attention == 1 else [*refused, [5, 0], [0, 5]]:
+        with pytest.raises(ValueError, match=r"take"):
+            reader.take_back(back)
+    for tokens, paths in ((4, [[0, 2, 1], [0]]), (4, [[0, 4], [0]]), (99, [[0], [0]]), (4, [[0]])):
+        with pytest.raises(ValueError, match=r"take|places to keep"):
+            reader.keep(tokens, paths)
+    got = reader.read(ids(2, 2, seed=2), 2)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat((torch.tensor(prompt), ids(2, 4, seed=1)[row], ids(2, 2, seed=2)[row]))
+        assert rms_error(got[row], model(whole[None]).logits[0, -2:]) < 1e-11
+
+
 def test_what_does_not_fit_a_tree_is_named() -> None:
     x, a, b, c = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 4, 4)
     with pytest.raises(ValueError, match="a row for each of the 2 tokens, got 1"):

@@ -6,6 +6,8 @@ Shapes: B batch, T time, C channels, W conv width.
 import torch
 from torch import Tensor
 
+from ..common import traced
+
 
 def pack(x: Tensor, seq_idx: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Move the real tokens of each row to its front, in order: x [B, T, C], their documents [B, T], their old places [B, T]."""
@@ -25,7 +27,8 @@ def final_window(x: Tensor, state: Tensor, docs: Tensor | None, mask: Tensor | N
     (B, T, C), kept = x.shape, state.shape[1]
     tail = torch.full((B,), T, device=x.device) if mask is None else mask.sum(1)  # real tokens of each row
     if mask is None and docs is None:
-        return torch.cat([state, x[:, max(0, T - kept) :]], 1)[:, -kept:].clone() if kept else state
+        recent = x if traced(T) else x[:, max(0, T - kept) :]
+        return torch.cat([state, recent], 1)[:, -kept:].clone() if kept else state
     places = tail[:, None] + torch.arange(kept, device=x.device)  # [B, W - 1] in the row [state, x]
     window = torch.cat([state, x], 1).gather(1, places[..., None].expand(B, kept, C))
     if docs is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common import accumulator
+from ..common import accumulator, traced
 
 BLOCK_NUMBERS = {"cpu": 1 << 17}  # numbers in a block, by kind of device
 BLOCK_NUMBERS_ELSEWHERE = 1 << 26
@@ -21,6 +21,10 @@ def shifted(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
     """`causal_conv1d` where every token is real; shapes as there, y [B, T, C] alone."""
     if docs is not None:
         docs = torch.nn.functional.pad(docs, (state.shape[1], 0))  # [B, W - 1 + T]
+    if traced(x.shape[1]):
+        w, offset = _parameters(x, weight, bias)
+        out = _convolve(_shifts(x, state, docs, 0, x.shape[1]), w, offset)
+        return (out if activation is None else torch.nn.functional.silu(out)).to(x.dtype)
     return _Shifted.apply(x, weight, bias, state, docs, activation == "silu")
 
 

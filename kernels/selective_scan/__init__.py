@@ -4,11 +4,14 @@ Shapes: B batch, T time, C channels, S groups of b and c (channel i reads group 
 Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023 (arXiv:2312.00752).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..choice import Obstacle, choose
-from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
+from ..graph import operation
 from .blocked import blocked
 from .packages import by_mamba_ssm, obstacles
 from .reference import sequential
@@ -17,6 +20,13 @@ __all__ = ["selective_scan", "selective_scan_step"]
 
 FORMS = ("torch", "sequential", "triton", "mamba_ssm")
 TRITON_WIDEST = 256  # entries of N that a Triton program holds
+
+
+def _shapes(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], *A.shape, dtype=accumulator(x.dtype))
+
+
+_BLOCKED = operation("selective_scan", blocked, _shapes)
 
 
 def selective_scan(
@@ -58,6 +68,8 @@ def selective_scan(
             y, last = fused(x, dt, A, b, c, D, state, docs, chunk)
         elif form == "mamba_ssm":
             y, last = by_mamba_ssm(x, dt, A, b, c, D)
+        elif traced(x.shape[1]):
+            y, last = _BLOCKED(x, dt, A, b, c, D, state, docs, chunk)
         else:
             y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)
     return (y if mask is None else y.masked_fill(~mask[..., None], 0)), last

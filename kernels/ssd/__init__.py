@@ -4,11 +4,14 @@ Shapes: B batch, T time, H query heads, G key/value heads (head h reads group h 
 Source: Dao and Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..choice import Obstacle, choose
-from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast
+from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
+from ..graph import operation
 from .chunked import chunked
 from .matrix import matrix
 from .packages import by_fla, by_mamba_ssm, obstacles
@@ -22,6 +25,14 @@ TRITON_WIDEST = 128  # entries of P and of N that a Triton program holds
 CHUNKS = {"cpu": 32}  # tokens of a chunk, by kind of device, as measured
 CHUNK_ELSEWHERE = 64
 CHUNKS_OF_FORMS = {"mamba_ssm": 256}  # its own default
+
+
+def _shapes(x: Tensor, a: Tensor, b: Tensor, c: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    (B, T, H, N), P = c.shape, x.shape[3]
+    return x.new_empty(B, T, H, P), x.new_empty(B, H, P, N, dtype=accumulator(x.dtype))
+
+
+_CHUNKED = operation("ssd", chunked, _shapes)
 
 
 def ssd(
@@ -88,7 +99,7 @@ def _run(
         from .triton_op import fused
 
         return fused(x, a, b, c, dt, D, state, docs, chunk)
-    return chunked(x, a, b, c, dt, D, state, docs, chunk)
+    return (_CHUNKED if traced(x.shape[1]) else chunked)(x, a, b, c, dt, D, state, docs, chunk)
 
 
 def ssd_step(

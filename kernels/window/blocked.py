@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ..common import traced
 from .sight import Past, Sight, sees
 
 LEAST = 32  # queries of a block
@@ -22,7 +23,7 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: 
         place = past.length[:, None] + place
         head = _with_past(q[:, :Q], k[:, :Q], v[:, :Q], sight, scale, place[:, :Q], past)
         return head if T <= Q else torch.cat((head, _behind_past(q[:, Q:], k, v, sight, scale, place[:, Q:], past, Q)), 1)
-    if T <= 2 * Q:
+    if not traced(T) and T <= 2 * Q:
         return attend(q, k, v, sees(place, torch.zeros_like(place) if start is None else start, place, sight), scale)
     more, first = (0, 0, 0, 0, 0, -T % Q), torch.zeros_like(place) if start is None else start
     place, first = pad(place, more[4:], value=T), pad(first, more[4:])

@@ -66,7 +66,7 @@ class _Cache:
     """The part of a transformers cache that a mixer of ours asks for."""
 
     def __init__(self) -> None:
-        self.layers = [RecurrentLayer(W)]
+        self.layers = [RecurrentLayer({"conv_width": W})]
 
 
 def _ours(kind: str, work: Work, compiled: bool = False) -> Any:

@@ -23,9 +23,8 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("teacher", help="run folder, model folder, GGUF file or hub name")
     parser.add_argument("out", help="new folder for the student")
     parser.add_argument(
-        "--mixer", default="auto", help="auto (default: the best that we know), mamba1, mamba2, discrete_mamba2, gated_delta, kda; for "
-        "ablations low_rank, toeplitz, none, attention"
-    )  # fmt: skip
+        "--mixer", default="auto", help="auto (default: the best that we know), mamba2, mamba1, ...; docs/convert.md has them all"
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the mixer, e.g. window=64 (repeat for more)"
     )

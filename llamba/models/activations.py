@@ -87,7 +87,7 @@ class Record:
 
 
 @torch.no_grad()
-def record(model: Any, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
+def record(model: Any, inputs: dict[str, Any], *, mixed: Sequence[int] = (), scores: Sequence[int] = ()) -> Record:
     """Run the model's base on `inputs` and keep what its layers saw and did.
 
     Scores need `model.set_attn_implementation(HEARD)` before. Everything is kept in the model's own dtype, whole rows of queries and
@@ -112,6 +112,18 @@ def record(model: Any, inputs: dict[str, Tensor], *, mixed: Sequence[int] = (), 
             hook.remove()
     assert set(made.scores) == set(scores), "attention is read through transformers' attention interface"
     return made
+
+
+def input_of_layer(model: Any, layer: int, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What `run` returns, and what enters the model's `layer` [B, T, D] meanwhile; None where layer 0 is asked for."""
+    if layer == 0:
+        return run(), None
+    made = Record()
+    hook = model.base_model.layers[layer].register_forward_pre_hook(partial(_before, made), with_kwargs=True)
+    try:
+        return run(), made.streams[0]
+    finally:
+        hook.remove()
 
 
 def _first(out: Any) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from torch.compiler import is_compiling
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from llamba.kernels.window import Sight
 from llamba.models.ring import KeyRing
@@ -52,6 +52,12 @@ def gather(buffer: Tensor, firsts: list[int], places: list[list[int]]) -> None:
     write(buffer, firsts, buffer[rows, torch.tensor(index, device=buffer.device)])  # behind a shorter path: garbage
 
 
+def check_places(tokens: int, places: list[list[int]]) -> None:
+    """Raise ValueError unless each row's places rise and are among `tokens` tokens."""
+    if any(path != sorted(set(path)) or (path and not 0 <= path[0] <= path[-1] < tokens) for path in places):
+        raise ValueError(f"places to keep must rise within 0 .. {tokens - 1}; got {places}")
+
+
 def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Tensor]:
     first = torch.tensor(firsts, device=buffer.device)[:, None]
     return torch.arange(len(firsts), device=buffer.device)[:, None], first + torch.arange(length, device=buffer.device)
@@ -60,6 +66,8 @@ def _places(buffer: Tensor, firsts: list[int], length: int) -> tuple[Tensor, Ten
 def _own(values: Tensor) -> Tensor:
     """The values, detached, and copied where they are a part of a larger tensor that they would keep alive."""
     values = values.detach()
+    if is_compiling():
+        return values.clone()
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
@@ -83,10 +91,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, conv_width: int):
+    def __init__(self, mixer: dict[str, Any]):
+        """`mixer`: the model's `config.mixer`."""
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
-        self.conv_width = conv_width
+        self.mixer, self.conv_width = mixer, mixer["conv_width"]
         self._clear()
 
     def _clear(self) -> None:
@@ -196,39 +205,71 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Declare all tokens settled: none of them will be taken back."""
         self.pinned = self.counts
 
-    def take_back(self, tokens: list[int]) -> None:
-        """Take back the last tokens[b] tokens of each row. Raises ValueError for more than are held."""
-        left = [count - back for count, back in zip(self.counts, tokens, strict=True)]
-        if any(count < pinned for count, pinned in zip(left, self.pinned, strict=True)):
+    def check_back(self, tokens: list[int]) -> None:
+        """Raise ValueError unless the last tokens[b] tokens of each row can be taken back. Changes nothing."""
+        if len(tokens) != len(self.counts) and any(tokens):
+            raise ValueError(f"one count of tokens to take back per row is needed; got {len(tokens)} for {len(self.counts)} rows")
+        if min(tokens, default=0) < 0:
+            raise ValueError(f"counts of tokens to take back are 0 or more; got {min(tokens)}")
+        if any(back > count - pinned for back, count, pinned in zip(tokens, self.counts, self.pinned, strict=False)):
             raise ValueError(
                 f"cannot take back {max(tokens)} tokens: a recurrent layer holds at most the last {KEPT} tokens, and only "
-                "after cache.activate_past_recording()"
+                "after cache.activate_past_recording(), which an empty DynamicCache() forgets: make it with config=model.config"
             )
-        self.counts = left
-        if self.ring is not None and any(tokens):
-            self.ring.take_back(tokens)
+
+    def take_back(self, tokens: list[int]) -> None:
+        """Take back the last tokens[b] tokens of each row. Raises ValueError, and changes nothing, for more than are held."""
+        self.check_back(tokens)
+        if any(tokens):
+            self._shorten(tokens)
+            if self.ring is not None:
+                self.ring.take_back(tokens)
+
+    def _shorten(self, tokens: list[int]) -> None:
+        self.counts = [count - back for count, back in zip(self.counts, tokens, strict=True)]
+
+    def check_keep(self, tokens: int, places: list[list[int]]) -> None:
+        """Raise ValueError where `keep` would refuse. Changes nothing."""
+        check_places(tokens, places)
+        self.check_back([tokens - len(path) for path in places])
+        if tokens > min(self.counts, default=0):
+            raise ValueError(f"cannot take back or keep {tokens} tokens: rows hold {self.counts}")
 
     def keep(self, tokens: int, places: list[list[int]]) -> None:
-        """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others."""
-        firsts, ring = [count - tokens for count in self.counts], self.ring
-        self.ring = None
-        self.take_back([tokens - len(path) for path in places])
-        self.ring = ring
-        if ring is not None:
-            ring.keep(tokens, places)
+        """Of each row's last `tokens` tokens keep those at places[b] (rising, from 0), and take back the others.
+
+        Raises ValueError, and changes nothing, where so many are not held or places do not rise.
+        """
+        self.check_keep(tokens, places)
+        firsts = [count - tokens for count in self.counts]
+        self._shorten([tokens - len(path) for path in places])
+        if self.ring is not None:
+            self.ring.keep(tokens, places)
         assert self.raw is not None and self.held is not None
         for buffer in self.held:
             gather(buffer, firsts, places)
         gather(self.raw, [first + self.conv_width - 1 for first in firsts], places)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens of every row (transformers passes a negative count, or 0)."""
+        """Take back the last `-tokens_to_remove` tokens of every row (transformers passes a negative count, or 0).
+
+        Raises ValueError, and changes nothing, for more than are held.
+        """
+        self.take_back(self.check_crop(tokens_to_remove))
+        self.seen += tokens_to_remove
+        self.absent = [[time for time in row if time < self.seen] for row in self.absent]
+
+    def check_crop(self, tokens_to_remove: int) -> list[int]:
+        """Of each row, the tokens that `crop` would take back, absent ones left out. Raises ValueError where it would refuse."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
-        self.seen += tokens_to_remove
-        gone = [sum(time >= self.seen for time in row) for row in self.absent or [[]] * len(self.counts)]
-        self.absent = [[time for time in row if time < self.seen] for row in self.absent]
-        self.take_back([-tokens_to_remove - absent for absent in gone])
+        if tokens_to_remove and not self.counts:
+            raise ValueError(f"cannot take back {-tokens_to_remove} tokens: the cache holds none")
+        seen = self.seen + tokens_to_remove
+        gone = [sum(time >= seen for time in row) for row in self.absent or [[]] * len(self.counts)]
+        back = [-tokens_to_remove - absent for absent in gone]
+        self.check_back(back)
+        return back
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included, as attention layers count them."""
@@ -283,21 +324,3 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         raise TypeError("a recurrent layer holds no keys and values; mixers call settle, note and hold")
 
     update_conv_state = update_recurrent_state = update
-
-
-def adopt(cache: Cache, config: PreTrainedConfig) -> Cache:
-    """Give a fresh transformers cache our layers where the model is recurrent; a cache that has them is returned as it is.
-
-    Raises ValueError for a cache that another recurrent implementation has filled.
-    """
-    if not cache.layers:
-        cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
-    for index, kind in enumerate(config.layer_types):
-        layer: Any = cache.layers[index]
-        if kind != "linear_attention" or isinstance(layer, RecurrentLayer):
-            continue
-        if any(layer.has_previous_state.values()):
-            raise ValueError(f"layer {index} of the cache was filled by another model; pass an empty cache or past_key_values=None")
-        cache.layers[index] = fresh = RecurrentLayer(config.mixer["conv_width"])
-        fresh.record_past = layer.record_past
-    return cache

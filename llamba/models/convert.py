@@ -19,6 +19,7 @@ from llamba.models.families import Family, family_of
 from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.models.loading import load_config, load_model
 from llamba.models.mixers import ATTENTION, AUTO, INITS, MixerConfig, Origin, build_mixer, initialise, mixer_config
+from llamba.models.offloaded import CPU, all_weights, is_offloaded, present
 
 Attention = float | Sequence[int]
 
@@ -128,14 +129,16 @@ def convert(
 ) -> Any:
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
-    `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it). `mixer`:
+    `teacher` is a checkpoint folder or hub name, or a loaded model (which stays as it is; nothing is shared with it; of one that is
+    offloaded or spread over devices the student is on the CPU). `mixer`:
     "auto" (the best that we know: `llamba.models.mixers.BEST`; a student's own, where `teacher` is one), "mamba1", "mamba2",
     "discrete_mamba2", "gated_delta" or "kda"; for ablations "low_rank", "toeplitz", "none", or "attention", which with `init`
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}. Source: Mamba-in-Llama, Algorithm 1.
 
-    Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded.
+    Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded or
+    has weights without values.
     """
     if isinstance(teacher, str):  # say what is wrong with the arguments before reading gigabytes
         student_config(load_config(teacher), mixer, attention, options)
@@ -144,18 +147,19 @@ def convert(
     family = family_of(config)
     with init_empty_weights():
         student = family.causal_lm(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator, home = torch.Generator().manual_seed(seed), _home(source)
     record: dict[int, list[Origin]] = {}
     for index in sorted(set(mixer_layers(config)) - set(mixer_layers(source.config))):
         attention_module, place = _layers(source)[index].self_attn, _layers(student)[index]
         if mixer == ATTENTION:
-            place.self_attn.to_empty(device=source.device).to(source.dtype)
-            record[index] = _attention_anew(place.self_attn, attention_module, init, config.initializer_range, generator)
+            place.self_attn.to_empty(device=home).to(source.dtype)
+            with present(attention_module):
+                record[index] = _attention_anew(place.self_attn, attention_module, init, config.initializer_range, generator)
         else:
             made = build_mixer(config.mixer, index).to(source.dtype)
             record[index] = initialise(made, family.read(attention_module), init, generator)
-            place.self_attn = made.to(source.device)
-    _copy_rest(source, student, share=isinstance(teacher, str))
+            place.self_attn = made.to(home)
+    _copy_rest(source, student, home, share=isinstance(teacher, str))
     student.generation_config = copy.deepcopy(source.generation_config)
     student.conversion = Conversion([i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)], record)
     return student.eval()
@@ -179,14 +183,20 @@ def _attention_anew(made: nn.Module, source: nn.Module, init: str, spread: float
     return origins
 
 
+def _home(source: PreTrainedModel) -> torch.device:
+    """Where the student goes: to its teacher, or to the CPU where that is spread over devices or offloaded."""
+    devices = {parameter.device for parameter in source.parameters()}
+    return devices.pop() if len(devices) == 1 and not is_offloaded(source) else CPU
+
+
 def _layers(model: Any) -> Any:
     return model.base_model.layers
 
 
-def _copy_rest(source: PreTrainedModel, student: PreTrainedModel, share: bool) -> None:
+def _copy_rest(source: PreTrainedModel, student: PreTrainedModel, home: torch.device, share: bool) -> None:
     """Give the student every tensor of the source that it has a place for, under the same name."""
     places = {name for name, value in student.state_dict().items() if value.is_meta}
-    values = {name: value if share else value.clone() for name, value in source.state_dict().items() if name in places}
+    values = {name: value.to(home, copy=not share) for name, value in all_weights(source).items() if name in places}
     student.load_state_dict(values, strict=False, assign=True)
     student.tie_weights()
     empty = [name for name, value in student.named_parameters() if value.is_meta]

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llamba.models.families import family_of
+from llamba.models.offloaded import all_weights
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(.*)")
 
@@ -56,7 +57,7 @@ def make_draft(teacher: PreTrainedModel, layers: int | list[int], tokens: Tensor
     config = draft_config(teacher.config, layers, None if tokens is None else len(tokens))
     places = {layer: place for place, layer in enumerate(chosen_layers(layers, teacher.config.num_hidden_layers))}
     values: dict[str, Tensor] = {}
-    for name, value in teacher.state_dict().items():
+    for name, value in all_weights(teacher).items():
         found = _LAYER.fullmatch(name)
         if found is None:
             values[name] = value

@@ -33,6 +33,7 @@ from transformers import (
 
 from llamba.models.hybrid import HybridBackbone, HybridCausalLM, Parts
 from llamba.models.mixers import AttentionWeights
+from llamba.models.offloaded import present
 
 
 class LlamaHybridConfig(LlamaConfig):
@@ -165,7 +166,11 @@ class Family:
         }
 
     def read(self, attention: nn.Module) -> AttentionWeights:
-        """The weights of one attention module of this family."""
+        """The weights of one attention module of this family; offloaded ones on the CPU. Raises ValueError for weights without values."""
+        with present(attention):
+            return self._read(attention)
+
+    def _read(self, attention: nn.Module) -> AttentionWeights:
         projections: list[Any] = [attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", self.out)]
         norms: dict[str, torch.Tensor] = {}
         for theirs, ours in self.norms.items():

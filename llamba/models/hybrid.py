@@ -11,19 +11,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from llamba.models.cache import KEPT, RecurrentLayer, adopt
+from llamba.models.adoption import RECURRENT, adopt, check_rows, fresh_cache
+from llamba.models.cache import KEPT, RecurrentLayer
 from llamba.models.mixers import Mixer, Recurrence, build_mixer, initialise
 from llamba.models.mixers.base import FP32_PARAMETERS
 
-RECURRENT = "linear_attention"
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+PACKED = "packed documents (seq_idx, or position_ids that restart) cannot be combined with a cache; pass use_cache=False"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ def document_numbers(seq_idx: Tensor | None, position_ids: Tensor | None, mask: 
     """Document number of each token [B, T], counted from 0, or None where there is one document.
 
     `seq_idx` [B, T] labels documents directly. Otherwise a document starts where `position_ids` [B, T] does not go on rising
-    over real tokens; padded positions (`mask` [B, T] False) say nothing.
+    over real tokens; padded positions (`mask` [B, T] False) say nothing. While a graph is traced no value is looked at: one document
+    is numbered too.
     """
     if seq_idx is not None:
         starts = seq_idx[:, 1:] != seq_idx[:, :-1]
@@ -54,11 +59,11 @@ def document_numbers(seq_idx: Tensor | None, position_ids: Tensor | None, mask: 
         real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.expand(position_ids.shape)
         last = torch.where(real, position_ids, -1).cummax(1).values if mask is not None else position_ids
         starts = real[:, 1:] & (position_ids[:, 1:] <= last[:, :-1])
-        if mask is not None and bool(starts.any()):
+        if mask is not None and (is_compiling() or bool(starts.any())):
             starts = _restarts(position_ids, real)
     else:
         return None
-    if not bool(starts.any()):
+    if not is_compiling() and not bool(starts.any()):
         return None
     return nn.functional.pad(starts, (1, 0)).cumsum(1)
 
@@ -72,13 +77,16 @@ def _restarts(position_ids: Tensor, real: Tensor) -> Tensor:
 
 
 def padding_mask(attention_mask: Tensor | dict | None, length: int) -> Tensor | None:
-    """True = real [B, T] for the last `length` tokens, or None where nothing is padded (or the mask is 4-D and cannot say)."""
+    """True = real [B, T] for the last `length` tokens, or None where nothing is padded (or the mask is 4-D and cannot say).
+
+    While a graph is traced no value is looked at: a mask of ones stays one.
+    """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get(RECURRENT)
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     mask = attention_mask[:, -length:].bool()
-    return None if bool(mask.all()) else mask
+    return None if not is_compiling() and bool(mask.all()) else mask
 
 
 class HybridBackbone(PreTrainedModel):
@@ -111,20 +119,26 @@ class HybridBackbone(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
+        first: int = 0,
+        stream: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As the family's own forward, and `seq_idx` [B, T]: document numbers of a packed row.
 
-        Documents also come from `position_ids` that restart. Neither attention, state nor convolution reaches over a boundary.
+        `stream` [B, T, D] is what enters layer `first`, where that is known; the layers below are not run. Documents also come
+        from `position_ids` that restart. Neither attention, state nor convolution reaches over a boundary.
         Raises ValueError for packed documents together with a cache that already holds tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        if stream is not None:
+            hidden = stream
+        else:
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
         past_key_values, calls = self.prepare(hidden, attention_mask, position_ids, seq_idx, past_key_values, use_cache)
-        if self.parts.embed_dropout is not None:
+        if self.parts.embed_dropout is not None and stream is None:
             hidden = self.get_submodule(self.parts.embed_dropout)(hidden)
-        for layer, call in zip(self.layers, calls, strict=True):
+        for layer, call in zip(self.layers[first:], calls[first:], strict=True):
             hidden = layer(hidden, **call, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         hidden = self.get_submodule(self.parts.final_norm)(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
@@ -141,7 +155,10 @@ class HybridBackbone(PreTrainedModel):
         """The cache, and what each layer is called with beside the hidden states [B, T, D] and the cache."""
         mask = padding_mask(attention_mask, hidden.shape[1])
         documents = document_numbers(seq_idx, position_ids, mask) if hidden.shape[1] > 1 else None
-        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden.shape[1])
+        if is_compiling() and use_cache and not self.training and seq_idx is None and documents is not None:
+            torch._assert_async(documents[:, -1].max() == 0, PACKED)
+            documents = None
+        past_key_values = self._cache_for(past_key_values, use_cache, documents, hidden)
         if position_ids is None:
             position_ids = self._positions(hidden, past_key_values, documents)
         masks = self._masks(hidden, attention_mask, mask, documents, past_key_values, position_ids)
@@ -149,18 +166,17 @@ class HybridBackbone(PreTrainedModel):
         shared = {"position_ids": position_ids, "position_embeddings": rotary}
         return past_key_values, [shared | {"attention_mask": masks[kind]} for kind in self.config.layer_types]
 
-    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, tokens: int) -> Cache | None:
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None, documents: Tensor | None, hidden: Tensor) -> Cache | None:
         if cache is not None:
             if documents is not None:
-                raise ValueError(
-                    "packed documents (seq_idx, or position_ids that restart) cannot be combined with a cache; pass use_cache=False"
-                )
+                raise ValueError(PACKED)
             seen = next((layer.seen for layer in adopt(cache, self.config).layers if isinstance(layer, RecurrentLayer)), 0)
-            check_room(cache, seen + tokens)
+            check_room(cache, seen + hidden.shape[1])
+            check_rows(cache, hidden.shape[0])
             return cache
         if not use_cache or self.training or documents is not None:
             return None
-        return adopt(DynamicCache(config=self.config), self.config)
+        return fresh_cache(self.config)
 
     def _positions(self, hidden: Tensor, cache: Cache | None, documents: Tensor | None) -> Tensor:
         seen = 0 if cache is None else cache.get_seq_length()
@@ -182,18 +198,29 @@ class HybridBackbone(PreTrainedModel):
         made: dict[str, Any] = {RECURRENT: Recurrence(mask, documents)}
         if isinstance(attention_mask, dict):
             return {**attention_mask, **made}
-        together = None
+        together, traced = None, False
         if documents is not None:
             attention_mask = attention_mask if mask is not None else None  # all ones would hide the documents from transformers
-            together = None if attention_mask is None else packed_sequence_mask_function(documents)
+            traced = is_compiling()  # transformers would build a mask with documents by vmap, which cannot be exported
+            together = packed_sequence_mask_function(documents) if attention_mask is not None and not traced else None
         static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)  # its empty slots must be masked
         for kind in set(self.config.layer_types) - {RECURRENT}:
             made[kind] = MASKS[kind](
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache,
-                position_ids=position_ids, and_mask_function=together, allow_is_causal_skip=not static,
+                position_ids=None if traced else position_ids, and_mask_function=together, allow_is_causal_skip=not (static or traced),
                 layer_idx=self.config.layer_types.index(kind),  # whose slots the mask is for; transformers 5.17 takes a recurrent layer's
             )  # fmt: skip
+            if traced and documents is not None:
+                made[kind] = _cut(made[kind], documents)
         return made
+
+
+def _cut(mask: Any, documents: Tensor) -> Tensor:
+    """An attention mask [B or 1, 1, T, T], bool or added to the scores, that also keeps documents [B, T] apart."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise ValueError('a graph with positions or documents needs attn_implementation="sdpa" or "eager"')
+    same = (documents[:, :, None] == documents[:, None, :])[:, None]
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
 
 
 class PrunedHead(nn.Linear):

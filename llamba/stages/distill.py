@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,30 +11,40 @@ from transformers import PreTrainedModel
 from llamba.base.devices import on_cpu, own_device, processes
 from llamba.data.batches import KEPT, Batch, Rows
 from llamba.data.tokens import Prepared
+from llamba.models.activations import input_of_layer
+from llamba.models.documents import by_document
 from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary
 from llamba.settings import Distill
 from llamba.stages.shared import teach
 from llamba.training import stored_logits as offline
+from llamba.training.frozen import shared_layers
 from llamba.training.losses import Sums, TopK, head_sums
 from llamba.training.trainer import freeze, model_inputs
 
 
-def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _hidden(model: PreTrainedModel, batch: Batch, **more: Any) -> Tensor:
     """Last hidden states after the final norm, [B, T, D]."""
-    hidden: Tensor = model.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+    hidden: Tensor = model.base_model(**model_inputs(batch), **by_document(model, batch), **more, use_cache=False).last_hidden_state
     return hidden
+
+
+def _hidden_of_both(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same of student and teacher [B, T, D and D']; the first layers run once where they are one computation."""
+    shared = shared_layers(student, teacher)
+    with torch.no_grad():
+        guide, stream = input_of_layer(teacher, shared, partial(_hidden, teacher, batch))
+    return _hidden(student, batch, **({"first": shared, "stream": stream} if shared else {})), guide
 
 
 def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Sums:
     """kl · Σ divergence + ce · Σ CE over the batch's target tokens; without a teacher, from its kept logits in the batch."""
     guide: Tensor | TopK
     if teacher is None:
-        guide, head = TopK(*(batch[key] for key in KEPT)), None
+        hidden, guide, head = _hidden(student, batch), TopK(*(batch[key] for key in KEPT)), None
     else:
-        with torch.no_grad():
-            guide, head = _hidden(teacher, batch), teacher.get_output_embeddings()
+        (hidden, guide), head = _hidden_of_both(student, teacher, batch), teacher.get_output_embeddings()
     settings = {key: getattr(stage, key) for key in ("kl", "ce", "temperature", "divergence", "beta", "reduction")}
-    return head_sums(_hidden(student, batch), guide, student.get_output_embeddings(), head, batch["labels"], **settings)
+    return head_sums(hidden, guide, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:

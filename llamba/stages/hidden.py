@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llamba.data.batches import Batch
 from llamba.data.tokens import Prepared
 from llamba.models.activations import record
+from llamba.models.documents import by_document
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import located
 from llamba.models.mixers.base import at_least_fp32
@@ -28,7 +29,8 @@ from llamba.training.wrapped_forward import inside
 def objective(stage: Hidden, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Distances:
     """Sums over target tokens of |student - teacher| for each converted layer; the last block's target is before the final norm."""
     layers, every = mixer_layers(student.config), cast(Any, student.base_model.layers)
-    heard = record(teacher, model_inputs(batch), mixed=layers if stage.target == "mixer" else ())
+    inputs: dict[str, Any] = {**model_inputs(batch), **by_document(teacher, batch)}
+    heard = record(teacher, inputs, mixed=layers if stage.target == "mixer" else ())
     calls, chosen = calls_of(student, heard.streams[0], batch), predicting(batch)
     parts = []
     for index in layers:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from llamba.base.devices import on_cpu, processes
 from llamba.data.batches import Batch, Ordered, Rows, collate
+from llamba.models.documents import attend_by_document
 from llamba.models.hybrid import mixer_layers
 from llamba.settings import Training
-from llamba.training import checkpoints
+from llamba.training import checkpoints, frozen
 from llamba.training.layer_distances import Distances
 from llamba.training.losses import IGNORE, Sums
 from llamba.training.metrics import LAYERS, METRICS, Metrics, append_metrics, read_metrics
@@ -137,6 +139,12 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return kind == DistributedType.FSDP or (kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3)
 
 
+def keeps_weights_whole(accelerator: Accelerator) -> bool:
+    """Whether every process has whole weights that nothing but the optimizer touches: one process, or DDP."""
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    return accelerator.distributed_type in kinds
+
+
 def _whole(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A quantised teacher, which was loaded to its device. Raises ValueError where weights are sharded."""
     if shards_weights(accelerator):
@@ -255,9 +263,31 @@ class DistillTrainer(StageTrainer):
         self.folder = Path(args.output_dir or "")
         self.mean_of_means = mean_of_means
         self.teacher = teacher if teacher is None else place_teacher(teacher, self.accelerator)
+        self.lowered = self._save_work()
         self._names: tuple[str, ...] = ()  # of the objective's sums
         self._logged: Tensor | float = 0.0  # sums since the last log
         self._step: Tensor | float = 0.0  # sums of this optimizer step
+
+    def _save_work(self) -> frozen.Lowered | None:
+        """Frozen weights in the numbers that are computed in, and once for both models, where every process has them whole."""
+        models = [self.student] if self.teacher is None else [self.student, self.teacher]
+        for model in models:
+            attend_by_document(model)
+        if not keeps_weights_whole(self.accelerator):
+            return None
+        lowered = None
+        if self.args.bf16:
+            lowered = frozen.Lowered(self.student, Path(self.student.name_or_path))
+            if self.teacher is not None:
+                frozen.lower(self.teacher)
+        if self.teacher is not None:
+            frozen.share(self.student, self.teacher)
+        return lowered
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The model as it is to be read again: frozen weights as they were."""
+        with nullcontext() if self.lowered is None else self.lowered.undone():
+            super()._save(output_dir, state_dict)
 
     def _sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, with gradient, and all sums of the objective in one vector, in the order of `_names`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils.modeling import align_module_device
 from torch import nn
 
 
@@ -20,7 +21,8 @@ def inside(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], 
 
     def once(*inputs: Any) -> Any:
         restore()
-        return function(*inputs)
+        with align_module_device(module):  # brings in what accelerate holds on the CPU or on disk
+            return function(*inputs)
 
     module.__dict__["forward"] = once
     try:

@@ -1,4 +1,4 @@
-"""The mixers that can stand where attention stood, and the defaults of each."""
+"""The mixers that can stand where attention stood, by name; a new one is a file here and one entry."""
 
 from typing import Any
 
@@ -17,16 +17,6 @@ AUTO = "auto"
 BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
 ATTENTION = "attention"  # the family's own attention once more, as the student's mixer
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "mamba1": {},
-    "mamba2": {"out_norm": True},
-    "discrete_mamba2": {"conv_activation": None},
-    "gated_delta": {"out_norm": True},
-    "kda": {"out_norm": True},
-    "low_rank": {"conv_activation": None},
-    "toeplitz": {"conv_activation": None},
-}
-
 
 def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfig:
     """The configuration of a mixer of this kind for attention of this shape (hidden_size, heads, groups, head_dim, ...).
@@ -42,15 +32,7 @@ def mixer_config(kind: str, shape: dict[str, Any], **options: Any) -> MixerConfi
         if options.get(name) and (kind == ATTENTION or not MIXERS[kind].reads_heads):
             able = [one for one, mixer in MIXERS.items() if mixer.reads_heads]
             raise ValueError(f"mixer.{name} is for mixers that read whole heads ({', '.join(able)}); got {options[name]!r} for {kind}")
-    values = {**DEFAULTS.get(kind, {}), **shape}
-    values["state"] = min(16, shape["head_dim"]) if kind == "mamba1" else shape["head_dim"]
-    if kind == "mamba1":
-        values["dt_rank"] = -(-shape["hidden_size"] // 16)
-    if kind == "kda":
-        values["dt_rank"] = shape["head_dim"]
-    if kind in ("toeplitz", "none"):  # no queries, no keys
-        values["qk_norm"] = None
-    values |= own
+    values = shape | MIXERS.get(kind, Mixer).defaults(shape) | own
     if not values.get("window") and not values.get("sinks"):
         values["sliding_window"] = values["sliding_layers"] = None
     return MixerConfig(kind=kind, **values)
@@ -72,6 +54,6 @@ def build_mixer(config: dict[str, Any], layer_idx: int) -> Mixer:
 
 
 __all__ = [
-    "ATTENTION", "AUTO", "BEST", "DEFAULTS", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin",
+    "ATTENTION", "AUTO", "BEST", "INITS", "MIXERS", "AttentionWeights", "Mixer", "MixerConfig", "Mixing", "NoMixer", "Origin",
     "Recurrence", "build_mixer", "drop_window", "initialise", "mixer_config", "resolved", "without_recurrence",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ Shapes: B batch, T time, L tokens of the past, I rows asked for, D model width, 
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ class NoMixer(Mixer):
     """Nothing: the layer keeps its MLP alone (Mamba-in-Llama, arXiv 2408.15237, Table 9)."""
 
     reads_heads = False
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """No queries and keys, no norms of them."""
+        return super().defaults(shape) | {"qk_norm": None}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         nn.Module.__init__(self)
@@ -62,6 +68,11 @@ class LowRank(Mamba2):
 
     has_rate = False
 
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """A linear convolution, no norm."""
+        return super().defaults(shape) | {"out_norm": False, "conv_activation": None}
+
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.dt_bias
@@ -86,6 +97,11 @@ class Toeplitz(Mixer):
 
     matrix_parts = ("in_proj", "D")
     reads_heads = False
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """No queries and keys, no norms of them; nothing behind its convolution."""
+        return super().defaults(shape) | {"qk_norm": None, "conv_activation": None}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.conv_after_repeat:

@@ -193,6 +193,21 @@ class GatedHeadNorm(nn.Module):
         return gated_head_norm(y, z, self.weight, self.eps)
 
 
+class CausalConv(nn.Module):
+    """The weights of a mixer's convolution, [C, 1, W] and [C] as an `nn.Conv1d` stores them, and the call that reads them.
+
+    No `nn.Conv1d`, so that adapters for that, which would neither look back alone nor keep a window, refuse it.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels, 1, width)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, operation: Callable[..., Any], **how: Any) -> Any:
+        """An operation of `llamba.kernels.conv1d` on x with these weights."""
+        return operation(x, self.weight.squeeze(1), self.bias, **how)
+
+
 class Mixer(nn.Module):
     """A recurrent layer with the call and the return of a Hugging Face attention module.
 
@@ -212,12 +227,17 @@ class Mixer(nn.Module):
     erase_bias: nn.Parameter  # in the delta rules
     dt_proj: nn.Linear  # in Mamba-1
     in_proj: nn.Linear
-    conv1d: nn.Conv1d
+    conv1d: CausalConv
     out_proj: nn.Linear
     norm: GatedHeadNorm | None
     join: nn.Parameter | None  # of a mixer with a window and without a norm: what the recurrence's channels count
     drop_window = 0.0  # share of sequences that do without the window in training
     recurrence_off = False
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """The mixer's own values of its configuration for attention of this shape; a user's options come over them."""
+        return {"state": shape["head_dim"]}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__()
@@ -229,8 +249,7 @@ class Mixer(nn.Module):
                 f"got {config.kind} with state {config.state}"
             )
         self.in_proj = nn.Linear(config.hidden_size, sum(self.layout().values()), bias=config.proj_bias)
-        channels = self.conv_channels()
-        self.conv1d = nn.Conv1d(channels, channels, config.conv_width, groups=channels)
+        self.conv1d = CausalConv(self.conv_channels(), config.conv_width)
         self.out_proj = nn.Linear(config.inner, config.hidden_size, bias=config.out_bias)
         self.norm = GatedHeadNorm(config.inner, config.norm_eps) if config.out_norm else None
         self.join = nn.Parameter(torch.zeros(config.inner)) if self.sight and not config.out_norm else None
@@ -338,11 +357,12 @@ class Mixer(nn.Module):
         c, cos, sin = self.config, parts["cos"], parts["sin"]
         if self.conv_rows() == ("x", "B", "C"):  # one after the other
             heads = parts["conv"].unflatten(-1, (-1, c.head_dim))
-            k, q = turned(heads[..., c.groups :, :], cos, sin).split([c.groups, c.heads], -2)
+            turned_heads = turned(heads[..., c.groups :, :], cos, sin).to(heads.dtype)  # under autocast the angles are wider
+            k, q = turned_heads.split([c.groups, c.heads], -2)
             return q, k, heads[..., : c.groups, :]
         rows = self._split(parts)
         q, k, v = (rows[name].unflatten(-1, (-1, c.head_dim)) for name in ("C", "B", "x"))
-        return turned(q, cos, sin), turned(k, cos, sin), v
+        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
         """What attention sees [B, T, H, P] of the last tokens and the first ones."""
@@ -386,10 +406,8 @@ class Mixer(nn.Module):
         return parts["conv"]
 
     def _convolve(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None) -> tuple[Tensor, Tensor]:
-        return causal_conv1d(
-            self._conv_in(parts), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
-            state=window, seq_idx=rec.seq_idx, mask=rec.mask,
-        )  # fmt: skip
+        how = {"state": window, "seq_idx": rec.seq_idx, "mask": rec.mask}
+        return self.conv1d(self._conv_in(parts), causal_conv1d, activation=self.config.conv_activation, **how)
 
     def _turned_heads(self, conv_out: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """`heads_of`, B and C turned by their positions where the mixer says so; with or without the time axis."""
@@ -438,10 +456,8 @@ class Mixer(nn.Module):
         tokens = parts["conv"].shape[1]
         behind = 0 if tree is None else len(tree) - tokens
         span = layer.note(self._conv_in(parts), self._advance, self.fold_after, behind)
-        conv_out = causal_conv1d_span(
-            span, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.config.conv_activation,
-            windows=None if tree is None else tree.windows(self.config.conv_width)[behind:],
-        )  # fmt: skip
+        windows = None if tree is None else tree.windows(self.config.conv_width)[behind:]
+        conv_out = self.conv1d(span, causal_conv1d_span, activation=self.config.conv_activation, windows=windows)
         x, b, c = self._turned_heads(conv_out, parts)
         return self.hold(x, b, c, parts["dt"], layer, tree)
 
@@ -481,10 +497,8 @@ class Mixer(nn.Module):
             return self._cached_run(parts, rec, layer)
         window = layer.window()
         assert window is not None, "a layer with a state has a window"
-        conv_out, window = causal_conv1d_step(
-            self._conv_in(parts)[:, 0], self.conv1d.weight.squeeze(1), self.conv1d.bias,
-            activation=self.config.conv_activation, state=window,
-        )  # fmt: skip
+        fresh = self._conv_in(parts)[:, 0]
+        conv_out, window = self.conv1d(fresh, causal_conv1d_step, activation=self.config.conv_activation, state=window)
         x, b, c = self._turned_heads(conv_out, {name: part[:, 0] for name, part in parts.items()})
         y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
         layer.settle(window, state, 1)

@@ -7,7 +7,7 @@ Erasing has a gate of its own, so that with the gate shut and no decay the layer
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ class GatedDelta(Mixer):
 
     matrix_parts: ClassVar[tuple[str, ...]] = ("in_proj", "conv1d", "dt_bias", "A_log", "erase_bias", "q_norm", "k_norm")
     has_skip, erases = False, True
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """With the norm of its output."""
+        return super().defaults(shape) | {"out_norm": True}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.state != config.head_dim:
@@ -151,6 +156,11 @@ class KimiDelta(GatedDelta):
     """Kimi Delta Attention (arXiv 2510.26692): as `GatedDelta`, with a decay for every key channel, made through `dt_rank` coordinates."""
 
     projects_steps = True
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """Decays through as many coordinates as a head is wide."""
+        return super().defaults(shape) | {"dt_rank": shape["head_dim"]}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

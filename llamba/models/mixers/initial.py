@@ -59,7 +59,7 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
     """
     if init not in INITS:
         raise ValueError(f"student.init must be one of {', '.join(INITS)}; got {init!r}")
-    if mixer.config.kind == "none":
+    if not mixer.rows():
         return []
     rule = INITS[init]
     taken = weights if rule.copy_attention else None
@@ -188,7 +188,7 @@ def _decay(mixer: Mixer, decay: str, generator: torch.Generator | None) -> list[
     "paper": Mamba's steps, log-uniform in [0.001, 0.1], with A uniform in [1, 16] (Mamba-2) or 1..N (Mamba-1); discrete Mamba-2: bias 0.
     "none": no decay and step 1, linear attention.
     """
-    if mixer.config.kind in ("low_rank", "toeplitz"):
+    if "dt_bias" not in dict(mixer.named_parameters()):
         return []
     bias, discrete = mixer.dt_bias, "A_log" not in dict(mixer.named_parameters())
     a_log = None if discrete else torch.zeros_like(mixer.A_log)

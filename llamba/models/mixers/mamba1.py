@@ -3,6 +3,8 @@
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state width, S = H P / N groups of state.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +23,11 @@ class Mamba1(Mixer):
     reads_heads = False  # a head is read in groups of N coordinates
     projects_steps = True
     fold_after = 1  # its replay costs as much as folding
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """Mamba's own widths: 16 states a channel, steps through D / 16 coordinates."""
+        return {"state": min(16, shape["head_dim"]), "dt_rank": -(-shape["hidden_size"] // 16)}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.head_dim % config.state:

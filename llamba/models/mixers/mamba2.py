@@ -5,7 +5,7 @@ Shapes: B batch, T time, H query heads, G key/value heads, P head width, N state
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ class Mamba2(Mixer):
     """Mamba-2 (arXiv 2405.21060) with one state per query head: h <- e^(dt A) h + dt x B^T, y = h C + D x, dt = softplus(dt + bias)."""
 
     has_rate: ClassVar[bool] = True  # A, beside the step
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """With the norm of Mamba-2's output."""
+        return super().defaults(shape) | {"out_norm": True}
 
     def __init__(self, config: MixerConfig, layer_idx: int):
         if config.state != config.head_dim and config.qk_norm is not None:
@@ -138,6 +143,11 @@ class DiscreteMamba2(Mamba2):
     """Discrete Mamba-2 of Phi-Mamba (arXiv 2408.10189): h <- e^(-softplus(a + bias)) h + x B^T; the input is not scaled by the step."""
 
     has_rate = False
+
+    @classmethod
+    def defaults(cls, shape: dict[str, Any]) -> dict[str, Any]:
+        """As Phi-Mamba: a linear convolution, no norm."""
+        return super().defaults(shape) | {"out_norm": False, "conv_activation": None}
 
     def factors(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log decay -softplus(a + bias); write strength 1 (None)."""

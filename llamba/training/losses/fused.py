@@ -17,7 +17,8 @@ from llamba.training.losses.plain import IGNORE, REDUCTIONS, Mix, Sums
 from llamba.training.losses.teacher_distribution import Head, TopK
 from llamba.training.wrapped_forward import inside
 
-_LOGITS_AT_ONCE = 2**26  # elements of one [c, V] block: 256 MiB in fp32, and about five blocks live at a time
+LOGITS_AT_ONCE = {"cpu": 2**22}  # elements of one [c, V] block by kind of device, in fp32; about five blocks live at a time
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
 
 Teacher = Head | TopK
 
@@ -111,7 +112,7 @@ def _sums(
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(wide)
     kl_sum, ce_sum = hidden.new_zeros(2, dtype=wide)
-    size = max(1, _LOGITS_AT_ONCE // len(weight))
+    size = max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE_ELSEWHERE) // len(weight))
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         states = hidden[part].detach().to(dtype)  # [c, D]
@@ -203,6 +204,13 @@ def head_sums(
     return Sums(sums[0], sums[1] * factor, sums[2], count)
 
 
+def _at_hand(guide: Tensor, head: nn.Module) -> Head:
+    """A teacher by its states [n, D'] and its head, whose weight is cast once where that is all that autocast would do to it."""
+    if type(head) is not nn.Linear or head.bias is not None or not torch.is_autocast_enabled(guide.device.type):
+        return Head(guide, head)
+    return Head(guide, head, head.weight.detach().to(_compute_dtype(head.weight)))
+
+
 def _in_heads(
     mix: Mix, hidden: Tensor, guide: Tensor | TopK, head: nn.Module, teacher_head: nn.Module | None, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +225,10 @@ def _in_heads(
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         # nothing with a gradient leaves the teacher's call: its hooks need not prepare a backward pass
         inside(
-            teacher_head, teacher_head, lambda guide: found.append(_from_head(mix, head, Head(guide, teacher_head), targets, hidden)), guide
+            teacher_head,
+            teacher_head,
+            lambda guide: found.append(_from_head(mix, head, _at_hand(guide, teacher_head), targets, hidden)),
+            guide,
         )
         return found[0]
 

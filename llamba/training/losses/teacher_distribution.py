@@ -7,15 +7,23 @@ from torch import Tensor, nn
 
 
 class Head(NamedTuple):
-    """A teacher at hand: its last hidden states [n, D'] and its head, whatever kind of module that is."""
+    """A teacher at hand: its last hidden states [n, D'] and its head, whatever kind of module that is.
+
+    `weight` stands in for the head's own: the same in the dtype that is computed in, so that no chunk casts it anew.
+    """
 
     hidden: Tensor
     head: nn.Module
+    weight: Tensor | None = None
 
     def log_p(self, part: slice, log_q: Tensor, temperature: float) -> Tensor:
         """log P at the temperature for the tokens of `part`, [c, V], new, in the dtype of the student's `log_q`."""
-        # forward, not a call: the caller is inside the head's call, and its hooks have run
-        logits = self.head.forward(self.hidden[part]).to(log_q.device, log_q.dtype)
+        hidden = self.hidden[part]
+        if self.weight is None:  # forward, not a call: the caller is inside the head's call, and its hooks have run
+            logits = self.head.forward(hidden)
+        else:
+            logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
+        logits = logits.to(log_q.device, log_q.dtype)
         return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
 
 
