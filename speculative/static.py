@@ -21,9 +21,10 @@ from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.slots import attend, place
 from llamba.models.cache import SteppedLayer
 from llamba.models.hybrid import RECURRENT
+from llamba.models.mixers import Mixer
 from llamba.models.offloaded import is_offloaded
 from llamba.speculative.rewind import FIXED_ROPES, LEAN, PlacedLayer, Rewindable
-from llamba.speculative.steps import STEPS
+from llamba.speculative.steps import STEPS, Angles, Windowed
 
 OWN_ATTENTION = "llamba_slots"
 
@@ -80,12 +81,10 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why this model cannot decode over a static cache, or None. Raises ValueError where no cache of ours serves it at all."""
     reader = Rewindable(model, 1)
     for layer, kind in zip(reader.backbone.layers, reader.kinds, strict=True):
-        if kind == RECURRENT and (layer.self_attn.sight or layer.self_attn.config.rotary):
-            return "its mixers turn their heads or see through a window, which the decode kernels do not"
         if kind == RECURRENT and type(layer.self_attn) not in STEPS:
             served = ", ".join(sorted({one.__name__ for one in STEPS}))
             return f"its mixer {type(layer.self_attn).__name__} has no decode kernel (those of {served} have)"
-    if reader.recurrent != reader.cache.layers and reader.backbone.rotary_emb.rope_type not in FIXED_ROPES:
+    if (reader.recurrent != reader.cache.layers or _turning(model)) and reader.backbone.rotary_emb.rope_type not in FIXED_ROPES:
         return f"its rotary angles ({reader.backbone.rotary_emb.rope_type}) depend on the length"
     if is_offloaded(model):
         return "its weights are offloaded"
@@ -94,6 +93,11 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if model.config.to_dict().get("quantization_config"):
         return "its weights are quantised, and what multiplies them may look at the device"
     return None
+
+
+def _turning(model: PreTrainedModel) -> bool:
+    """Whether a mixer turns heads by their positions."""
+    return any(mixer.sight is not None or mixer.config.rotary for mixer in model.modules() if isinstance(mixer, Mixer))
 
 
 class Static:
@@ -112,8 +116,12 @@ class Static:
         self.counts = torch.arange(longest, device=device)
         places = torch.arange(slots, device=device)[None]
         example = torch.empty(1, dtype=dtype, device=device)
-        self.rotary: list[Tensor] = [part[0] for part in self.backbone.rotary_emb(example, position_ids=places)] if self.placed else []
-        whole = all(part.shape[-1] == self.placed[0].keys.shape[-1] for part in self.rotary)  # heads are turned as a whole
+        turns = bool(self.placed) or _turning(model)
+        self.rotary: list[Tensor] = [part[0] for part in self.backbone.rotary_emb(example, position_ids=places)] if turns else []
+        self.angles: Angles | None = None  # cosines and sines [B, T, Q] of a round's tokens
+        whole = not self.placed or all(
+            part.shape[-1] == self.placed[0].keys.shape[-1] for part in self.rotary
+        )  # heads are turned as a whole
         self.lean = whole and all(type(layer) in LEAN for layer in self.backbone.layers) and model.config.hidden_act == "silu"
 
     def _layer(self, index: int, rows: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -124,8 +132,8 @@ class Static:
             return SlotLayer(rows, self.slots, values.get("num_key_value_heads") or heads, width, dtype, device)
         steps = STEPS[type(self.backbone.layers[index].self_attn)]
         held = self.held[index] = steps.buffers(self.backbone.layers[index].self_attn, rows, self.longest, dtype, device)
-        self.ring = held.dt.shape[1]
-        return SteppedLayer(lambda mixer, hidden: steps.run(mixer, hidden, held, self.at))
+        self.ring = (held.own if isinstance(held, Windowed) else held).dt.shape[1]
+        return SteppedLayer(lambda mixer, hidden: steps.run(mixer, hidden, held, self.at, self.angles))
 
     def start(self, model: PreTrainedModel, prompts: list[list[int]]) -> None:
         """Read whole prompts by the model's own forward pass and take its cache over. Rows behind the last prompt stay empty."""
@@ -147,6 +155,9 @@ class Static:
         """
         plan(self.at, new, self.longest, self.ring, keep)
         positions = self.at.length[:, None] + self.counts[: tokens.shape[1]]  # [B, T]
+        if self.rotary:
+            cos, sin = (part[positions] for part in self.rotary)
+            self.angles = cos, sin
         return self._lean(tokens, positions) if self.lean else self._by_layers(tokens, positions)
 
     def _lean(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -174,14 +185,13 @@ class Static:
         """Any family's layers, by their own forward."""
         for layer in self.placed:
             layer.positions = positions
-        rotary = tuple(part[positions] for part in self.rotary)
         hidden = self.backbone.embed_tokens(tokens)  # [B, T, D]
         with own_attention(self.config):
             for layer, kind in zip(self.backbone.layers, self.kinds, strict=True):
                 sight = None if kind == RECURRENT else Sight(positions, self.windows[kind])
                 hidden = layer(
                     hidden, attention_mask=sight, position_ids=positions, past_key_values=self.cache, use_cache=True,
-                    position_embeddings=rotary,
+                    position_embeddings=self.angles,
                 )  # fmt: skip
         return self.head(self.norm(hidden))
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from llamba.kernels.decode import Buffers, Cursors, Mamba1Weights, Weights, buffers, mamba1_buffers, mamba1_steps, mamba2_steps
+from llamba.kernels.window import window_steps
 from llamba.models.cache import RecurrentLayer
 from llamba.models.mixers import DiscreteMamba2, Mamba1, Mamba2
+
+Angles = tuple[Tensor, Tensor]
 
 
 class Steps(NamedTuple):
@@ -19,13 +22,36 @@ class Steps(NamedTuple):
 
     buffers: Callable[[Any, int, int, torch.dtype, torch.device], Any]  # mixer, B, tokens of the longest round
     load: Callable[[Any, RecurrentLayer, Tensor], None]  # buffers, the cache of a prompt without held tokens, lengths [B]
-    run: Callable[[Any, Tensor, Any, Cursors], Tensor]  # mixer, its input [B, T, D], buffers: what out_proj takes
+    # mixer, its input [B, T, D], buffers, cosines and sines [B, T, Q] where it turns heads: what out_proj takes
+    run: Callable[[Any, Tensor, Any, Cursors, Angles | None], Tensor]
 
 
-def _mamba2_buffers(mixer: Mamba2, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers:
+class Windowed(NamedTuple):
+    """The buffers of a mixer that sees through a window beside its recurrence."""
+
+    own: Buffers
+    keys: Tensor  # [B, G, S, P]
+    values: Tensor
+
+
+def _mamba2_buffers(mixer: Mamba2, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers | Windowed:
     c = mixer.config
     groups = c.heads if c.conv_after_repeat else c.groups
-    return buffers(rows, c.heads, groups, c.head_dim, c.state, c.conv_width, longest, dtype, device)
+    own = buffers(rows, c.heads, groups, c.head_dim, c.state, c.conv_width, longest, dtype, device)
+    if mixer.sight is None:
+        return own
+    slots = mixer.sight.sinks + mixer.sight.window + 2 * longest  # what a round overwrites is out of sight of the next one
+    return Windowed(own, *torch.zeros(2, rows, c.groups, slots, c.head_dim, dtype=dtype, device=device).unbind())
+
+
+def _load_mamba2(held: Buffers | Windowed, layer: RecurrentLayer, lengths: Tensor) -> None:
+    if isinstance(held, Windowed):
+        held.keys.zero_()
+        held.values.zero_()
+        if layer.ring is not None:
+            layer.ring.copy(held.keys, held.values)
+        held = held.own
+    _load(held, layer, lengths)
 
 
 def _load(held: Buffers, layer: RecurrentLayer, lengths: Tensor) -> None:
@@ -38,13 +64,20 @@ def _load(held: Buffers, layer: RecurrentLayer, lengths: Tensor) -> None:
     held.raw[torch.arange(count, device=lengths.device)[:, None], places % held.raw.shape[1]] = layer.raw
 
 
-def _mamba2_run(mixer: Mamba2, hidden: Tensor, held: Buffers, at: Cursors) -> Tensor:
+def _mamba2_run(mixer: Mamba2, hidden: Tensor, held: Buffers | Windowed, at: Cursors, angles: Angles | None) -> Tensor:
     c, norm = mixer.config, mixer.norm
+    turns = angles if c.rotary else None
     weights = Weights(
         mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias, None if isinstance(mixer, DiscreteMamba2) else mixer.A_log,
         mixer.D, None if norm is None else norm.weight, c.norm_eps, c.conv_activation is not None,
     )  # fmt: skip
-    return mamba2_steps(mixer.fused_rows(hidden), weights, held, at)
+    if not isinstance(held, Windowed):
+        return mamba2_steps(mixer.fused_rows(hidden), weights, held, at, angles=turns)
+    assert mixer.sight is not None and angles is not None
+    rows, heads, mass = mixer.windowed_rows(hidden)
+    y = mamba2_steps(rows, weights, held.own, at, angles=turns)
+    y = y if mixer.join is None else y * mixer.join
+    return window_steps(heads, mass, y, angles, held.keys, held.values, at, mixer.sight, c.head_dim**-0.5)
 
 
 def _mamba1_buffers(mixer: Mamba1, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers:
@@ -52,7 +85,7 @@ def _mamba1_buffers(mixer: Mamba1, rows: int, longest: int, dtype: torch.dtype, 
     return mamba1_buffers(rows, c.inner, c.shared, mixer.conv_channels(), c.state, c.conv_width, longest, dtype, device)
 
 
-def _mamba1_run(mixer: Mamba1, hidden: Tensor, held: Buffers, at: Cursors) -> Tensor:
+def _mamba1_run(mixer: Mamba1, hidden: Tensor, held: Buffers, at: Cursors, angles: Angles | None) -> Tensor:
     c = mixer.config
     weights = Mamba1Weights(
         mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias * (2 if c.double_dt_bias else 1), mixer.A_log, mixer.D,
@@ -61,5 +94,5 @@ def _mamba1_run(mixer: Mamba1, hidden: Tensor, held: Buffers, at: Cursors) -> Te
     return mamba1_steps(*mixer.fused_rows(hidden), weights, held, at)
 
 
-STEPS: dict[type, Steps] = dict.fromkeys((Mamba2, DiscreteMamba2), Steps(_mamba2_buffers, _load, _mamba2_run))
+STEPS: dict[type, Steps] = dict.fromkeys((Mamba2, DiscreteMamba2), Steps(_mamba2_buffers, _load_mamba2, _mamba2_run))
 STEPS[Mamba1] = Steps(_mamba1_buffers, _load, _mamba1_run)

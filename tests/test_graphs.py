@@ -17,7 +17,15 @@ from llamba.speculative.graphs import Decoder
 from llamba.speculative.sampling import Sampler
 
 NEW = 12
-CASES = [("mamba2", 0.5), ("mamba2", 0.0), ("discrete_mamba2", 0.25), ("mamba1", 0.5)]
+CASES = [
+    ("mamba2", 0.5),
+    ("mamba2-window", 0.5),
+    ("mamba2-window", 0.0),
+    ("discrete_mamba2-window", 0.5),
+    ("mamba2", 0.0),
+    ("discrete_mamba2", 0.25),
+    ("mamba1", 0.5),
+]
 
 
 def check_every_draft(model: PreTrainedModel, kinds: tuple[str, ...], mixer: str = "mamba2", new: int = NEW) -> None:

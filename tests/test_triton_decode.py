@@ -14,6 +14,7 @@ from triton_tools import corrupted, grid_backwards, needs_interpreter, poisoned,
 from llamba.kernels.conv1d import causal_conv1d
 from llamba.kernels.decode import Buffers, Cursors, Weights, buffers, commit, cursors, mamba2_steps, plan, triton_mamba2, triton_op
 from llamba.kernels.ssd import ssd
+from llamba.kernels.window import turned
 
 pytestmark = needs_interpreter
 H, G, P, N, W, ROUND = 4, 2, 5, 3, 4, 2
@@ -35,15 +36,18 @@ def _tokens(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, H * P + C + H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _truth(zxbcdt: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H P] and last state of whole sequences, by the sequential forms in fp64."""
+def _truth(zxbcdt: Tensor, weights: Weights, angles: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H P] and last state of whole sequences, by the sequential forms in fp64; b and c turned by `angles` [B, T, Q]."""
     w = Weights(*(t.double() if isinstance(t, Tensor) else t for t in weights))
     z, raw, dt = zxbcdt.double().split([H * P, C, H], -1)
     conv = causal_conv1d(raw, w.conv, w.conv_bias, activation="silu" if w.silu else None, impl="sequential")[0]
     x, b, c = conv.split([G * P, G * N, H * N], -1)
     step = softplus(dt + w.dt_bias)
     a, strength = (-step, None) if w.A_log is None else (-w.A_log.exp() * step, step)
-    heads = x.unflatten(-1, (G, P)), a, b.unflatten(-1, (G, N)), c.unflatten(-1, (H, N))
+    b, c = b.unflatten(-1, (G, N)), c.unflatten(-1, (H, N))
+    if angles is not None:
+        b, c = turned(b, *angles), turned(c, *angles)
+    heads = x.unflatten(-1, (G, P)), a, b, c
     y, last = ssd(*heads, dt=strength, D=w.D, impl="sequential")
     gated = y * silu(z).unflatten(-1, (H, P))
     if w.norm is not None:
@@ -103,6 +107,25 @@ def _check_walk(walk: Walk, weights: Weights, relative: float) -> None:
         assert folded > 0, "the walk is long enough to fold"
         state = _truth(tokens[None, :folded], weights)[1][0]
         assert rms(walk.held.state[row].double() - state) <= relative * rms(state), "state: error over budget"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_heads_that_are_turned_by_their_positions(impl: str) -> None:
+    weights, tokens = _weights("mamba2", torch.float32), _tokens(2, 6)
+    angle = torch.rand(2, 6, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 6
+    angles = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()  # two of N = 3 coordinates
+    held, at = buffers(2, H, G, P, N, W, ROUND, torch.float32, "cpu"), cursors(2, "cpu")
+    got = []
+    for first in (0, 2, 4):
+        plan(at, torch.full((2,), 2), ROUND, held.x.shape[1], True)
+        part = slice(first, first + 2)
+        now = angles[0][:, part].float(), angles[1][:, part].float()
+        got.append(mamba2_steps(tokens[:, part].float(), weights, held, at, impl=impl, angles=now))
+        commit(at, torch.full((2,), 2))
+    want, state = _truth(tokens.float(), weights, angles)
+    assert rms(torch.cat(got, 1).double() - want) < 1e-5 * rms(want) and rms(held.state.double() - state) < 1e-5 * rms(state)
+    with pytest.raises(ValueError, match="the dual form does not turn heads"):
+        mamba2_steps(tokens[:, :2].float(), weights, held, at, form="dual", angles=now)
 
 
 @pytest.mark.parametrize("kind", KINDS)

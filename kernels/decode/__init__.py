@@ -60,6 +60,7 @@ def mamba2_steps(
     impl: str = "auto",
     form: str = "recurrent",
     branches: Branches | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Evaluate at.new[b] of the T tokens zxbcdt [B, T, H P + C + H], rows z | x | B | C | dt as in_proj leaves them.
 
@@ -67,6 +68,8 @@ def mamba2_steps(
     16 rows, for large batches; which is faster where has not been measured on a GPU, and compiled for more than 16 tokens "dual" spills
     registers. `branches`, with "dual" alone: the tokens are a tree, and the state is written nowhere behind the kept ones (`plan` without
     `keep`).
+    `angles`, in the recurrent form alone: cosines and sines [B, T, Q] by which the first Q <= N coordinates of b and c are turned, behind
+    the convolution and halves as in Llama.
     Changes the slots of the new tokens, and the state of rows whose `fold_to` is behind `folded`; the cursors stay (`commit`).
     Returns what out_proj takes, [B, T, H P] in the dtype of zxbcdt, 0 from new[b] on.
     Raises `ValueError` for shapes that do not fit, for too few slots, for a tree in the recurrent form, and for a `form` or an `impl` that
@@ -74,6 +77,11 @@ def mamba2_steps(
     """
     _check(zxbcdt, weights, held, at)
     _check_form(zxbcdt.shape[1], weights.conv.shape[1], form, branches)
+    if angles is not None:
+        if form == "dual":
+            raise ValueError('angles need form="recurrent": the dual form does not turn heads')
+        for name, part in zip(("cosines", "sines"), angles, strict=True):
+            check_shape(name, part, *zxbcdt.shape[:2], angles[0].shape[-1])
     chosen = choose("decode", impl, ("torch", "triton"), zxbcdt, _obstacle(held))
     if form == "dual":
         if chosen == "torch":
@@ -84,8 +92,8 @@ def mamba2_steps(
     if chosen == "triton":
         from .triton_op import fused
 
-        return fused(zxbcdt, weights, held, at)
-    return steps_in_torch(zxbcdt, weights, held, at)
+        return fused(zxbcdt, weights, held, at, angles)
+    return steps_in_torch(zxbcdt, weights, held, at, angles)
 
 
 def _obstacle(held: Buffers) -> Obstacle:

@@ -10,15 +10,19 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from ..conv1d.ring import ring
+from ..window.rotation import turned
 
 
-def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
+def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`mamba2_steps`; arguments as there."""
     (B, H, P, N), (_, L, G, _), T, wide = held.state.shape, held.x.shape, zxbcdt.shape[1], held.state.dtype
     z, raw, dt = zxbcdt.split([H * P, held.raw.shape[2], H], -1)
     conv = ring(raw.to(wide), weights.conv, weights.conv_bias, "silu" if weights.silu else None, held.raw, at.length, at.new)
     x, b, c = conv.split([G * P, G * N, H * N], -1)
-    put(held, at, x.unflatten(-1, (G, P)), b.unflatten(-1, (G, N)), dt)
+    b, c = b.unflatten(-1, (G, N)), c.unflatten(-1, (H, N))
+    if angles is not None:
+        b, c = (turned(heads, *(part.to(wide) for part in angles)) for heads in (b, c))
+    put(held, at, x.unflatten(-1, (G, P)), b, dt)
     places = at.folded[:, None] + torch.arange(L, device=z.device)  # [B, L] positions behind the state
     kept = _replayed(held, at, places < at.length[:, None], weights)
     folded = _replayed(held, at, places < torch.minimum(at.length, at.fold_to)[:, None], weights)
@@ -28,7 +32,7 @@ def steps_in_torch(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
         x_t, b_t, dt_t = (buffer[rows, position % L].to(wide) for buffer in (held.x, held.b, held.dt))
         state = torch.where(alive[:, None, None, None], _advance(state, x_t, b_t, dt_t, weights), state)
         folded = torch.where((alive & (position + 1 == at.fold_to))[:, None, None, None], state, folded)
-        y = _output(state, x_t, c[:, t].unflatten(-1, (H, N)), z[:, t].to(wide).unflatten(-1, (H, P)), weights)
+        y = _output(state, x_t, c[:, t], z[:, t].to(wide).unflatten(-1, (H, P)), weights)
         out[:, t] = y.flatten(1).masked_fill(~alive[:, None], 0)
     held.state.copy_(folded)
     return out

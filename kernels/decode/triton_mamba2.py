@@ -42,11 +42,30 @@ def channels(
     return z
 
 
+@triton.jit
+def turned_channels(
+    fresh, raw, conv, conv_bias, pos, start, channel, n, size, keep, cos, sin, stride_t, C, SLOTS,
+    Q: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`channels` of a head, of which the first Q are turned: the first half's partners stand in the second, with a minus.
+
+    cos, sin: the token's Q cosines and sines.
+    """
+    own = channels(fresh, raw, conv, conv_bias, pos, start, channel, n, size, keep, stride_t, C, SLOTS, W, SILU, ACC)
+    if Q > 0:
+        low = n < Q // 2
+        partner = tl.where(low, n + Q // 2, tl.where(n < Q, n - Q // 2, n))
+        other = channels(fresh, raw, conv, conv_bias, pos, start, channel, partner, size, False, stride_t, C, SLOTS, W, SILU, ACC)
+        angle = tl.load(sin + n, mask=n < Q, other=0.0).to(ACC)
+        own = own * tl.load(cos + n, mask=n < Q, other=1.0).to(ACC) + tl.where(low, -other, other) * angle
+    return own
+
+
 @triton.jit(do_not_specialize=["T"])
 def mamba2(
-    zxbcdt, conv, conv_bias, dt_bias, A_log, D, norm, state, raw, ring_x, ring_b, ring_dt, length, folded, new, fold_to, out,
+    zxbcdt, conv, conv_bias, dt_bias, A_log, D, norm, state, raw, ring_x, ring_b, ring_dt, length, folded, new, fold_to, cos, sin, out,
     stride_zb, stride_zt, T, G, L, SLOTS, eps,
-    P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
     BP: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`mamba2_steps` for one head of one row. The loop runs over the tokens behind the state, then over the new ones, in one body."""
@@ -68,7 +87,11 @@ def mamba2(
         at_x, at_b, at_dt = ring_x + (slot * G + g) * P + p, ring_b + (slot * G + g) * N + n, ring_dt + slot * H + h
         if is_new:  # rounded as the rings round, so that a replay gives the same bits
             x = channels(fresh, slots, conv, conv_bias, pos, start, g * P, p, P, first, stride_zt, C, SLOTS, W, SILU, ACC)
-            b = channels(fresh, slots, conv, conv_bias, pos, start, G * P + g * N, n, N, first, stride_zt, C, SLOTS, W, SILU, ACC)
+            angle = (row * T + pos - start) * Q
+            b = turned_channels(
+                fresh, slots, conv, conv_bias, pos, start, G * P + g * N, n, N, first, cos + angle, sin + angle, stride_zt, C, SLOTS,
+                Q, W, SILU, ACC,
+            )  # fmt: skip
             x, b = x.to(ring_x.dtype.element_ty), b.to(ring_b.dtype.element_ty)
             dt = tl.load(tokens + (pos - start) * stride_zt + H * P + C + h).to(ring_dt.dtype.element_ty)
             tl.store(at_x, x, mask=p < tl.where(first, P, 0))
@@ -83,7 +106,11 @@ def mamba2(
             write = value * step
         S = S * tl.exp(-rate * step) + write[:, None] * b.to(ACC)[None, :]
         if is_new:
-            c = channels(fresh, slots, conv, conv_bias, pos, start, G * (P + N) + h * N, n, N, True, stride_zt, C, SLOTS, W, SILU, ACC)
+            angle = (row * T + pos - start) * Q
+            c = turned_channels(
+                fresh, slots, conv, conv_bias, pos, start, G * (P + N) + h * N, n, N, True, cos + angle, sin + angle, stride_zt, C, SLOTS,
+                Q, W, SILU, ACC,
+            )  # fmt: skip
             y = tl.sum(S * c[None, :], 1) + skip * value
             z = tl.load(tokens + (pos - start) * stride_zt + h * P + p, mask=p < P, other=0.0).to(ACC)
             y = y * (z / (1.0 + tl.exp(-z)))

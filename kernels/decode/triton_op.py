@@ -16,16 +16,17 @@ from .triton_mamba2 import mamba2
 BLOCK = 32  # channels of a program of Mamba-1: at batch 1 there are few to fill the device
 
 
-def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any) -> Tensor:
+def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`mamba2_steps` in one launch; arguments as there."""
     (B, H, P, N), G, T = held.state.shape, held.x.shape[2], zxbcdt.shape[1]
     _check_in_place(held)
     zxbcdt, out = dense_rows(zxbcdt), torch.empty(B, T, H * P, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    cos, sin = (out, out) if angles is None else (part.contiguous() for part in angles)  # of a width Q of 0 nothing is read
     with on_device(zxbcdt):
         mamba2[H, B](
-            zxbcdt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log, weights.D, weights.norm, *held, *at, out,
-            *zxbcdt.stride()[:2], T, G, held.x.shape[1], held.raw.shape[1], weights.eps,
-            P=P, N=N, R=H // G, W=weights.conv.shape[1], SILU=weights.silu,
+            zxbcdt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log, weights.D, weights.norm, *held, *at,
+            cos, sin, out, *zxbcdt.stride()[:2], T, G, held.x.shape[1], held.raw.shape[1], weights.eps,
+            P=P, N=N, Q=0 if angles is None else cos.shape[-1], R=H // G, W=weights.conv.shape[1], SILU=weights.silu,
             BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=4,
         )  # fmt: skip
     return out

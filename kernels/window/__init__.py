@@ -4,7 +4,7 @@ Shapes: B batch, T time, H query heads, G key/value heads (head h reads group h 
 Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023 (arXiv 2309.17453).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,21 @@ from .reference import dense
 from .rotation import turned
 from .sight import Past, Sight, sees
 from .slots import attend_slots
+from .steps import places_in, slot_of, steps_in_torch
 
-__all__ = ["Past", "Sight", "attend", "attend_slots", "sees", "turned", "window_attention", "window_rows"]
+__all__ = [
+    "Past",
+    "Sight",
+    "attend",
+    "attend_slots",
+    "places_in",
+    "sees",
+    "slot_of",
+    "turned",
+    "window_attention",
+    "window_rows",
+    "window_steps",
+]
 
 FORMS = ("torch", "sequential")
 
@@ -70,6 +83,41 @@ def window_attention(
     with no_autocast(q):
         y = (dense if form == "sequential" else blocked)(q, k, v, sight, scale, start, past)
     return y if packed is None else packed.back(y)
+
+
+def window_steps(
+    heads: Tensor,
+    mass: Tensor,
+    y: Tensor,
+    angles: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    at: Any,
+    sight: Sight,
+    scale: float,
+    impl: str = "auto",
+) -> Tensor:
+    """y + (1 - mass) of what the at.new[b] new tokens of each row see, [B, T, H P]; 0 from new[b] on.
+
+    heads [B, T, 2 G + H, P]: values, keys and queries, not turned; mass [B, T, H]; y [B, T, H P]; angles: cosines and sines [B, T, Q] of
+    the tokens' positions; keys and values [B, G, S, P] in slots (see `steps`), into which those of the T tokens go; at: cursors as
+    `kernels.decode` has them. Raises `ValueError` for shapes that do not fit, too few slots, and an `impl` that cannot run here.
+    """
+    check_rank("heads", heads, "BTEP")
+    (B, T, _, P), (_, G, S, _), H = heads.shape, keys.shape, mass.shape[-1]
+    for name, tensor, shape in (
+        ("heads", heads, (B, T, 2 * G + H, P)), ("mass", mass, (B, T, H)), ("y", y, (B, T, H * P)), ("keys", keys, (B, G, S, P)),
+        ("values", values, (B, G, S, P)), ("cosines", angles[0], (B, T, angles[0].shape[-1])), ("sines", angles[1], angles[0].shape),
+    ):  # fmt: skip
+        check_shape(name, tensor, *shape)
+    if S < sight.sinks + sight.window + T:
+        raise ValueError(f"{T} tokens need sinks + window + T = {sight.sinks + sight.window + T} slots; got {S}")
+    form = choose("window decode", impl, ("torch", "triton"), heads, None if P <= 128 else f"its kernel holds P up to 128, got {P}")
+    if form == "triton":
+        from .triton_op import fused_steps
+
+        return fused_steps(heads, mass, y, *angles, keys, values, at, sight, scale)
+    return steps_in_torch(heads, mass, y, *angles, keys, values, at, sight, scale)
 
 
 def window_rows(

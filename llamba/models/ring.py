@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamba.kernels.window import Past, Sight, attend, attend_slots, sees, window_attention
+from llamba.kernels.window import Past, Sight, attend, attend_slots, places_in, sees, slot_of, window_attention
 from llamba.models.tree import Tree
 
 Lengths = tuple[int, ...]
@@ -26,14 +26,11 @@ class Slots(NamedTuple):
 
     def of(self, places: Tensor) -> Tensor:
         """The slots of tokens."""
-        return torch.where(places < self.sinks, places, self.sinks + (places - self.sinks) % self.turns)
+        return slot_of(places, self.sinks, sum(self))
 
     def places(self, length: Tensor) -> Tensor:
         """Which token stands in each slot of rows with length [B, 1] tokens, [B, S]; negative: none."""
-        slot, newest = torch.arange(self.turns, device=length.device), length - 1 - self.sinks
-        behind = newest - (newest - slot) % self.turns + self.sinks  # the newest of the tokens that share the slot
-        first = torch.arange(self.sinks, device=length.device).expand(len(length), -1)
-        return torch.cat((first.masked_fill(first >= length, -1), behind.masked_fill(behind < self.sinks, -1)), 1)
+        return places_in(length, self.sinks, sum(self))
 
 
 # What follows from the lengths alone is made once for all layers of a model; it outlives the call.
@@ -182,14 +179,18 @@ class KeyRing:
 
     def spare_more(self, spare: int) -> None:
         """From now on `spare` tokens can be taken back."""
+        more = Slots(self.sight.sinks, self.sight.window + max(spare, self.spare))
+        shape = *self.keys.shape[:2], sum(more), self.keys.shape[3]
+        keys, values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+        self.copy(keys, values)
+        self.keys, self.values, self.spare = keys, values, max(spare, self.spare)
+
+    def copy(self, keys: Tensor, values: Tensor) -> None:
+        """Put what can be seen into other keys and values [B or more, G, S, P], whose slots may be more."""
         places, slots, _ = _past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
-        rows, old = torch.arange(len(self.lengths), device=self.keys.device)[:, None], (self.keys, self.values)
-        held = [buffer[rows, :, slots] for buffer in old]
-        self.spare = max(spare, self.spare)
-        self._make(*old)
         row, column = (places >= 0).nonzero(as_tuple=True)
-        for buffer, values in zip((self.keys, self.values), held, strict=True):
-            buffer[row, :, self.slots.of(places[row, column])] = values[row, column]
+        slot, to = slots[row, column], slot_of(places[row, column], self.sight.sinks, keys.shape[2])
+        keys[row, :, to], values[row, :, to] = self.keys[row, :, slot], self.values[row, :, slot]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows as `change` does along the first axis."""

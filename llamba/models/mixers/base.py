@@ -366,11 +366,12 @@ class Mixer(nn.Module):
         c, cos, sin = self.config, parts["cos"], parts["sin"]
         if self.conv_rows() == ("x", "B", "C"):  # one after the other
             heads = parts["conv"].unflatten(-1, (-1, c.head_dim))
-            k, q = turned(heads[..., c.groups :, :], cos, sin).to(heads.dtype).split([c.groups, c.heads], -2)
+            turned_heads = turned(heads[..., c.groups :, :], cos, sin).to(heads.dtype)  # under autocast the angles are wider
+            k, q = turned_heads.split([c.groups, c.heads], -2)
             return q, k, heads[..., : c.groups, :]
         rows = self._split(parts)
         q, k, v = (rows[name].unflatten(-1, (-1, c.head_dim)) for name in ("C", "B", "x"))
-        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v  # under autocast the angles are wider
+        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
         """What attention sees [B, T, H, P] of the last tokens and the first ones."""
