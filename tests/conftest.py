@@ -116,7 +116,7 @@ def student_folder(tmp_path_factory, teacher_folder, tokenizer) -> str:
     from llamba.models.convert import convert
 
     folder = tmp_path_factory.mktemp("student")
-    convert(str(teacher_folder)).save_pretrained(folder)
+    convert(str(teacher_folder), mixer="mamba2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

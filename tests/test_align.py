@@ -35,7 +35,7 @@ SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, log_ev
 def student(tmp_path_factory, teacher_folder, tokenizer) -> str:
     """The teacher converted, with mixers in layers 0 and 2 whose every parameter matters."""
     folder = tmp_path_factory.mktemp("student")
-    convert(str(teacher_folder), init="paper").save_pretrained(folder)
+    convert(str(teacher_folder), mixer="mamba2", init="paper").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

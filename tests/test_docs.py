@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = ("results.md", "gpu.md")  # the pages of numbers
 SCRIPTS = {"eval/run_mtbench.sh": "mt_bench", "eval/run_alpaca.sh": "alpaca", "eval/run_lm_eval.sh": "lm_eval"}
-NEEDS = re.compile(r"# needs (a GPU|a key|the network|fetched data|much memory|llama\.cpp|vLLM)")
+NEEDS = re.compile(r"# needs (a GPU|a key|the network|fetched data|much memory|llama\.cpp|vLLM|the wheels)")
 SMALLER = {  # what makes a command fit into a test; what it says is run as it stands
     "bench speculative": "--tokens 8 --repeats 1 --device cpu",
     "eval recall": "--tasks mqar --pairs 4 --trials 2 --device cpu",

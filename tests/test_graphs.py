@@ -191,9 +191,9 @@ def test_the_triton_kernel_decodes_the_same_tokens(monkeypatch) -> None:
     assert generate(model, prompt, engine="graphs", **options).new == want
     launches = []
 
-    def in_triton(*arguments):
+    def in_triton(*arguments, **named):
         launches.append(1)
-        return mamba2_steps(*arguments, impl="triton")
+        return mamba2_steps(*arguments, impl="triton", **named)
 
     monkeypatch.setattr(steps, "mamba2_steps", in_triton)
     assert generate(model, prompt, engine="graphs", **options).new == want and launches

@@ -315,7 +315,7 @@ def test_taking_back_more_than_the_rings_hold_is_refused() -> None:
         cache.crop(-32)
         static = StaticCache(config=student().config, max_cache_len=16)
         student()(ids(1, 9), past_key_values=static)
-        with pytest.raises(ValueError, match="a static cache takes no tokens back"):
+        with pytest.raises(ValueError, match="takes no tokens back|cannot take back 1 tokens"):
             static.crop(-1)
 
 
@@ -490,7 +490,7 @@ def test_bad_teachers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a model folder with weights"):
         convert(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="student.mixer must be one of"):
-        convert(teacher(), mixer="mamba3")
+        convert(teacher(), mixer="mamba9")
     with pytest.raises(ValueError, match="student.init must be one of"):
         convert(teacher(), init="best")
     with pytest.raises(ValueError, match="unknown mixer option"):

@@ -6,9 +6,10 @@ import pytest
 
 from llamba.data import sources
 from llamba.data.batches import Rows
+from llamba.data.chat_templates import TEMPLATES
 from llamba.data.pairs import Pairs
 from llamba.data.pairs import prepare as prepare_pairs
-from llamba.data.tokens import TEMPLATES, check_unchanged, prepare
+from llamba.data.tokens import check_unchanged, prepare
 from llamba.settings import Data, Dpo, Lora, Recipe, Sft, Student
 from llamba.settings.overrides import from_dict, override, to_dict
 

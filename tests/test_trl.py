@@ -33,7 +33,7 @@ FEW = dict(max_steps=2, per_device_train_batch_size=4, bf16=False, use_cpu=True,
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, teacher_folder, tokenizer) -> str:
     folder = tmp_path_factory.mktemp("student")
-    convert(str(teacher_folder)).save_pretrained(folder)
+    convert(str(teacher_folder), mixer="mamba2").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -175,7 +175,7 @@ def test_the_cache_of_a_hybrid_does_not_grow_where_attention_is_gone(teacher_fol
     for attention in (1.0, 0.5, 0.0):
         model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
         model = model if attention == 1.0 else llamba.convert(model, mixer="mamba2", attention=attention).eval()
-        sizes[attention] = [lengths._on_first_process(model, torch.arange(n)[None] % 250, 1)[2] for n in (64, 128)]
+        sizes[attention] = [lengths._measure_once(model, torch.arange(n)[None] % 250, 1)[2] for n in (64, 128)]
     keys = 4 * 2 * 2 * 8 * 4  # bytes per token: layers, keys and values, heads, width, fp32
     assert sizes[1.0] == [64 * keys, 128 * keys] and sizes[0.0][0] == sizes[0.0][1]
     assert sizes[0.5][1] - sizes[0.5][0] == 64 * keys // 2

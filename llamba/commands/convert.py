@@ -74,10 +74,10 @@ def convert(argv: list[str]) -> None:
     attention: Any = _attention(args.attention)
     if args.select:
         attention = _selected(teacher, attention, args, options, out)
-    else:
-        _warn_of_first(attention)
     student = make(teacher, mixer=args.mixer, attention=attention, init=args.init, seed=args.seed, options=options)
     print(student.conversion)
+    if not args.select:
+        _warn_of_first(attention)
     try:
         student.save_pretrained(partial)
         if tokenizer is not None:

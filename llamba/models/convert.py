@@ -161,7 +161,8 @@ def convert(
             with present(attention_module):
                 record[index] = _attention_anew(place.self_attn, attention_module, init, config.initializer_range, generator)
         else:
-            made = build_mixer(config.mixer, index).to(source.dtype)
+            with torch.random.fork_rng(devices=[]):  # what modules draw at first is set anew
+                made = build_mixer(config.mixer, index).to(source.dtype)
             weights = family.read(attention_module)
             weights.frequencies = _frequencies(source)
             record[index] = initialise(made, weights, init, generator)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -226,7 +226,7 @@ class PrunedHead(nn.Linear):
         return table[torch.where(tokens < 0, self.vocabulary, tokens)]
 
 
-class HybridCausalLM(PreTrainedModel):
+class HybridCausalLM(PreTrainedModel, GenerationMixin):
     """Mixed into a family's causal LM, before it: the same head over a `HybridBackbone`."""
 
     backbone: ClassVar[type[HybridBackbone]]
