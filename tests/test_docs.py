@@ -1,5 +1,6 @@
 """README, AGENTS.md and docs/: every command in them runs here on a small model, or says what it needs; numbers stand where they belong."""
 
+import importlib.util
 import io
 import re
 import runpy
@@ -130,6 +131,8 @@ def perform(line: str, teacher: Path, monkeypatch) -> None:
         llamba(["eval", SCRIPTS[words[0]], *words[1:]], runs)
     elif words[0] in ("llamba", ".venv/bin/llamba"):
         llamba(words[1:], runs)
+    elif "-m" in words and not runs:
+        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None, line
     else:
         raise AssertionError(f"no test knows what to do with: {line}")
 

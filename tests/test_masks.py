@@ -154,3 +154,16 @@ def test_a_traced_graph_obeys_such_a_mask_or_refuses_it() -> None:
         assert (got - logits(model, tokens, attention_mask=mask)[:, real]).abs().max() < 1e-9
     with pytest.raises(RuntimeError, match="more than padding and documents"):
         compiled(tokens, attention_mask=causal(A + B).triu(-3)[None, None], use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [0.5, 0.0])
+def test_documents_said_twice_are_the_same_documents(attention: float) -> None:
+    """Numbers or lengths of documents beside positions that restart, as TRL's packing passes them."""
+    model, tokens, lengths = student(attention=attention), ids(1, 21), [7, 5, 9]
+    ends = torch.tensor([0, 7, 12, 21], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    numbers = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(lengths))[None]
+    alone = torch.cat([model(part, use_cache=False).logits for part in tokens.split(lengths, 1)], 1)
+    for said in ({"seq_idx": numbers}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, {"seq_idx": numbers, "cu_seq_lens_q": ends}):
+        assert (model(tokens, position_ids=positions, use_cache=False, **said).logits - alone).abs().max() < 1e-10, list(said)

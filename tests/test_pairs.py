@@ -83,7 +83,7 @@ def test_pairs_that_are_skipped_are_counted(tmp_path, tokenizer, capsys):
     long = {**PAIR, "rejected": [assistant("tree " * 40)]}
     rows, manifest = tokenised(tmp_path, tokenizer, [same, PAIR, silent, unasked, long], length=24)
     assert len(rows) == 1 and manifest["train"][0]["skipped"] == {"empty": 2, "identical": 1, "too_long": 1}
-    assert "1 rows" in (printed := capsys.readouterr().out) and "1 skipped (identical), 1 skipped (too_long)" in printed
+    assert "1 of 5 rows" in (printed := capsys.readouterr().out) and "2 empty, 1 identical, 1 whose first answer begins beyond" in printed
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, tokenizer, row, words):
 
 
 def test_nothing_left(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"no pair to learn from in .*1 skipped \(identical\)"):
+    with pytest.raises(ValueError, match=r"no pair to learn from in .*left out: 1 identical"):
         tokenised(tmp_path, tokenizer, [{**PAIR, "rejected": PAIR["chosen"]}])
     with pytest.raises(ValueError, match="data.packing and data.streaming do not go with preference pairs"):
         tokenised(tmp_path, tokenizer, [PAIR], packing=True)
@@ -149,7 +149,8 @@ def test_long_conversations_end_with_a_whole_answer(tmp_path, small, tokenizer, 
         prepare(Data(train=str(source), length=48, packing=packing), tokenizer, "answers", folder)
         tokens = Rows(folder / "train").tokens
         assert tokenizer.decode(tokens) == "<s><|user|>red</s><|assistant|>cat</s>" * 2
-        assert "2 rows" in (printed := capsys.readouterr().out) and "1 skipped (too_long)" in printed and "2 skipped (empty)" in printed
+        assert "2 of 5 rows (1 of them cut at the limit)" in (printed := capsys.readouterr().out)
+        assert "left out: 2 empty, 1 whose first answer begins beyond the limit" in printed
 
 
 def test_fine_tuning_wants_conversations(tmp_path, small, tokenizer):

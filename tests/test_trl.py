@@ -98,7 +98,9 @@ def test_alpaca_and_preferences_through_both_stages(tmp_path, small):
     chat, pairs = DATA / "chat" / "alpaca_gpt4_1k.jsonl.gz", DATA / "chat" / "preferences_300.jsonl.gz"
     tokenizer = small.tokenizer([message["content"] for _, row in sources.rows(str(chat)) for message in row["messages"]], 3000)
     teacher = tmp_path / "teacher"
-    small.llama(len(tokenizer)).save_pretrained(teacher)
+    model = small.llama(len(tokenizer))
+    model.config.max_position_embeddings = 2048
+    model.save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
     stages = [
         Sft(**SHORT, steps=6, data=Data(train=str(chat), length=1024, packing=True)),
@@ -176,7 +178,7 @@ def test_the_recipe_for_any_converted_model(tmp_path, monkeypatch, small, studen
     rows = [{"prompt": "a red cat", "chosen": "sings and sleeps", "rejected": "runs"} for _ in range(8)]
     pairs = small.write_rows(tmp_path / "pairs.jsonl", rows)
     chosen = {"data.train": chat_file, "data.length": 64, "data.template": "none", "stages.dpo.data.train": pairs}
-    chosen |= {"stages.dpo.data.template": "none", "teacher": student, "output": tmp_path / "run"}
+    chosen |= {"stages.dpo.data.template": "none", "stages.dpo.data.length": 64, "teacher": student, "output": tmp_path / "run"}
     for stage in ("sft", "dpo"):
         few = {"steps": 2, "batch": 4, "micro_batch": 2, "precision": "fp32", "log_every": 1}
         chosen |= {f"stages.{stage}.{key}": value for key, value in few.items()}

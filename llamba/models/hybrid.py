@@ -174,12 +174,13 @@ class HybridBackbone(PreTrainedModel):
             attention_mask = attention_mask if mask is not None else None  # all ones would hide the documents from transformers
             traced = is_compiling()  # transformers would build a mask with documents by vmap, which cannot be exported
             wanted = (attention_mask is not None or explicit) and not traced
-            together = packed_sequence_mask_function(documents) if wanted else None
+            together = packed_sequence_mask_function(documents) if wanted else None  # with positions, transformers would count it by them
         static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)  # its empty slots must be masked
         for kind in set(self.config.layer_types) - {RECURRENT}:
             made[kind] = MASKS[kind](
                 config=self.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache,
-                position_ids=None if traced else position_ids, and_mask_function=together, allow_is_causal_skip=not (static or traced),
+                position_ids=position_ids if together is None and not traced else None, and_mask_function=together,
+                allow_is_causal_skip=not (static or traced),
                 layer_idx=self.config.layer_types.index(kind),  # whose slots the mask is for; transformers 5.17 takes a recurrent layer's
             )  # fmt: skip
             if traced and documents is not None:

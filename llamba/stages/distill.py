@@ -22,29 +22,31 @@ from llamba.training.losses import Sums, TopK, head_sums
 from llamba.training.trainer import freeze, model_inputs
 
 
-def _hidden(model: PreTrainedModel, batch: Batch, **more: Any) -> Tensor:
-    """Last hidden states after the final norm, [B, T, D]."""
-    hidden: Tensor = model.base_model(**model_inputs(batch), **by_document(model, batch), **more, use_cache=False).last_hidden_state
+def _hidden(model: PreTrainedModel, batch: Batch, padded: bool, **more: Any) -> Tensor:
+    """Last hidden states after the final norm, [B, T, D]. `padded`: what padding sees counts, too, and is what transformers makes it."""
+    documents = {} if padded else by_document(model, batch)
+    hidden: Tensor = model.base_model(**model_inputs(batch), **documents, **more, use_cache=False).last_hidden_state
     return hidden
 
 
-def _hidden_of_both(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _hidden_of_both(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, padded: bool) -> tuple[Tensor, Tensor]:
     """The same of student and teacher [B, T, D and D']; the first layers run once where they are one computation."""
     shared = shared_layers(student, teacher)
     with torch.no_grad():
-        teacher_model, stream = input_of_layer(teacher, shared, partial(_hidden, teacher, batch))
-    return _hidden(student, batch, **({"first": shared, "stream": stream} if shared else {})), teacher_model
+        teacher_hidden, stream = input_of_layer(teacher, shared, partial(_hidden, teacher, batch, padded))
+    return _hidden(student, batch, padded, **({"first": shared, "stream": stream} if shared else {})), teacher_hidden
 
 
 def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Sums:
     """kl · Σ divergence + ce · Σ CE over the batch's target tokens; without a teacher, from its kept logits in the batch."""
-    teacher_model: Tensor | TopK
+    teacher_hidden: Tensor | TopK
+    padded = stage.reduction == "batchmean_legacy"  # sums over all positions
     if teacher is None:
-        hidden, teacher_model, head = _hidden(student, batch), TopK(*(batch[key] for key in KEPT)), None
+        hidden, teacher_hidden, head = _hidden(student, batch, padded), TopK(*(batch[key] for key in KEPT)), None
     else:
-        (hidden, teacher_model), head = _hidden_of_both(student, teacher, batch), teacher.get_output_embeddings()
+        (hidden, teacher_hidden), head = _hidden_of_both(student, teacher, batch, padded), teacher.get_output_embeddings()
     settings = {key: getattr(stage, key) for key in ("kl", "ce", "temperature", "divergence", "beta", "reduction")}
-    return head_sums(hidden, teacher_model, student.get_output_embeddings(), head, batch["labels"], **settings)
+    return head_sums(hidden, teacher_hidden, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:

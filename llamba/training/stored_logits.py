@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from llamba.base.devices import processes
 from llamba.data.batches import KEPT, Item, Rows, collate
 from llamba.data.sources import sha256
+from llamba.models.documents import attend_by_document, by_document
 from llamba.models.loading import load_config
 from llamba.settings import Distill
 from llamba.training.losses import IGNORE, TopK
@@ -121,7 +122,7 @@ class RowsWithLogits(Rows):
 def _hidden(teacher: PreTrainedModel, rows: list[Item]) -> Tensor:
     """Last hidden states at the positions before targets, [m, D']."""
     batch = {key: value.to(teacher.device) for key, value in collate(rows, 0).items()}
-    hidden: Tensor = teacher.base_model(**model_inputs(batch), use_cache=False).last_hidden_state
+    hidden: Tensor = teacher.base_model(**model_inputs(batch), **by_document(teacher, batch), use_cache=False).last_hidden_state
     return hidden[:, :-1][batch["labels"][:, 1:].to(hidden.device) != IGNORE]
 
 
@@ -194,6 +195,8 @@ def _fill(stage: Distill, rows: Rows, shards: Shards, load: Callable[[], PreTrai
         if faults[number] != "is missing":
             print(f"teacher's logits: {shards.path(number)} {faults[number]}, and is made again", flush=True)
     teacher = load() if wanted else None
+    if teacher is not None:
+        attend_by_document(teacher)  # as in training
     for number in _progress(wanted, shards):
         assert teacher is not None
         _make(stage, teacher, rows, shards, number)
