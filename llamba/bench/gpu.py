@@ -84,7 +84,7 @@ def passed(out: Path, dry: bool) -> set[str]:
     found, here = set(), commit()
     for line in out.read_text().split("\n")[:-1] if out.exists() else []:
         row = json.loads(line)
-        if row["bench"] == "part" and row["status"] == "passed" and row["commit"] == here and row["dry"] == dry:
+        if row.get("bench") == "part" and row["status"] == "passed" and row["commit"] == here and row["dry"] == dry:
             found.add(row["part"])
     return found
 
