@@ -112,7 +112,7 @@ def _overrides() -> Iterator[Case]:
     for key in ("lr", "stage.0.lr", "stages.9.lr", "stages.0.lrr", "student", "data.", ".", "stages", "stages.0", "é", "a b", "seed.x"):
         yield Case(f"unknown key {key}", lambda w, k=key: ["plan", w.recipe(), f"{k}=1"], "unknown key")
     for text in ("lr", "=", "--seed", "seed"):
-        yield Case(f"no assignment {text!r}", lambda w, t=text: ["plan", w.recipe(), t], "key=value|unknown|unrecognized|needed")
+        yield Case(f"no assignment {text!r}", lambda w, t=text: ["plan", w.recipe(), t], "key=value|unknown|none of its options|needed")
     for text in ("seed=7", "data.length=64", "student.attention=0.25", "student.attention=[1,3]", "stages.0.steps=2", "stages.0.lr=1e-3"):
         yield Case(f"right {text}", lambda w, t=text: ["plan", w.recipe(), t], None)
     late = {

@@ -16,7 +16,7 @@ def _run_file(path: str) -> dict[str, Any]:
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         return runpy.run_path(path, run_name="recipe")
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = path if line is None else f"{path}, line {line}"

@@ -133,7 +133,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: needed a parquet file, got: {error}") from None
     columns = [name for name in table.schema_arrow.names if name in COLUMNS]
     number = 0
