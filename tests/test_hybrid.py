@@ -315,7 +315,7 @@ def test_taking_back_more_than_the_rings_hold_is_refused() -> None:
         cache.crop(-32)
         static = StaticCache(config=student().config, max_cache_len=16)
         student()(ids(1, 9), past_key_values=static)
-        with pytest.raises(ValueError, match="takes no tokens back|cannot take back 1 tokens"):
+        with pytest.raises(ValueError, match="a static cache takes no tokens back"):
             static.crop(-1)
 
 

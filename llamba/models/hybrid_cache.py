@@ -32,7 +32,7 @@ class AtomicCrop:
             raise ValueError(f"crop takes a negative count of tokens to remove; got {tokens_to_remove}")
         before = [dict(vars(layer)) for layer in self.layers]  # no layer of transformers writes into its tensors
         try:
-            for layer in self.layers:
+            for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, StaticLayer)):  # the reason that has a remedy first
                 if isinstance(layer, RecurrentLayer):
                     layer.check_crop(tokens_to_remove)
                 else:
