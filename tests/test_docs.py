@@ -68,7 +68,7 @@ def here(tmp_path: Path, finished_run: Path, chat_file: Path, monkeypatch) -> Pa
     """A folder in which the documents' commands find what they name."""
     for name in ("recipes", "eval", "kernels", "docs", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("demo", "llama3_50pct", "quarter"):
+    for name in ("demo", "plain", "llama3_50pct", "quarter"):
         shutil.copytree(finished_run, tmp_path / "runs" / name)
     (tmp_path / "runs" / "demo-data").mkdir()
     for name in ("chats.jsonl", "runs/demo-data/train.jsonl", "runs/demo-data/held_out.jsonl"):
