@@ -26,7 +26,11 @@ def operation(name: str, run: Recurrence, shapes: Recurrence) -> Recurrence:
         given = [None if t is None else t.detach().requires_grad_() for t in arguments[:7]]
         with torch.enable_grad():
             made = run(*given, *arguments[7:])
-        return [g.contiguous() for g in torch.autograd.grad(made, [t for t in given if t is not None], (dy, dlast))]
+        pairs = [(out, d) for out, d in zip(made, (dy, dlast), strict=True) if out.requires_grad]  # a last state may be made without
+        outs, gradients = zip(*pairs, strict=True)
+        asked = [t for t in given if t is not None]
+        found = torch.autograd.grad(outs, asked, gradients, materialize_grads=True)
+        return [g.contiguous() for g in found]
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])

@@ -14,7 +14,7 @@ import uvicorn
 from openai import APIStatusError, AsyncOpenAI, AuthenticationError, BadRequestError, NotFoundError, OpenAI, RateLimitError
 
 from llamba.base.arguments import Parser
-from llamba.chat.serving import application, check_host, is_loopback
+from llamba.chat.serving import KEEP_ALIVE, application, check_host, is_loopback
 from llamba.commands.serve import serve
 from llamba.models.convert import convert
 
@@ -34,7 +34,7 @@ class Running:
 
     def __init__(self, app: Any):
         self.door = app
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_keep_alive=KEEP_ALIVE))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

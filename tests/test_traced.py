@@ -40,6 +40,7 @@ def forms(tokens: Tensor) -> dict[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # transformers' own, for its Llama too
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize("form", ["padded", *(pytest.param(name, marks=slow) for name in ("mask", "positions", "packed", "seq_idx"))])
 def test_a_graph_of_one_length(form: str, strict: bool) -> None:

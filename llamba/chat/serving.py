@@ -24,6 +24,7 @@ from transformers.cli.serving.utils import Modality
 
 from llamba.chat.answering import Asked, Manager, Piece, cancelled
 
+KEEP_ALIVE = 75  # seconds that an idle connection stays open: longer than clients keep theirs, or both end it at once and a request is lost
 ROUTES = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/health")}
 SERVED = {
     "model", "messages", "prompt", "stream", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "logprobs",
@@ -274,4 +275,5 @@ def serve(name: str, model: Any, tokenizer: Any, host: str, port: int, draft: An
     check_host(host, key)
     import uvicorn
 
-    uvicorn.run(application(name, model, tokenizer, draft, key, queue), host=host, port=port, log_level="warning")
+    app = application(name, model, tokenizer, draft, key, queue)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)

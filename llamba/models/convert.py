@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llamba.models.calibrate import Rows, calibrated, check_rows
 from llamba.models.families import Family, family_of
 from llamba.models.gate import open_by, open_directions
 from llamba.models.hybrid import RECURRENT, mixer_layers
@@ -128,6 +129,7 @@ def convert(
     init: str = "attention",
     seed: int = 0,
     options: dict[str, Any] | None = None,
+    calibrate: Rows | None = None,
 ) -> Any:
     """Replace attention by mixers that start from its weights; returns the student (with `.conversion`), in eval mode.
 
@@ -138,7 +140,9 @@ def convert(
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
-    on which the gate is opened. Source: Mamba-in-Llama, Algorithm 1.
+    on which the gate is opened. `calibrate`: rows of token ids, some thousand in all, on which the weights that join window and recurrence
+    are fitted to the teacher's attention (see `llamba.models.calibrate`); without them they start at 0. Source: Mamba-in-Llama,
+    Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded or
     has weights without values.
@@ -146,6 +150,8 @@ def convert(
     if isinstance(teacher, str):  # say what is wrong with the arguments before reading gigabytes
         student_config(load_config(teacher), mixer, attention, options)
     source = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    if calibrate is not None:
+        check_rows(calibrate, source.config, mixer)
     config = student_config(source.config, mixer, attention, options)
     family = family_of(config)
     with init_empty_weights():
@@ -171,6 +177,8 @@ def convert(
             place.self_attn = made.to(home)
     _copy_rest(source, student, home, share=isinstance(teacher, str))
     student.generation_config = copy.deepcopy(source.generation_config)
+    if calibrate is not None:
+        record |= calibrated(source, student, record, calibrate)
     student.conversion = Conversion([i for i in range(config.num_hidden_layers) if i not in mixer_layers(config)], record)
     return student.eval()
 

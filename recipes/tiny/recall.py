@@ -3,13 +3,16 @@
 python recipes/tiny/recall.py        (after recipes/tiny/demo.py, whose student it goes on from)
 
 The 50% student is the demo's. The others are converted from it and from each other, and distilled from the teacher for a few steps
-more. Two exams: the language's own recall (one fact of 4 to 64, asked for after another question), and its facts as a needle: one
-known name among many, at a depth from the start to the end.
+more; the last is measured without its recurrence too, as what its windows and sinks recall alone. Two exams: the language's own recall
+(one fact of 4 to 64, asked for after another question), and its facts as a needle: one known name among many, at a depth from the start
+to the end.
 """
 
 import json
 import random
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,14 +27,17 @@ from llamba.base.folders import finished
 from llamba.eval import scores
 from llamba.eval.recall import draw_needle
 from llamba.eval.stats import bootstrap
+from llamba.models.mixers import without_recurrence
 from llamba.running.run import run
-from llamba.settings import Distill, Recipe, Student
+from llamba.settings import Distill, Recipe
 
 OUT = Path("runs/demo-recall")
 STEPS = 120
 TRIALS = 40
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NEEDLE_FACTS, NEEDLE_TRIALS = (8, 16, 32, 64), 20
+
+WITHOUT = "0%, recurrence off"
 
 Exam = tuple[list[Message], str]
 
@@ -43,7 +49,7 @@ def further(start: Path, attention: float, output: Path) -> Path:
     return run(
         Recipe(
             teacher=str(start),
-            student=Student(mixer="mamba2", attention=attention),
+            student=replace(demo.student, attention=attention),
             data=demo.data,
             stages=[stage],
             output=str(output),
@@ -75,18 +81,22 @@ def right(model, tokenizer, exams: list[Exam]) -> list[float]:
     return found
 
 
-def measure(folder: str) -> tuple[dict, dict]:
+def measure(folder: str, recurrence: bool = True) -> tuple[dict, dict]:
     """Recall by number of facts, and by number and depth."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left"
-    counts = {n: right(model, tokenizer, [exam("recall", random.Random(f"recall/{n}/{i}"), n) for i in range(TRIALS)]) for n in FACT_COUNTS}
-    cells = {
-        (n, depth): right(model, tokenizer, [needle(n, depth, random.Random(f"needle/{n}/{depth}/{i}")) for i in range(NEEDLE_TRIALS)])
+    stated = {n: [exam("recall", random.Random(f"recall/{n}/{i}"), n) for i in range(TRIALS)] for n in FACT_COUNTS}
+    placed = {
+        (n, depth): [needle(n, depth, random.Random(f"needle/{n}/{depth}/{i}")) for i in range(NEEDLE_TRIALS)]
         for n in NEEDLE_FACTS
         for depth in DEPTHS
     }
-    return counts, cells
+    with nullcontext() if recurrence else without_recurrence(model):
+        return (
+            {n: right(model, tokenizer, exams) for n, exams in stated.items()},
+            {cell: right(model, tokenizer, exams) for cell, exams in placed.items()},
+        )
 
 
 def draw(curves: dict[str, dict[int, list[float]]], path: Path) -> None:
@@ -95,7 +105,7 @@ def draw(curves: dict[str, dict[int, list[float]]], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, found), line in zip(curves.items(), ("-", "--", "-", "-"), strict=True):
+    for (name, found), line in zip(curves.items(), ("-", "--", "-", "-", ":"), strict=True):
         points = [bootstrap({i: [v] for i, v in enumerate(values)}) for values in found.values()]
         spread = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         axes.errorbar(list(found), [p.mean for p in points], yerr=spread, marker="o", linestyle=line, capsize=3, label=name)
@@ -107,7 +117,7 @@ def draw(curves: dict[str, dict[int, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Make the students, measure all four models, draw, print, and write every score."""
+    """Make the students, measure all models, draw, print, and write every score."""
     started = time.time()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -117,11 +127,11 @@ def main() -> None:
     write_conversations(Path(str(demo.data.train)), CONVERSATIONS, LENGTH)
     quarter = further(done[-1], 0.25, OUT / "25pct")
     none = further(quarter, 0.0, OUT / "0pct")
-    models = {"teacher, 100%": str(HERE / "teacher"), "50%": str(done[-1]), "25%": str(quarter), "0%": str(none)}
+    models = {"teacher, 100%": str(HERE / "teacher"), "50%": str(done[-1]), "25%": str(quarter), "0%": str(none), WITHOUT: str(none)}
     curves, needles, rows = {}, {}, []
     print(f"\n{'recalled exactly, %':<22}" + "".join(f"{f'{n} facts':>10}" for n in FACT_COUNTS))
     for name, folder in models.items():
-        curves[name], needles[name] = measure(folder)
+        curves[name], needles[name] = measure(folder, recurrence=name != WITHOUT)
         means = {n: bootstrap({i: [v] for i, v in enumerate(values)}) for n, values in curves[name].items()}
         rows += [scores.score("recall/embedded language", f"{n} facts", name, value) for n, value in means.items()]
         one_by_one = {f"{n} facts/{i}": [value] for n, values in curves[name].items() for i, value in enumerate(values)}

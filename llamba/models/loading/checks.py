@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as QUANTISERS
 
 from llamba.base.foreign import read_object, reading
@@ -95,7 +95,7 @@ def check_stored(folder: Path, config: PreTrainedConfig) -> None:
             f"tensors of {lost} are missing; restore the files, or correct config.json"
         )
     with reading(f"{folder}: config.json does not describe a model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # `from_config` would split it over processes under ZeRO-3
     if config.model_type.removeprefix("llamba_") in FAMILIES:
         check_loaded(str(folder), _differences(model, tensors))
     needed, held = sum(weight.numel() for weight in model.parameters()), sum(prod(tensor.shape) for tensor in tensors.values())

@@ -330,12 +330,30 @@ class Mixer(nn.Module):
             y = self._cached_step(parts, rec, layer)
         else:
             y = self._cached_run(parts, rec, layer)
-        y = self.norm(y, parts["z"]) if self.norm is not None else y.flatten(-2) * F.silu(parts["z"])
+        y = self._gated(y, parts["z"])
         if self.sight is not None:
             y = self._joined(y, self._look(parts, rec, layer), parts["mass"])
         elif self.recurrence_off:
             y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """Gate and norm: [B, T, H, P], [B, T, H P] -> [B, T, H P]."""
+        return self.norm(y, z) if self.norm is not None else y.flatten(-2) * F.silu(z)
+
+    def sides(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the join puts together, and what it should give: the part of attention that window and sinks see (zeros without them), the
+        recurrence behind the gate with weights of 1, and attention over all tokens of the document. All [B, T, H, P], from [B, T, D]."""
+        turns = {name: part.expand(*hidden_states.shape[:2], -1) for name, part in zip(("cos", "sin"), angles, strict=True)}
+        parts = self._project(hidden_states) | turns
+        y = self._run(parts, Recurrence(), None, None)[0]
+        ones = y.new_ones(self.config.inner)
+        y = y.flatten(-2) * F.silu(parts["z"]) if self.norm is None else gated_head_norm(y, parts["z"], ones, self.norm.eps)
+        heads, scale = self.attention_heads(parts), self.config.head_dim**-0.5
+        reach = self.config.sliding_window if self.layer_idx in (self.config.sliding_layers or ()) else None
+        whole = window_attention(*heads, Sight(hidden_states.shape[1] if reach is None else reach, 0, reach), scale=scale)
+        seen = torch.zeros_like(whole) if self.sight is None else window_attention(*heads, self.sight, scale=scale)
+        return seen, y.unflatten(-1, (-1, self.config.head_dim)), whole
 
     def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor) -> Tensor:
         """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
