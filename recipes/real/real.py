@@ -35,8 +35,8 @@ LENGTH = 512
 ANSWERED = 32  # conversations that the teacher answers
 HELD_OUT = 12  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
-TOKENS_A_MINUTE = {"hidden": 50_000, "half": 45_000, "none": 40_000}  # on two cores with bf16 products
-SHARES = {"hidden": 0.3, "half": 0.25, "none": 0.45}  # of the minutes
+TOKENS_A_MINUTE = {"hidden": 60_000, "half": 29_000, "none": 26_000}  # on two cores with bf16 products
+SHARES = {"hidden": 0.25, "half": 0.25, "none": 0.5}  # of the minutes
 QUESTIONS = (
     "What is the capital of France?",
     "Name three things that one can do on a rainy day.",
