@@ -59,7 +59,7 @@ class JoinFit:
             ridged = square.clone()
             for part in (slice(0, self.width), slice(self.width, None)):
                 diagonal = ridged.diagonal()[part]
-                diagonal += RIDGE * diagonal.mean() + torch.finfo(torch.float64).tiny if len(diagonal) else 0.0
+                diagonal += RIDGE * diagonal.mean() + torch.finfo(torch.float64).smallest_normal if len(diagonal) else 0.0
             solved.append(torch.linalg.solve(ridged, product))
         found = torch.stack(solved)  # [H, D + P]
         name, gain = ("join", self.mixer.join) if self.mixer.norm is None else ("norm.weight", self.mixer.norm.weight)

@@ -33,6 +33,9 @@ from llamba.recipes.real.measures import CONTEXTS, LATE, cache_mib, distance, pi
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH = 512
 ANSWERED = 32  # conversations that the teacher answers
+SELECT_ROWS = 8  # sequences that the layers are ranked on
+HEAD = 8192  # tokens that the draft can propose: the most frequent ones
+DRAFT_TOKENS = 200_000  # that the draft learns on
 HELD_OUT = 12  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 TOKENS_A_MINUTE = {"hidden": 60_000, "half": 29_000, "none": 26_000}  # on two cores with bf16 products
@@ -91,6 +94,14 @@ def distillations(part: str, minutes: float) -> list[Distill]:
     return [replace(common, tokens=tokens(part, first)), *more]
 
 
+def _draft(minutes: float) -> Draft:
+    """Two layers, with a head of the most frequent tokens. It stands before what more minutes add, so that these go on."""
+    return Draft(
+        layers=2, head=HEAD, kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.05,
+        tokens=int(DRAFT_TOKENS * minutes / FIRST_MINUTES), batch=8, micro_batch=4, save_every=50, log_every=10,
+    )  # fmt: skip
+
+
 def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
     """The runs: with attention in half of the layers, and, from the same aligned layers, without any."""
     first = min(choices.minutes, FIRST_MINUTES)
@@ -100,11 +111,12 @@ def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
     hidden = Hidden(
         tokens=tokens("hidden", first), lr=3e-3, warmup=0.05, floor=0.05, batch=4, micro_batch=4, save_every=50, log_every=5
     )  # fmt: skip
-    select = Select(data=prompts, keep=0.5, method="swap", rows=8, micro_batch=4, targets="all")
+    select = Select(data=prompts, keep=0.5, method="swap", rows=SELECT_ROWS, micro_batch=4, targets="all")
     data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.8, 0.2], length=LENGTH, packing=True)
+    distilled, *more = distillations("half", choices.minutes)
     half = Recipe(
         teacher=choices.teacher, student=Student(mixer="auto", attention=0), data=data,
-        stages=[answers, hidden, select, *distillations("half", choices.minutes)], output=choices.output,
+        stages=[answers, hidden, select, distilled, _draft(first), *more], output=choices.output,
     )  # fmt: skip
     made = replace(data, train=[str(train), f"{choices.output}/1-pseudo_label/rows"])
     none = Recipe(
@@ -113,16 +125,6 @@ def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
         output=f"{choices.output}-0pct",
     )  # fmt: skip
     return half, none
-
-
-def with_draft(half: Recipe, minutes: float) -> Recipe:
-    """The run goes on to a draft of two layers whose head has the most frequent tokens."""
-    learnt = int(200_000 * min(1, minutes / FIRST_MINUTES))
-    draft = Draft(
-        layers=2, head=8192, kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.05, tokens=learnt, batch=8,
-        micro_batch=4, save_every=50, log_every=10,
-    )  # fmt: skip
-    return replace(half, stages=[*half.stages, draft])
 
 
 def asked(model: Any, tokenizer: Any) -> dict[str, str]:
@@ -195,7 +197,6 @@ def main() -> None:
     half, none = recipes(choices, train)
     run(half)
     run(none)
-    run(with_draft(half, choices.minutes))
     layers = json.loads((Path(choices.output) / "3-select" / "layers.json").read_text())["layers"]
     found = measured(choices, held, layers)
     students = {"50%": Path(choices.output), "0%": Path(f"{choices.output}-0pct")}

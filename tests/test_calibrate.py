@@ -1,0 +1,86 @@
+"""The closed-form start: joins fitted to the teacher's attention, against the same least squares written out."""
+
+import pytest
+import torch
+from models import TEACHERS, ids, teacher
+
+from llamba.models.calibrate import RIDGE
+from llamba.models.convert import convert
+
+NEAR = {"window": 4, "sinks": 1, "rotary": True}
+
+
+def of_layer(model, rows, index: int):
+    """Inputs and angles of a teacher's attention, row by row."""
+    caught = []
+    hook = model.base_model.layers[index].self_attn.register_forward_pre_hook(
+        lambda module, positional, named: caught.append((named["hidden_states"], named["position_embeddings"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        for row in rows:
+            model(row[None])
+    hook.remove()
+    return caught
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_delta", "discrete_mamba2"])
+def test_the_joins_are_those_of_one_least_squares_fit(mixer: str) -> None:
+    source, rows = teacher(), ids(3, 40)
+    made = convert(source, mixer=mixer, attention=[0], options=NEAR, calibrate=rows)
+    one = made.base_model.layers[1].self_attn
+    c = one.config
+    sides = [(hidden[0], *(side[0] for side in one.sides(hidden, angles))) for hidden, angles in of_layer(source, rows, 1)]
+    hidden, seen, recurrent, whole = (torch.cat(parts).double() for parts in zip(*sides, strict=True))
+    gain = (one.join if one.norm is None else one.norm.weight).double().view(c.heads, c.head_dim)
+    mass = one.in_proj.weight[-c.heads :].double()
+    for head in range(c.heads):
+        s, n, y = seen[:, head], recurrent[:, head], (whole - seen)[:, head]  # [T, P]
+        own = torch.eye(c.head_dim, dtype=torch.float64) * n[:, :, None]  # [T, P, P]
+        design = torch.cat((-s[:, :, None] * hidden[:, None], own), -1).flatten(0, 1)  # [T P, D + P]
+        square = design.T @ design
+        for part in (slice(0, c.hidden_size), slice(c.hidden_size, None)):
+            square.diagonal()[part].add_(RIDGE * square.diagonal()[part].mean())
+        found = torch.linalg.solve(square, design.T @ y.flatten())
+        assert torch.allclose(found, torch.cat((mass[head], gain[head])), rtol=1e-4, atol=1e-5)
+    assert any("fitted on 120 tokens" in origin.source for origin in made.conversion.layers[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(TEACHERS))
+def test_what_is_fitted_to_is_the_teachers_attention(name: str) -> None:
+    source, rows = teacher(name), ids(1, 40)
+    one = convert(source, mixer="mamba2", attention=[0], options=NEAR).base_model.layers[1].self_attn
+    ((given, angles),) = of_layer(source, rows, 1)
+    attention = source.base_model.layers[1].self_attn
+    caught: list[torch.Tensor] = []
+    hook = attention.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs[0]))
+    source(rows)
+    hook.remove()
+    assert torch.allclose(
+        one.out_proj(one.sides(given, angles)[2].flatten(-2)), caught[0], rtol=0, atol=1e-7 if name == "qwen3" else 1e-9
+    )  # transformers' norm of it is in fp32
+
+
+@torch.no_grad()
+def test_a_fit_comes_closer_to_attention_and_leaves_a_whole_window_as_it_is() -> None:
+    source, rows, other = teacher(), ids(8, 64), ids(2, 64, seed=3)
+
+    def error(**more) -> float:
+        student = convert(source, mixer="mamba2", attention=[0], **more)
+        (given, angles), *_ = of_layer(source, other, 1)
+        want = source.base_model.layers[1].self_attn(given, angles, None)[0]
+        return float((student.base_model.layers[1].self_attn(given, position_embeddings=angles)[0] - want).square().sum())
+
+    assert error(options=NEAR, calibrate=rows) < 0.9 * error(options=NEAR)
+    assert error(calibrate=rows) < error()
+    whole = convert(source, mixer="mamba2", attention=[0], options={"window": 64, "rotary": True}, calibrate=rows)
+    assert (whole(other).logits - source(other).logits).abs().max() < 1e-9
+
+
+def test_rows_that_do_not_serve_are_refused() -> None:
+    source = teacher()
+    with pytest.raises(ValueError, match="calibrate needs rows of 1 to .* token ids, got no rows"):
+        convert(source, calibrate=[])
+    with pytest.raises(ValueError, match="calibrate is for mixers that read whole heads; got mixer='mamba1'"):
+        convert(source, mixer="mamba1", calibrate=ids(1, 8))
