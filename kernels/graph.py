@@ -1,5 +1,6 @@
 """A recurrence as one operation of a traced graph: its loops over the length stay out of it (torch.export, torch.compile).
 
+Inside an operation torch records no gradient of ordinary tensor operations: `run` must be one autograd function of its inputs.
 The operations are registered with torch by importing `llamba`. Their gradient computes the forward pass again.
 Shapes: those of the recurrence; all of them take four tensors, three that may be None, the state before, documents and a chunk's length.
 """
@@ -26,11 +27,7 @@ def operation(name: str, run: Recurrence, shapes: Recurrence) -> Recurrence:
         given = [None if t is None else t.detach().requires_grad_() for t in arguments[:7]]
         with torch.enable_grad():
             made = run(*given, *arguments[7:])
-        pairs = [(out, d) for out, d in zip(made, (dy, dlast), strict=True) if out.requires_grad]  # a last state may be made without
-        outs, gradients = zip(*pairs, strict=True)
-        asked = [t for t in given if t is not None]
-        found = torch.autograd.grad(outs, asked, gradients, materialize_grads=True)
-        return [g.contiguous() for g in found]
+        return [g.contiguous() for g in torch.autograd.grad(made, [t for t in given if t is not None], (dy, dlast))]
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..choice import Obstacle, choose
 from ..common import accumulator, check_positive, check_rank, check_shape, documents, no_autocast, traced
 from ..graph import operation
-from .blocked import blocked
+from .blocked import blocked, grouped
 from .packages import by_mamba_ssm, obstacles
 from .reference import sequential
 
@@ -22,11 +22,11 @@ FORMS = ("torch", "sequential", "triton", "mamba_ssm")
 TRITON_WIDEST = 256  # entries of N that a Triton program holds
 
 
-def _shapes(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], *A.shape, dtype=accumulator(x.dtype))
+def _shapes(x: Tensor, dt: Tensor, rates: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), rates.new_empty(x.shape[0], *rates.shape)
 
 
-_BLOCKED = operation("selective_scan", blocked, _shapes)
+_GROUPED = operation("selective_scan", grouped, _shapes)
 
 
 def selective_scan(
@@ -68,10 +68,8 @@ def selective_scan(
             y, last = fused(x, dt, A, b, c, D, state, docs, chunk)
         elif form == "mamba_ssm":
             y, last = by_mamba_ssm(x, dt, A, b, c, D)
-        elif traced(x.shape[1]):
-            y, last = _BLOCKED(x, dt, A, b, c, D, state, docs, chunk)
         else:
-            y, last = blocked(x, dt, A, b, c, D, state, docs, chunk)
+            y, last = blocked(x, dt, A, b, c, D, state, docs, chunk, _GROUPED if traced(x.shape[1]) else grouped)
     return (y if mask is None else y.masked_fill(~mask[..., None], 0)), last
 
 

@@ -5,6 +5,7 @@ multiply-add per token is left for the recurrence. Only the state before each bl
 Shapes: B batch, T time, C channels, S groups, I = C // S channels of a group, N state width, L tokens of a block.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from ..common import accumulator, document_before, no_autocast
 from .blocks import Gradients, block_backward, columns, cut, states, time_first
+
+Core = Callable[..., tuple[Tensor, Tensor]]
 
 
 def blocked(
@@ -25,17 +28,29 @@ def blocked(
     state: Tensor | None,
     docs: Tensor | None,
     chunk: int,
+    core: Core | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of `selective_scan`, with dt already 0 at masked tokens; shapes as there, docs [B, T]."""
+    """The recurrence of `selective_scan`, with dt already 0 at masked tokens; shapes as there, docs [B, T].
+
+    core: `grouped`, or the operation of a traced graph that stands for it.
+    """
     (B, _, C), (S, N), acc = x.shape, b.shape[2:], accumulator(x.dtype)
     rates = A.to(acc).view(S, C // S, N).transpose(1, 2).contiguous()  # [S, N, I]
-    if state is None:
-        state = x.new_zeros(B, C, N, dtype=acc)
-    state = state.to(acc).view(B, S, C // S, N).transpose(2, 3).contiguous()  # [B, S, N, I]
-    same = None if docs is None else (docs == document_before(docs)).t()[:, :, None, None, None]  # [T, B, 1, 1, 1]
-    skip = None if D is None else D.to(acc)
-    y, last = _Blocked.apply(x, dt, b, c, rates, skip, state, same, chunk)
+    if state is not None:
+        state = state.to(acc).view(B, S, C // S, N).transpose(2, 3).contiguous()  # [B, S, N, I]
+    y, last = (core or grouped)(x, dt, rates, b, c, None if D is None else D.to(acc), state, docs, chunk)
     return y, last.transpose(2, 3).reshape(B, C, N)
+
+
+def grouped(
+    x: Tensor, dt: Tensor, rates: Tensor, b: Tensor, c: Tensor, D: Tensor | None, state: Tensor | None, docs: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`blocked` by groups: rates [S, N, I], state [B, S, N, I]. It is one autograd function and nothing else that has a gradient."""
+    if state is None:
+        state = rates.new_zeros(x.shape[0], *rates.shape)
+    same = None if docs is None else (docs == document_before(docs)).t()[:, :, None, None, None]  # [T, B, 1, 1, 1]
+    y, last = _Blocked.apply(x, dt, b, c, rates, D, state, same, chunk)
+    return y, last
 
 
 class _Blocked(torch.autograd.Function):
