@@ -1,13 +1,15 @@
 """A file of JSON lines that only grows while work goes on: what stands in it survives a kill, a full disk and a second start."""
 
-import fcntl
 import json
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from llamba.base.locks import locked
 
 BALLAST = 1 << 20  # bytes kept aside, given back when the disk is full, so that replies on their way can still be written
 
@@ -55,20 +57,19 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 class Journal:
     """An append-only file of rows, for one process at a time; `rows` holds what stands in it.
 
-    Raises ValueError where another process has it open, and OSError (once, by the `append` that met it) where the disk is full;
-    the row of that call is written all the same if the ballast makes the room for it.
+    Raises ValueError where another process has it open, and says which; OSError (once, by the `append` that met it) where the disk is
+    full: the row of that call is written all the same if the ballast makes the room for it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = read_lines(path)
-        self.file = path.open("a+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process; wait for it, or choose another --out") from error
-        self._cut_torn_line()
+        with ExitStack() as opening:  # gives the lock back where the file cannot be read
+            opening.enter_context(locked(path.with_name(path.name + ".lock"), path, "choose another --out"))
+            self.rows = read_lines(path)
+            self.file = opening.enter_context(path.open("a+b"))
+            self._cut_torn_line()
+            self.closing = opening.pop_all()
         self.ballast = path.with_name(path.name + ".ballast")
         self.ballast.write_bytes(bytes(BALLAST))
 
@@ -107,4 +108,4 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.ballast.unlink(missing_ok=True)
-        self.file.close()
+        self.closing.close()

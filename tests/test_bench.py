@@ -1,6 +1,7 @@
 """The benches of kernels start on a CPU, print what they compare, and count what they say."""
 
 import json
+import subprocess
 import sys
 
 import packages
@@ -8,19 +9,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamba.bench import mfu, ops, train
+from llamba.bench import cold, mfu, ops, train
 from llamba.bench.shapes import shrunk
 from llamba.cli import main
 from llamba.models.convert import student_config
 from llamba.models.published import teacher_config
 from llamba.training.trainer import freeze
 
-SMALL = "--device cpu --dtype float32 --repeats 1".split()
+SMALL = "--device cpu --dtype float32".split()
 
 
 def _rows(command: str, tmp_path, *more: str) -> list[dict]:
     path = tmp_path / "rows.jsonl"
-    main([*command.split(), *SMALL, "--out", str(path), *more])
+    main([*command.split(), *(() if "cold" in command else SMALL), "--repeats", "1", "--out", str(path), *more])
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -76,3 +77,25 @@ def test_mixers_against_those_of_transformers(tmp_path, capsys, monkeypatch) -> 
     assert "theirs: transformers' mixers in torch" in capsys.readouterr().out
     cuda = ops.work_on("cuda", "auto", 1)
     assert (cuda.dtype, cuda.tokens, cuda.inner, cuda.groups) == (torch.bfloat16, 4096, 4096, 8)
+
+
+@pytest.mark.slow
+def test_a_cold_start_loads_no_package_that_a_bare_script_does_not(teacher_folder, tmp_path, capsys) -> None:
+    """All three print the same token, and what costs the command its time is its own code, not packages that it imports too early."""
+    (row,) = _rows(f"bench cold --model {teacher_folder}", tmp_path)
+    assert row["llamba generate"]["printed"] and len({row[name]["printed"] for name in cold.processes("x")}) == 1
+    assert row["llamba generate"]["of_transformers"] == row["llamba generate"]["cpu_s"] / row["transformers"]["cpu_s"]
+    tell = "\nprint(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    bare, ours = (_packages(code + tell, str(teacher_folder)) for code in (cold.BARE, _COMMAND))
+    assert ours - bare <= {"llamba", "shlex", "fcntl"}
+
+
+_COMMAND = (
+    f"import sys\nfrom llamba.cli import main\nmain(['generate', sys.argv[1], {cold.TEXT!r}, '--max-new-tokens', '1', '--device', 'cpu'])"
+)
+
+
+def _packages(code: str, model: str) -> set[str]:
+    """The packages that a process has loaded, which prints them last."""
+    done = subprocess.run([sys.executable, "-c", code, model, cold.TEXT], capture_output=True, text=True, check=True)
+    return set(done.stdout.strip().splitlines()[-1].split())

@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llamba.data.batches import Rows
 from llamba.data.tokens import prepare
@@ -68,6 +73,53 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_begins(tmp_path, monk
     with pytest.raises(ValueError, match=words):
         run.run(recipe)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["recipe.json"]
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def reweigh(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    """Put one tensor in the place of another in a folder's file, or take it out."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name) if value is None else tensors.update({name: value})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+Q_PROJ = "model.layers.3.self_attn.q_proj.weight"
+UNFIT_TEACHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN": (lambda folder: reweigh(folder, Q_PROJ, torch.full((32, 32), float("nan"))), f"finite numbers, got NaN or infinity in {Q_PROJ}"),
+    "infinity": (lambda folder: reweigh(folder, Q_PROJ, torch.tensor([[torch.inf] + [0.0] * 31] * 32)), f"infinity in {Q_PROJ}"),
+    "a tensor gone": (lambda folder: reweigh(folder, Q_PROJ, None), f"missing {Q_PROJ}"),
+    "another shape": (lambda folder: reweigh(folder, Q_PROJ, torch.eye(16)), f"of another shape {Q_PROJ}"),
+    "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 5000), "is no whole safetensors file"),
+    "another family": (lambda folder: rewrite(folder, model_type="gpt2"), "its model_type must be one of llama"),
+    "quantised": (lambda folder: rewrite(folder, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised .gptq."),
+    "without a tokenizer": (lambda folder: [path.unlink() for path in folder.glob("token*")], "needs a tokenizer, and teacher has none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, words", UNFIT_TEACHERS.values(), ids=UNFIT_TEACHERS)
+@pytest.mark.parametrize("attention", [0.5, "layers.json"])
+def test_an_unfit_teacher_is_said_before_it_is_converted(tmp_path, monkeypatch, teacher_folder, chat_file, damage, words, attention):
+    monkeypatch.chdir(tmp_path)
+    Path("layers.json").write_text("[1, 3]")
+    damage(Path(shutil.copytree(teacher_folder, "teacher")))
+    monkeypatch.setattr(run, "_convert", lambda *arguments: pytest.fail("the conversion began"))
+    recipe = Recipe("teacher", Student(attention=attention), Data(train=str(chat_file), length=48), [Sft(**SHORT)], "run")
+    with pytest.raises(ValueError, match=words):
+        run.run(recipe)
+    assert [path.name for path in Path("run").iterdir()] == ["recipe.json"]
+
+
+def test_layers_of_a_list_are_looked_at_before_the_first_stage(tmp_path, monkeypatch, teacher_folder, chat_file):
+    monkeypatch.chdir(tmp_path)
+    Path("layers.json").write_text("[9]")
+    monkeypatch.setattr(run, "_convert", lambda *arguments: pytest.fail("the conversion began"))
+    recipe = Recipe(str(teacher_folder), Student(attention="layers.json"), Data(train=str(chat_file)), [Sft(**SHORT)], "run")
+    with pytest.raises(ValueError, match="different layer indices from 0 to 3"):
+        run.run(recipe)
 
 
 def test_what_is_left_out_done_or_still_to_be_made_is_not_looked_at(tmp_path, monkeypatch, teacher_folder, chat_file):

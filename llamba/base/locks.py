@@ -1,4 +1,4 @@
-"""One process at a time in an output folder."""
+"""One process at a time where two would spoil each other's work: in an output folder, in a file that grows."""
 
 import fcntl
 import json
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from llamba.base.provenance import command
+
 LOCK = ".lock"
+_LONGEST = 160  # characters of a command in a message
 
 
 def _holder(file: IO[str]) -> str:
@@ -18,12 +21,13 @@ def _holder(file: IO[str]) -> str:
     file.seek(0)
     try:
         found = json.loads(file.read())
-        return f"process {found['pid']} on {found['host']} since {found['since']}"
+        line = found["command"] if len(found["command"]) <= _LONGEST else found["command"][:_LONGEST] + " ..."
+        return f"process {found['pid']} on {found['host']} since {found['since']} ({line})"
     except (ValueError, KeyError, TypeError):
         return "another process"
 
 
-def _opened(path: Path) -> IO[str] | None:
+def _opened(path: Path, what: Path, remedy: str) -> IO[str] | None:
     """The lock's file, locked; None where its last holder removed it in between. Raises ValueError where another process holds it."""
     file = path.open("a+")
     try:
@@ -31,7 +35,7 @@ def _opened(path: Path) -> IO[str] | None:
     except BlockingIOError as error:
         who = _holder(file)
         file.close()
-        raise ValueError(f"{path.parent} is in use: {who} works in it; wait for it, stop it, or choose another output") from error
+        raise ValueError(f"{what} is in use: {who} works in it; wait for it, stop it, or {remedy}") from error
     if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
         return file
     file.close()
@@ -39,22 +43,28 @@ def _opened(path: Path) -> IO[str] | None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made where there is none, against other processes on this machine and on file systems that lock.
+def locked(path: Path, what: Path, remedy: str = "choose another output") -> Iterator[None]:
+    """Hold the lock file `path`, which guards `what`, against other processes on this machine and on file systems that lock.
 
     The system gives the lock back when its process ends, however it ends: what a dead process left is no obstacle. Raises ValueError
-    that says who holds it.
+    that says who holds it: process, machine, since when, by which command.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    while (file := _opened(path)) is None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while (file := _opened(path, what, remedy)) is None:
         pass
     with file:
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}))
+        file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since, "command": command()}))
         file.flush()
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where there is none, as `locked` does."""
+    with locked(folder / LOCK, folder):
+        yield

@@ -38,6 +38,11 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
+def command() -> str:
+    """The command line of this process, as a shell takes it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def hardware() -> str:
     """The accelerator's name, or the processor and its threads."""
     import torch  # here, so that `llamba --version` need not wait for it
@@ -51,7 +56,7 @@ def stamp(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What makes a row of results one that can be repeated."""
     return {
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "versions": versions(packages),
         "hardware": hardware(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -21,6 +21,19 @@ def _mixer(parser: Parser) -> None:
     parser.add_argument("--mixer", default="mamba2", choices=("mamba2", "mamba1"), help="default mamba2")
 
 
+def cold(argv: list[str]) -> None:
+    """a new process that loads a model and answers one token, against a bare transformers script"""
+    parser = _parser(
+        "cold", "CPU-seconds of a new process that loads a model and answers one token: command, API, bare transformers script."
+    )
+    parser.add_argument("--model", required=True, help="run folder, model folder or GGUF file")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    args = parser.read(argv)
+    from llamba.bench.cold import main
+
+    main(args)
+
+
 def decode(argv: list[str]) -> None:
     """decoding in CUDA graphs against Hugging Face's loop, and against the memory's bandwidth"""
     parser = _parser("decode", "Decoding in CUDA graphs at the shapes of Llama-3-8B, batch 1: against Hugging Face's generate.")
@@ -172,8 +185,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-    "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu,
-    "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
+    "cold": cold, "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices,
+    "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
 }  # fmt: skip
 
 

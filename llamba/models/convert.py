@@ -110,13 +110,19 @@ def _mixer_config(family: Family, teacher: PreTrainedConfig, mixer: str, options
     return own
 
 
-def load_teacher(name: str) -> PreTrainedModel:
-    """The model as it is stored (its own dtype). Raises ValueError for one of another family, and as `load_model`."""
+def require_teacher(name: str) -> PreTrainedConfig:
+    """The configuration of a model that can be converted. Raises ValueError for one of another family, and for a quantised one."""
     config = load_config(name)
     family_of(config)
     if quantised := config.to_dict().get("quantization_config"):
         method = quantised.get("quant_method")
         raise ValueError(f"teacher: plain weights are needed, and {name} is quantised ({method}); name the model that it was made from")
+    return config
+
+
+def load_teacher(name: str) -> PreTrainedModel:
+    """The model as it is stored (its own dtype). Raises ValueError as `require_teacher` and `load_model`."""
+    require_teacher(name)
     teacher: PreTrainedModel = load_model(name)
     return teacher
 

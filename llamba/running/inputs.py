@@ -52,6 +52,14 @@ def limit_of(data: Data, stage: Reading) -> int | None:
     return stage.tokens or (stage.steps or 0) * stage.batch * data.length
 
 
+def _stopped(path: Path) -> dict[str, int]:
+    """Place of a streamed source -> the row at which a stage stopped. Raises ValueError where stage.json says something else."""
+    found = read_object(path).get("stopped_at", {})
+    if not isinstance(found, dict) or not all(type(row) is int and row >= 0 for row in found.values()):
+        raise ValueError(f"{path}: stopped_at must say a row for each source, got {str(found)[:60]}; restore the file")
+    return found
+
+
 def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:
     """Where stage `number` goes on reading streamed sources: the rows at which the stages before it stopped, as their stage.json says."""
     if not config.streaming:
@@ -59,6 +67,6 @@ def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for path in sorted(out.glob(f"*-*/{STAGE}"), key=lambda path: number_of(path.parent)):
         if number_of(path.parent) < number:
-            found |= read_object(path).get("stopped_at", {})
+            found |= _stopped(path)
     places = {data.place(source, config.part) for source in data.names(config.train)}
     return {place: row for place, row in found.items() if place in places and row}

@@ -1,6 +1,7 @@
 """What can be known to be wrong before the first stage begins, so that no stage fails after days for it: data, models, layers, packages.
 
-Only stages that are still to do are looked at; of models, only configurations and tokenizers are read.
+Only stages that are still to do are looked at. Of models, configurations, tokenizers and the names and shapes of the weights are read;
+the weights' numbers, once, of a teacher that is still to be converted and of stages' own teachers.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from llamba.chat.engines import require_vllm
 from llamba.data import pairs, sources
 from llamba.data import tokens as data
 from llamba.data.chat_templates import AUTO, chosen, named, require_fit, require_marks
-from llamba.models.convert import student_config
+from llamba.models.convert import require_teacher, student_config
 from llamba.models.draft import draft_config
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import (
@@ -63,6 +64,7 @@ def check(recipe: Recipe, out: Path) -> None:
             require_reporters(stage.report_to)
     _check_layers(recipe, list(todo.values()), out)
     _check_first_student(recipe, list(todo.values()), out)
+    _check_teacher(recipe, out)
 
 
 def _of_this_run(name: str, out: Path) -> bool:
@@ -108,7 +110,7 @@ def _check_template(recipe: Recipe, stage: Stage) -> None:
 
 def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
     """Stages before any further conversion or selection find in the student what they train, and in the teacher what they read."""
-    if finished(out) or isinstance(recipe.student.attention, str):
+    if finished(out):
         return
     config = load_config(located(recipe.teacher))
     made = student_config(config, recipe.student.mixer, layers_of(recipe.student.attention), recipe.student.options)
@@ -124,6 +126,17 @@ def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
                 raise ValueError(f"{stage.name}.train='mixers' needs a student whose mixers have weights, got one without; use train='all'")
         if isinstance(stage, Matrix) and kind in MIXERS and MIXERS[kind].mixing in (Mixer.mixing, NoMixer.mixing):
             raise ValueError(f"stage matrix needs mixers that have a matrix, and {kind!r} has none; use mamba2, or leave the stage out")
+
+
+def _check_teacher(recipe: Recipe, out: Path) -> None:
+    """A teacher that is still to be converted is of a family that can be, has a tokenizer, and every weight, each of them finite."""
+    name = located(recipe.teacher)
+    if finished(out):
+        require_model(name)
+    else:
+        require_teacher(name)
+        load_tokenizer(name)
+        require_sound(name)
 
 
 def _check_length(stage: Stage, data: Data, context: int) -> None:

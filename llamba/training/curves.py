@@ -56,7 +56,10 @@ class Curves:
 
 def _seconds(stage: Path) -> float | None:
     path = stage / "stage.json"
-    return read_object(path).get("seconds") if path.exists() else None
+    seconds = read_object(path).get("seconds") if path.exists() else None
+    if path.exists() and not isinstance(seconds, (int, float)):
+        raise ValueError(f"{path} must say how many seconds the stage took, got {str(seconds)[:40]!r}; it is no stage's report")
+    return seconds
 
 
 def curves_of(run: Path) -> list[Curves]:

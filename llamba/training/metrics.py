@@ -18,13 +18,24 @@ _SHOWN = ("loss", "kl", "ce", "mean_token_accuracy", "rewards/margins", "rewards
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off is left out, a missing file has none."""
+    """The lines of a metrics file; a last line that was cut off is left out, a missing file has none.
+
+    Raises ValueError, with file and line, for one that is no object with a step.
+    """
     if not path.exists():
         return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        with reading(f"{path}:{number} must be a JSON object"):
-            found.append(dict(json.loads(line)))
+    return [_line(f"{path}:{number}", line) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1)]
+
+
+def _line(where: str, line: bytes) -> dict[str, Any]:
+    with reading(f"{where} must be a JSON object"):
+        found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be a JSON object, got {str(found)[:60]}")
+    layers = found.get("layers", {})
+    fine = type(found.get("step")) is int and found["step"] >= 0 and isinstance(found.get("tokens", 0), (int, float))
+    if not fine or not isinstance(layers, dict) or not all(layer.isdecimal() for layer in layers):
+        raise ValueError(f"{where} must have a step (and tokens and layers as numbers, if any), got {str(found)[:60]}; delete the line")
     return found
 
 

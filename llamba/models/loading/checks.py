@@ -47,6 +47,14 @@ def check_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_ends(path: Path, ends: Any, vocabulary: int | None) -> None:
+    """Raises ValueError where the `eos_token_id` of a file, one id or several, is none of the vocabulary: no answer would ever end."""
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(one) is int and 0 <= one and (vocabulary is None or one < vocabulary) for one in ids):
+        known = "" if vocabulary is None else f" from 0 to {vocabulary - 1}"
+        raise ValueError(f"{path}: eos_token_id must be a token{known}, or a list of such, got {str(ends)[:40]!r}; no answer would end")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a model folder is made of, [] where it has none. Raises ValueError where its index names others."""
     index, alone = folder / INDEX, folder / "model.safetensors"

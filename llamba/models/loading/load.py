@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llamba.base.folders import is_gguf, resolve_model
-from llamba.base.foreign import reading
-from llamba.models.loading.checks import check_config, check_finite, check_loaded, check_stored, weight_files
+from llamba.base.foreign import read_object, reading
+from llamba.models.loading.checks import check_config, check_ends, check_finite, check_loaded, check_stored, weight_files
 from llamba.models.loading.gguf import unpacked
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_GENERATION = "generation_config.json"
+_TOKENIZER = "tokenizer_config.json"
+_TOKENIZERS = ("tokenizer.json", _TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def located(name: str | Path) -> str:
@@ -32,12 +34,18 @@ def _wanted(name: str, path: str) -> str:
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
-    """A model's configuration. Raises ValueError where there is none, or none that describes a model."""
+    """A model's configuration. Raises ValueError where there is none that describes a model, and for broken generation settings."""
     path = located(name)
-    if Path(path).is_dir():
-        check_config(Path(path) / "config.json")
+    folder = Path(path)
+    if folder.is_dir():
+        check_config(folder / "config.json")
     with reading(_wanted(str(name), path)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if folder.is_dir():
+        values = config.to_dict()
+        check_ends(folder / "config.json", values.get("eos_token_id"), values.get("vocab_size"))
+        if (folder / _GENERATION).is_file():  # transformers goes on without a broken one
+            check_ends(folder / _GENERATION, read_object(folder / _GENERATION).get("eos_token_id"), values.get("vocab_size"))
     return config
 
 
@@ -91,10 +99,15 @@ def has_tokenizer(name: str | Path) -> bool:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """A model's tokenizer. Raises ValueError where its folder has none, or a broken one."""
+    """A model's tokenizer. Raises ValueError where its folder has none or a broken one, or a broken config.json, which is read for it."""
     path = located(name)
+    folder = Path(path)
     if not has_tokenizer(path):
         raise ValueError(f"{name} has no tokenizer (tokenizer.json); copy the files of the model that it was made from into the folder")
+    if (folder / "config.json").is_file():
+        load_config(path)
+    if (folder / _TOKENIZER).is_file():
+        read_object(folder / _TOKENIZER)
     with reading(f"the tokenizer of {name} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
@@ -103,7 +116,7 @@ def load_tokenizer(name: str | Path) -> Any:
 def load_generation_config(name: str | Path) -> GenerationConfig | None:
     """A model's generation settings, None where it has none. Raises ValueError for a broken file."""
     path = located(name)
-    if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
+    if Path(path).is_dir() and not (Path(path) / _GENERATION).is_file():
         return None
     with reading(f"the generation settings of {name} cannot be loaded"):
         try:
