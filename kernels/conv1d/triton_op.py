@@ -62,7 +62,7 @@ class _Fused(torch.autograd.Function):
         dweight, dbias = (torch.empty(B * parts, *shape, dtype=accumulator(x.dtype), device=x.device) for shape in ((W, C), (C,)))
         convolve_back[parts, triton.cdiv(C, options["BC"]), B](
             x, weight, bias, state, docs, dy.contiguous(), dx, dstate, dweight, dbias, *x.stride()[:2], T, C,
-            TILES=tiles, BW=triton.next_power_of_2(W), **options,
+            TILES=tiles, BW=triton.next_power_of_2(W), **options | {"num_warps": 4 if x.element_size() == 2 else 8},
         )  # fmt: skip
         dw, db = dweight.sum(0).t().to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype)
         return dx, dw, db, dstate, None, None

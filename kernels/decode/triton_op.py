@@ -27,7 +27,7 @@ def fused(zxbcdt: Tensor, weights: Any, held: Any, at: Any, angles: tuple[Tensor
             zxbcdt, weights.conv.contiguous(), weights.conv_bias, weights.dt_bias, weights.A_log, weights.D, weights.norm, *held, *at,
             cos, sin, out, *zxbcdt.stride()[:2], T, G, held.x.shape[1], held.raw.shape[1], weights.eps,
             P=P, N=N, Q=0 if angles is None else cos.shape[-1], R=H // G, W=weights.conv.shape[1], SILU=weights.silu,
-            BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=4,
+            BP=width(P), BN=width(N), ACC=WIDE[held.state.dtype], num_warps=2 if P <= 64 else 4,
         )  # fmt: skip
     return out
 

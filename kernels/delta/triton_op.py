@@ -16,6 +16,7 @@ from .chunked import chunked
 from .triton_kernels import advance_rule, invert, transfer_states
 
 TILE = 32  # rows of a state in one program: at batch 1 there are few heads to fill the device
+TILE_BETWEEN = 16  # the same of the recurrence between chunks: with 32 rows of 128 its registers spill
 
 
 def fused(
@@ -37,7 +38,7 @@ def _solved(system: Tensor, right: Tensor, transposed: bool) -> Tensor:
 def _carried(added: Tensor, transfer: Tensor, first: Tensor, reverse: bool) -> Tensor:
     K, B, H, P, N = added.shape
     states = torch.empty(K + 1, B, H, P, N, dtype=added.dtype, device=added.device)
-    BP = min(TILE, width(P))
+    BP = min(TILE if N <= 64 else TILE_BETWEEN, width(P))
     with on_device(added):
         transfer_states[triton.cdiv(P, BP), H, B](
             added.contiguous(), transfer.contiguous(), first.contiguous(), states, H, P=P, N=N, K=K, REVERSE=reverse, BP=BP, BN=width(N),

@@ -41,10 +41,10 @@ def window_round(
     back = t[:, None] - u[None, :]
     near = (back < window) | ((start + u < M)[None, :] & (back >= 0))
     seen = (back >= 0) & near & (back < reach) & (u < T)[None, :]
-    score = tl.where(seen, tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION), float("-inf"))
-    peak = tl.maximum(tl.max(score, 1), -1e30)
-    share = tl.exp(score - peak[:, None])
-    weight, total = tl.sum(share, 1), tl.dot(share, v.to(tl.float32), input_precision=PRECISION)
+    among = tl.where(seen, tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION), float("-inf"))  # [ROWS, BT]
+    peak = tl.maximum(tl.max(among, 1), -1e30)
+    among = tl.exp(among - peak[:, None])
+    weight, total = tl.sum(among, 1), tl.dot(among, v.to(tl.float32), input_precision=PRECISION)
     base = (row * G + g) * S
     for first in range(0, S, BLOCK):
         slot = first + tl.arange(0, BLOCK)

@@ -29,6 +29,6 @@ def fused_steps(
             rows, mass, y, cos, sin, keys, values, at.length, at.new, out, *rows.stride()[:2], *mass.stride()[:2], T, G, scale,
             sight.window, NO_LIMIT if sight.reach is None else sight.reach,
             M=sight.sinks, S=S, P=P, Q=cos.shape[-1], R=H // G, ROWS=width(H // G * T), BT=width(T), BP=width(P), BLOCK=BLOCK,
-            PRECISION=precision(heads), num_warps=4,
+            PRECISION=precision(heads), num_warps=4 if P <= 64 else 8, num_stages=1,
         )  # fmt: skip
     return out
