@@ -33,7 +33,9 @@ LOOKAHEAD = 4  # tokens drafted a round; fixed, since one that follows the clock
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made. `draft` names a smaller model that speculates, or "lookup"; the answers stay the same but for rounding."""
+    """How answers are made. `draft` names a smaller model that speculates, or "lookup"; the answers stay the same but for rounding.
+    `bits` 8 answers with 8-bit weights.
+    """
 
     batch: int = 8
     max_new_tokens: int = 1024
@@ -42,6 +44,7 @@ class Settings:
     device: str = "auto"
     draft: str | None = None
     system: str | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.max_new_tokens < 1:
@@ -110,7 +113,7 @@ class Answerer:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.settings = settings
-        self.model, self.tokenizer = load(name, settings.dtype, settings.device)
+        self.model, self.tokenizer = load(name, settings.dtype, settings.device, settings.bits)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{name} needs a tokenizer with a chat template to be asked questions; its tokenizer has none")
         if self.tokenizer.pad_token is None:
@@ -123,7 +126,7 @@ class Answerer:
     def _load_draft(self, name: str | None) -> Any:
         if name is None:
             return None
-        draft = load_draft(name, self.model)
+        draft = load_draft(name, self.model, self.settings.bits)
         if draft != LOOKUP and draft.config.vocab_size != self.model.config.vocab_size:
             raise ValueError(f"--draft must share the model's vocabulary of {self.model.config.vocab_size}, got {draft.config.vocab_size}")
         return draft

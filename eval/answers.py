@@ -102,6 +102,8 @@ def _relevant(settings: Settings) -> dict[str, Any]:
     """What the answers depend on: not the device, but batch and draft, for the last bits of their sums."""
     made = {"batch": settings.batch, "max_new_tokens": settings.max_new_tokens, "seed": settings.seed, "dtype": settings.dtype,
             "system": settings.system}  # fmt: skip
+    if settings.bits is not None:
+        made["bits"] = settings.bits
     if settings.draft is None:
         return made
     return made | {"draft": LOOKUP if settings.draft == LOOKUP else fingerprint(settings.draft)}

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from llamba.base.arguments import Main, Parser, device_options, dispatch
+from llamba.base.arguments import Main, Parser, decoding_options, device_options, dispatch
 from llamba.base.errors import one_line_errors
 from llamba.base.progress import quiet_libraries
 
@@ -122,7 +122,7 @@ def _answer_options(parser: Parser, batch: int, most: int, questions: bool = Tru
     )
     parser.add_argument("--max-new-tokens", type=int, default=most, help=f"longest answer (default {most})")
     parser.add_argument("--seed", type=int, default=0, help="of the answers' random numbers (default 0)")
-    device_options(parser)
+    decoding_options(parser)
     parser.add_argument(
         "--draft", metavar="MODEL", help='a smaller model of the same vocabulary that speculates, or "lookup"; only rounding may differ'
     )
@@ -150,7 +150,7 @@ def _judge_options(parser: Parser) -> None:
 def _settings(args: argparse.Namespace) -> Any:
     from llamba.eval.answerer import Settings
 
-    return Settings(args.batch, args.max_new_tokens, args.seed, args.dtype, args.device, args.draft, args.system)
+    return Settings(args.batch, args.max_new_tokens, args.seed, args.dtype, args.device, args.draft, args.system, args.bits)
 
 
 def _judge(args: argparse.Namespace) -> Any:
@@ -307,13 +307,13 @@ def perplexity(argv: list[str]) -> None:
     parser.add_argument("--windows", type=int, help="at most so many windows or chats")
     parser.add_argument("--positions", type=int, nargs="*", default=[256], help="where ranges of positions end (default: 256)")
     _recurrence_option(parser)
-    device_options(parser)
+    decoding_options(parser)
     parser.add_argument("--out", help="where scores.jsonl goes (default: MODEL/eval, or runs/eval/NAME)")
     args = parser.read(argv)
     from llamba.eval.perplexity import Options, run
     from llamba.eval.scores import results_folder
 
-    measured = (args.chat, args.recurrence, tuple(args.positions))
+    measured = (args.chat, args.recurrence, tuple(args.positions), args.bits)
     options = Options(args.text, args.teacher, args.length, args.windows, args.dtype, args.device, *measured)
     print(run(args.model, results_folder(args.model, args.out), options))
 

@@ -31,11 +31,14 @@ from llamba.models.mixers import without_recurrence
 __all__ = ["Options", "Window", "measure", "run", "windows_of"]
 SLICE = 256  # positions whose log-probabilities [SLICE, V] are held at once, in fp32
 OFF = ", recurrence off"
+LOW = ", 8-bit weights"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. `windows` bounds how much of the text is read; `positions` are where ranges of positions end."""
+    """What to measure. `windows` bounds how much of the text is read; `positions` are where ranges of positions end.
+    `bits` 8 measures the model, not the teacher, with 8-bit weights.
+    """
 
     text: str | None = None
     teacher: str | None = None
@@ -46,6 +49,7 @@ class Options:
     chat: str | None = None
     recurrence: str = "on"
     positions: tuple[int, ...] = (256,)
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.chat is None):
@@ -99,7 +103,7 @@ def run(name: str, out: Path, options: Options) -> str:
 
     Raises ValueError for a teacher of another vocabulary, for too little text, for no text, and for a window beyond the model's context.
     """
-    model, tokenizer = load(name, options.dtype, options.device)
+    model, tokenizer = load(name, options.dtype, options.device, options.bits)
     conditions = switched(model, options.recurrence)
     teacher = _teacher(name, model, options)
     texts, note = _read(tokenizer, options)
@@ -158,7 +162,7 @@ def _report(found: dict[str, list[Window]], texts: Sequence[Text], model: str, o
     rows, more = list[dict[str, Any]](), dict[str, Any](text=options.name, length=options.length)
     for suffix, windows in found.items():
         for where, inside in _ranges(texts, options.positions):
-            tail = f" on {options.name}{where}{suffix}"
+            tail = f" on {options.name}{where}{suffix}{LOW if options.bits else ''}"
             if not (nll := _values(windows, "nll", inside)):
                 continue
             mean = stats.bootstrap(nll)
@@ -172,7 +176,7 @@ def _report(found: dict[str, list[Window]], texts: Sequence[Text], model: str, o
         # windows of other texts are other questions
         content = hashlib.sha256(json.dumps([text.ids for text in texts]).encode()).hexdigest()[:8]
         means = {f"{content}/{i}": [sum(w.nll) / len(w.nll)] for i, w in enumerate(windows)}
-        save_items(out, f"nll{suffix}", model, None, means)
+        save_items(out, f"nll{suffix}{LOW if options.bits else ''}", model, None, means)
     save(out, rows)
     unit, wide = "chats" if options.chat else "windows", max(len(row["metric"]) for row in rows) + 2
     lines = [f"{r['metric']:<{wide}}{r['value']:10.4f}  [{r['low']:.4f}, {r['high']:.4f}]  {r['n']} {unit}" for r in rows]

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from llamba.models.offloaded import is_offloaded
 
 MOST = 64  # tokens of a call up to which the layout pays
+FEW = 8  # tokens of a call up to which the 8-bit kernel pays
+WIDE = 16  # inputs that the 8-bit kernel reads at a time, beyond the end of rows that are no multiple of it
 
 Product = Callable[[Tensor], Tensor]
 
@@ -56,10 +58,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= 2:  # the kernel is made for single tokens
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        if len(rows) <= FEW:
+            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
-            y = rows @ (self.weight.to(x.dtype) * self.scale[:, None]).T
+            y = rows @ self.weight.to(x.dtype).T * self.scale
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
 
@@ -67,15 +69,24 @@ class Int8Linear(nn.Module):
 def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     """Put the model's matrices into 8 bits, in place; embeddings, norms, convolutions and what decides decays stay as they are.
 
-    A head that is tied to the embedding gets weights of its own. Raises ValueError for a model that is not in bf16.
+    So do matrices whose inputs are no multiple of 16. A head that is tied to the embedding gets weights of its own. Raises ValueError
+    for a model that is not in bf16 on a CPU, is elsewhere in part, or has no plain matrix that fits.
     """
-    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
-        raise ValueError(f"8-bit weights need a model in bfloat16 on a CPU; got {model.dtype} on {model.device}")
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu" or is_offloaded(model):
+        raise ValueError(f"8-bit weights need a model in bfloat16 on a CPU, all of it; got {model.dtype} on {model.device}")
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if _fits(child)]
+    if not places:
+        raise ValueError(
+            f"8-bit weights need plain matrices with a multiple of {WIDE} inputs, and {type(model).__name__} has none: it is quantised "
+            "already, or too narrow"
+        )
+    for parent, name, child in places:
+        setattr(parent, name, Int8Linear(child))
     return model.eval()
+
+
+def _fits(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.in_features % WIDE == 0
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamba import cli
 from llamba.base import progress
-from llamba.chat.conversation import Chat, Sampling, talk
+from llamba.chat.conversation import Chat, Sampling, _require_int8, load_draft, talk
 from llamba.cli import main
+from llamba.speculative.packed import Int8Linear, to_int8
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +111,23 @@ def test_generate(student: Path, capsys) -> None:
     first = capsys.readouterr().out
     main(["generate", str(student), "hello", "--max-new-tokens", "6", "--temperature", "1.5", "--seed", "1"])
     assert capsys.readouterr().out == first
+
+
+def test_decoding_in_8_bits(student: Path, capsys) -> None:
+    """`--bits 8` is the model whose matrices were put into 8 bits, with drafts too; what cannot be so is refused in a line."""
+    main(["generate", str(student), "hello", "--max-new-tokens", "6", "--bits", "8"])
+    printed, tokenizer = capsys.readouterr().out, AutoTokenizer.from_pretrained(student)
+    model = to_int8(AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16))
+    prompt = tokenizer(tokenizer.bos_token + "hello", return_tensors="pt", add_special_tokens=False).input_ids
+    new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
+    assert printed == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    main(["generate", str(student), "hello", "--max-new-tokens", "6", "--bits", "8", "--draft", str(student)])
+    assert "drafted tokens accepted" in capsys.readouterr().err
+    assert sum(type(module) is Int8Linear for module in load_draft(str(student), model, 8).modules()) > 4
+    assert "invalid choice: 4" in fails(capsys, "chat", str(student), "--bits", "4")
+    assert "--bits 8 computes in bfloat16, got --dtype float32" in fails(capsys, "chat", str(student), "--bits", "8", "--dtype", "float32")
+    with pytest.raises(ValueError, match="there is no such product for cuda; give --device cpu, or leave --bits out"):
+        _require_int8("auto", "cuda")
 
 
 COMMANDS_WITHOUT_WORK = """

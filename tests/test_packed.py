@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import ids, rms_error, student, teacher
+from models import SHAPE, STUDENTS, ids, rms_error, student, teacher
 from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
 from llamba.speculative import generate, packed
 
@@ -69,14 +70,45 @@ def test_8_bits():
     ).all()
     linear = nn.Linear(64, 24, dtype=torch.bfloat16)
     layer = packed.Int8Linear(linear)
-    for rows in (1, 2, 7):
+    for rows in (1, 2, packed.FEW, packed.FEW + 1, 40):
         x = torch.randn(1, rows, 64).bfloat16()
         want = x.double() @ (layer.weight.double() * layer.scale.double()[:, None]).T + linear.bias.double()
         assert rms_error(layer(x), want) < 0.01
-    model = student().to(torch.bfloat16)
-    before = model(ids(1, 8)).logits
-    assert packed.to_int8(model) is model and not any(type(module) is nn.Linear for module in model.modules())
-    assert rms_error(model(ids(1, 8)).logits, before) < 0.1
-    assert len(generate(model, ids(1, 8), max_new_tokens=4, eos_token_id=None).new[0]) == 4
-    with pytest.raises(ValueError, match="need a model in bfloat16 on a CPU; got torch.float64 on cpu"):
+        assert torch.isfinite(layer(x.expand(2, -1, -1).transpose(0, 1)[..., :])).all()  # whatever its strides
+
+
+@pytest.mark.parametrize(
+    "mixer", [*STUDENTS, pytest.param("gated_delta", marks=pytest.mark.slow), pytest.param("mamba3", marks=pytest.mark.slow)]
+)
+def test_a_model_in_8_bits_is_the_model_of_its_dequantised_weights(mixer):
+    """Whole passes and single steps, against the same model in fp64 with the weights that int8 and scales stand for."""
+    low = student(mixer).to(torch.bfloat16)
+    exact = student(mixer, dtype=torch.float32)
+    exact.load_state_dict({key: value.float() for key, value in low.state_dict().items()})
+    assert packed.to_int8(low) is low
+    replaced = {name: module for name, module in low.named_modules() if isinstance(module, packed.Int8Linear)}
+    for name, module in replaced.items():
+        exact.get_submodule(name).weight = nn.Parameter(module.weight.float() * module.scale.float()[:, None])
+    plain = {name for name, module in low.named_modules() if type(module) is nn.Linear}
+    assert replaced and all(low.get_submodule(name).in_features % packed.WIDE for name in plain)
+    exact, tokens = exact.double(), ids(1, 20)
+    with torch.inference_mode():
+        want = exact(tokens).logits
+        assert rms_error(low(tokens).logits, want) < 0.06
+        read = low(tokens[:, :17], use_cache=True)
+        steps = [low(tokens[:, i : i + 1], past_key_values=read.past_key_values).logits for i in range(17, 20)]
+    assert rms_error(torch.cat(steps, 1), want[:, 17:]) < 0.06
+    assert len(generate(low, ids(1, 8), max_new_tokens=4, eos_token_id=None).new[0]) == 4
+
+
+def test_what_does_not_go_into_8_bits():
+    """Narrow matrices stay as they are: torch's kernel reads 16 inputs at a time, beyond the end of shorter rows."""
+    model = nn.Sequential(nn.Linear(40, 24), nn.Linear(48, 24)).bfloat16()
+    assert [packed._fits(layer) for layer in model] == [False, True]
+    with pytest.raises(ValueError, match="need a model in bfloat16 on a CPU, all of it; got torch.float64 on cpu"):
         packed.to_int8(teacher())
+    narrow = PhiForCausalLM(PhiConfig(**{**SHAPE, "hidden_size": 24, "intermediate_size": 40})).bfloat16()
+    with pytest.raises(ValueError, match="multiple of 16 inputs, and PhiForCausalLM has none: it is quantised already, or too narrow"):
+        packed.to_int8(narrow)
+    with pytest.raises(ValueError, match="has none: it is quantised already"):
+        packed.to_int8(packed.to_int8(teacher(dtype=torch.bfloat16)))

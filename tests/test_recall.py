@@ -260,4 +260,7 @@ def test_perplexity_and_kl_are_those_of_fp64(teacher_folder: Path, tmp_path: Pat
     main([*argv[:1], str(teacher_folder), *argv[2:-1], str(tmp_path / "same"), "--teacher", str(teacher_folder)])
     same = {row["metric"].split(" on ")[0]: row["value"] for row in read_lines(tmp_path / "same/scores.jsonl")}
     assert same["KL to the teacher"] == 0 and same["same choice as the teacher"] == 100
+    main([*argv[:1], str(teacher_folder), *argv[2:-1], str(tmp_path / "same"), "--teacher", str(teacher_folder), "--bits", "8"])
+    low = {row["metric"]: row["value"] for row in read_lines(tmp_path / "same/scores.jsonl")}
+    assert 0 < low["KL to the teacher on text.txt, 8-bit weights"] < 0.1 and low["KL to the teacher on text.txt"] == 0
     assert "must have at least" in fails(capsys, [*argv, "--length", "100000"])

@@ -81,3 +81,11 @@ def device_options(parser: Parser, dtype: str = "default: as saved; float32 on a
     """Where a model runs and in what numbers; `dtype` says what "auto" means there."""
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help=dtype)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+
+
+def decoding_options(parser: Parser) -> None:
+    """Where a model decodes, in what numbers, and with what weights."""
+    device_options(parser)
+    parser.add_argument(
+        "--bits", type=int, choices=(8,), help="8: weights in 8 bits, computed with in bfloat16; on a CPU (default: as --dtype)"
+    )

@@ -14,6 +14,7 @@ from llamba.base.foreign import reading
 from llamba.models.loading import load_model, load_tokenizer
 from llamba.speculative import Auto, generate
 from llamba.speculative.lookahead import schedule
+from llamba.speculative.packed import to_int8
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message (and forgets), /exit or end of file leaves"
 
@@ -70,20 +71,38 @@ class Speculation:
         schedule(self.lookahead)
 
 
-def load_draft(name: str, model: Any) -> Any:
-    """The draft that `name` means for a loaded model: "lookup", or a run folder (the draft it has made), model folder or hub name."""
+def load_draft(name: str, model: Any, bits: int | None = None) -> Any:
+    """The draft that `name` means for a loaded model: "lookup", or a run folder (the draft it has made), model folder or hub name.
+
+    `bits` as in `load`.
+    """
     if name == "lookup":
         return name
-    return load_model(resolve_draft(name), model.dtype).to(model.device)
+    draft = load_model(resolve_draft(name), model.dtype).to(model.device)
+    return draft if bits is None else to_int8(draft)
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one."""
+def load(name: str, dtype: str = "auto", device: str = "auto", bits: int | None = None) -> tuple[Any, Any]:
+    """A model and its tokenizer from a run folder, a model folder or a hub name; `device` "auto": the accelerator if there is one.
+
+    `bits` 8 puts its matrices into 8 bits. Raises ValueError for these elsewhere than on a CPU, in another dtype than bf16, and for a
+    model without matrices that fit.
+    """
     device, tokenizer = meant(device), load_tokenizer(name)
+    if bits is not None:
+        _require_int8(dtype, device)
+        return to_int8(load_model(name, torch.bfloat16)), tokenizer
     model = load_model(name, dtype if dtype == "auto" else getattr(torch, dtype))
     if device == "cpu" and dtype == "auto":
         model = model.float()
     return model.to(device), tokenizer
+
+
+def _require_int8(dtype: str, device: str) -> None:
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"--bits 8 decodes on a CPU, and there is no such product for {device}; give --device cpu, or leave --bits out")
+    if dtype not in ("auto", "bfloat16"):
+        raise ValueError(f"--bits 8 computes in bfloat16, got --dtype {dtype}; leave one of them out")
 
 
 def stream(model: Any, tokenizer: Any, text: str, sampling: Sampling, out: TextIO, speculation: Speculation | None = None) -> str:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from llamba.base.arguments import Parser, device_options
+from llamba.base.arguments import Parser, decoding_options
 
 ABOUT = """Serves /v1/chat/completions and /v1/completions (streaming, stop, seed, logprobs, cancelling), /v1/models and /health, by
 transformers' own server with one model. Requests are answered one after the other: a recurrent state is not batched continuously. For
@@ -21,7 +21,7 @@ def serve(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--api-key", default=os.environ.get("LLAMBA_API_KEY"), help="key that requests must show (default: LLAMBA_API_KEY)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait or run at a time (default 64)")
-    device_options(parser)
+    decoding_options(parser)
     args = parser.read(argv)
     if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
         raise ValueError(f"serving needs {', '.join(missing)}, not installed; pip install 'llamba[serve]'")
@@ -32,7 +32,7 @@ def serve(argv: list[str]) -> None:
     from llamba.chat.serving import serve as run
 
     check_host(args.host, args.api_key)
-    model, tokenizer = load(args.model, args.dtype, args.device)
-    draft = None if args.draft is None else load_draft(args.draft, model)
+    model, tokenizer = load(args.model, args.dtype, args.device, args.bits)
+    draft = None if args.draft is None else load_draft(args.draft, model, args.bits)
     print(f"http://{args.host}:{args.port}/v1", flush=True)
     run(args.name or args.model, model, tokenizer, args.host, args.port, draft, args.api_key, args.queue)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from llamba.base.arguments import Parser, device_options
+from llamba.base.arguments import Parser, decoding_options
 
 
 def _parser(prog: str, about: str) -> Parser:
@@ -18,7 +18,7 @@ def _parser(prog: str, about: str) -> Parser:
         "--draft", help='a smaller model of the same vocabulary (or the run that made it) drafts, or "lookup"; the output stays the same'
     )
     parser.add_argument("--lookahead", type=_lookahead, help="tokens drafted at a time, or auto (default)")
-    device_options(parser)
+    decoding_options(parser)
     return parser
 
 
@@ -40,7 +40,7 @@ def _speculation(args: argparse.Namespace, model: Any) -> Any:
         if args.lookahead is not None:
             raise ValueError('--lookahead needs --draft, a smaller model or "lookup"; got none')
         return None
-    return Speculation(load_draft(args.draft, model), Auto() if args.lookahead in (None, "auto") else args.lookahead)
+    return Speculation(load_draft(args.draft, model, args.bits), Auto() if args.lookahead in (None, "auto") else args.lookahead)
 
 
 def chat(argv: list[str]) -> None:
@@ -50,7 +50,7 @@ def chat(argv: list[str]) -> None:
     args = parser.read(argv)
     from llamba.chat.conversation import Chat, load, talk
 
-    model, tokenizer = load(args.model, args.dtype, args.device)
+    model, tokenizer = load(args.model, args.dtype, args.device, args.bits)
     talk(Chat(model, tokenizer, _sampling(args), args.system, speculation=_speculation(args, model)))
 
 
@@ -65,7 +65,7 @@ def generate(argv: list[str]) -> None:
     from llamba.chat.conversation import Chat, load, stream
 
     sampling = _sampling(args)
-    model, tokenizer = load(args.model, args.dtype, args.device)
+    model, tokenizer = load(args.model, args.dtype, args.device, args.bits)
     speculation = _speculation(args, model)
     prompt = args.prompt if args.prompt is not None else sys.stdin.read()
     torch.manual_seed(sampling.seed)
