@@ -86,8 +86,9 @@ def fit_joins(teacher: PreTrainedModel, student: Any, layers: Sequence[int], row
 
         return hook
 
+    places: Any = teacher.base_model.layers
     was_training, device = teacher.training, next(teacher.parameters()).device
-    hooks = [teacher.base_model.layers[i].self_attn.register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+    hooks = [places[i].self_attn.register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
     teacher.eval()
     try:
         with torch.no_grad():

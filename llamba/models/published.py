@@ -37,10 +37,6 @@ KNOWN: dict[str, Shape] = {
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, 131072, _LLAMA32_ROPE, head_dim=64, tie_word_embeddings=True),
     "llama-3.2-3b": _llama(3072, 8192, 28, 24, 131072, _LLAMA32_ROPE, head_dim=128, tie_word_embeddings=True),
     "mistral-7b-v0.1": _shape(MistralConfig, 32000, 4096, 14336, 32, 32, 8, 32768, sliding_window=4096, rms_norm_eps=1e-5),
-    "smollm2-135m": _shape(
-        LlamaConfig, 49152, 576, 1536, 30, 9, 3, 8192, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        tie_word_embeddings=True,
-    ),
     "phi-1_5": _shape(PhiConfig, 51200, 2048, 8192, 24, 32, 32, 2048),
     "qwen2.5-0.5b": _shape(Qwen2Config, 151936, 896, 4864, 24, 14, 2, 32768, tie_word_embeddings=True),
     "qwen2.5-1.5b": _shape(Qwen2Config, 151936, 1536, 8960, 28, 12, 2, 32768, tie_word_embeddings=True),

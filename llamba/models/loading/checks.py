@@ -103,7 +103,8 @@ def check_stored(folder: Path, config: PreTrainedConfig) -> None:
             f"tensors of {lost} are missing; restore the files, or correct config.json"
         )
     with reading(f"{folder}: config.json does not describe a model"), torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # `from_config` would split it over processes under ZeRO-3
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = kind(config)  # `from_config` would split it over processes under ZeRO-3
     if config.model_type.removeprefix("llamba_") in FAMILIES:
         check_loaded(str(folder), _differences(model, tensors))
     needed, held = sum(weight.numel() for weight in model.parameters()), sum(prod(tensor.shape) for tensor in tensors.values())
