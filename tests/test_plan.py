@@ -1,17 +1,22 @@
 """Plans: exact parameter counts against the published ones, no network, no weights."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llamba.models.convert import convert
 from llamba.models.published import KNOWN, teacher_config
-from llamba.running.plan import _adapted, plan
-from llamba.settings import Data, Distill, Dpo, Lora, Recipe, Sft, Stage, Student
+from llamba.running.costs import adapted
+from llamba.running.machine import Machine, measured
+from llamba.running.plan import REACHED, plan, plan_here
+from llamba.settings import Data, Distill, Dpo, Hidden, Lora, Recipe, Sft, Stage, Student
 from llamba.training import lora
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +105,7 @@ def test_lora_counts_what_peft_trains(tmp_path: Path, teacher_folder: Path, trai
     convert(str(teacher_folder)).save_pretrained(tmp_path)
     stage = Sft(lora=Lora(rank=4), train=train)
     config, counts = AutoConfig.from_pretrained(tmp_path), plan(recipe(str(teacher_folder))).counts
-    trained, held = _adapted(config, counts, stage, Lora(rank=4))
+    trained, held = adapted(config, counts, stage, Lora(rank=4))
     frozen = lora.load_frozen(str(tmp_path), Lora(rank=4), "bf16")
     model = get_peft_model(frozen, lora.config(frozen, Lora(rank=4), train))
     assert trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -128,3 +133,52 @@ def test_a_stage_with_a_larger_teacher() -> None:
     assert "teacher 0.0," in offline and "the teacher (131.4 GiB) runs once: 516 bytes on disk for each target" in offline
     with pytest.raises(ValueError, match="must share a vocabulary, got 128256 tokens in the student and 51200 in microsoft/phi-1_5"):
         str(plan(recipe(stage=Distill(teacher="microsoft/phi-1_5"))))
+
+
+LAPTOP = Machine("cpu", "CPU core", 2, 2**40, {"bf16": 1e15, "fp32": 5e14})
+
+
+def here(stage: Stage, machine: Machine = LAPTOP) -> str:
+    return next(line for line in str(plan(recipe(stage=stage), machine)).splitlines() if line.startswith("    here: "))
+
+
+def test_time_on_this_machine() -> None:
+    """Minutes by hand: 2 operations for each weight that a token meets, teacher once, student twice, trained weights once more."""
+    made = plan(recipe())
+    embedding, attention = 128256 * 4096, 2 * 2048 * 4096
+    teacher = 2 * (8_030_261_248 - embedding) + 32 * attention
+    student = 2 * (made.counts.student - embedding) + 16 * attention
+    seconds = 10**9 * (teacher + 2 * student + 2 * made.counts.mixers) / (1e15 * REACHED)
+    assert f"here: {seconds / 3600:.1f} hours on 2 x CPU core at 50% of the products just measured" in here(Distill(tokens=10**9))
+    assert f"here: {2 * seconds / 3600:.1f} hours" in here(Distill(tokens=10**9, precision="fp32"))
+    assert f"here: {seconds / 60 / 20:.0f} minutes" in here(Distill(tokens=5 * 10**7))
+    assert f"here: {seconds / 60 / 1000:.0f} minutes per 1,000,000 tokens" in here(Distill())
+    assert "here: less than a minute per 1,000,000 tokens" in here(Distill(), replace(LAPTOP, rates={"bf16": 1e16}))
+    assert "of 1024.0 GiB" in here(Distill())
+    layers_alone = teacher - 2 * embedding + 6 * made.counts.mixers
+    assert f"here: {10**8 * layers_alone / (1e15 * REACHED) / 60:.0f} minutes" in here(Hidden(tokens=10**8))
+
+
+def test_memory_that_is_not_here_and_gpus_that_are() -> None:
+    small = replace(LAPTOP, memory=16 * 2**30)
+    assert re.search(r"here: does not fit: \d+\.\d GiB are needed, and there are 16\.0", here(Distill(tokens=10**9), small))
+    gpus = Machine("cuda", "NVIDIA H100", 8, 80 * 2**30, {"bf16": 1e15})
+    assert "on 8 x NVIDIA H100 at 40% of the products just measured, a share that is supposed" in here(Distill(tokens=10**9), gpus)
+    text = str(plan(recipe(stage=Distill(tokens=10**9)), gpus))
+    assert "machine   8 x NVIDIA H100, 80.0 GiB; products of matrices, just measured: 1,000,000 GFLOP/s in bf16" in text
+    assert "    or: 4." in text and "hours on 8 H100 at 40% of peak" in text
+    assert "here:" not in str(plan(recipe()))
+
+
+def test_the_machine_is_measured(teacher_folder: Path) -> None:
+    """Rates of this very process, in the number formats that the stages train in, and the teacher's own size."""
+    stages = [Hidden(tokens=1000, precision="fp32"), Distill(tokens=1000, precision="fp32", skip=True)]
+    made = plan_here(replace(recipe(str(teacher_folder)), stages=stages))
+    assert made.machine is not None and list(made.machine.rates) == ["fp32"] and 1e7 < made.machine.rates["fp32"] < 1e14
+    assert 2**28 < made.machine.memory < 2**50
+    if made.machine.kind == "cpu":
+        assert made.machine.devices == torch.get_num_threads()
+    own = sum(value.numel() for value in AutoModelForCausalLM.from_pretrained(teacher_folder).parameters())
+    assert f"{teacher_folder}: {own / 1e6:.3f} M parameters (4 layers, D 32, V " in str(made)
+    assert " on 1 H100" in str(made) and set(measured(made.teacher, ["bf16", "fp32"], 0.02).rates) == {"bf16", "fp32"}
+    assert plan_here(replace(recipe(str(teacher_folder)), stages=stages[1:])).machine is None

@@ -45,9 +45,9 @@ def _read(prog: str, about: str, argv: list[str]) -> Recipe:
 def plan(argv: list[str]) -> None:
     """what a recipe would do: layers, parameters, tokens, memory, hours; trains nothing"""
     recipe = _read("llamba plan", "What a recipe would do. Needs neither weights nor network.", argv)
-    from llamba.running.plan import plan as made
+    from llamba.running.plan import plan_here
 
-    print(made(recipe))
+    print(plan_here(recipe))
 
 
 def run(argv: list[str]) -> None:

@@ -29,9 +29,9 @@ def _main(recipe: Recipe, arguments: Sequence[str], source: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print("".join(f"note: {line}\n" for line in overrides.unreached(recipe, assignments)), end="", file=sys.stderr)
     if flags:
-        from llamba.running.plan import plan
+        from llamba.running.plan import plan_here
 
-        return print(plan(recipe))
+        return print(plan_here(recipe))
     import torch
 
     from llamba.running.run import run
