@@ -1,11 +1,17 @@
 """The closed-form start: joins fitted to the teacher's attention, against the same least squares written out."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from models import TEACHERS, ids, teacher
+from safetensors.torch import load_file
 
 from llamba.models.calibrate import RIDGE
 from llamba.models.convert import convert
+from llamba.running import run
+from llamba.settings import Data, Recipe, Student
 
 NEAR = {"window": 4, "sinks": 1, "rotary": True}
 
@@ -84,3 +90,16 @@ def test_rows_that_do_not_serve_are_refused() -> None:
         convert(source, calibrate=[])
     with pytest.raises(ValueError, match="calibrate is for mixers that read whole heads; got mixer='mamba1'"):
         convert(source, mixer="mamba1", calibrate=ids(1, 8))
+
+
+def test_a_run_fits_the_start_of_its_student_on_its_own_data(teacher_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    data, window = Data(train=[str(chat_file), "stage:pseudo_label"], length=48, weights=[0.5, 0.5]), {"window": 2}
+    student = Student(attention=[0], options=window, calibrate=200)
+    out = run.run(Recipe(str(teacher_folder), student, data, [], str(tmp_path / "run")))
+    record = json.loads((out / "conversion.json").read_text())
+    sources = {line["source"] for layer in record["converted"].values() for line in layer if line["tensor"] == "norm.weight"}
+    assert all(source.startswith("fitted on 2") for source in sources) and len(sources) > 0, sources
+    weights = load_file(out / "model.safetensors")
+    assert any(name.endswith("norm.weight") and "self_attn" in name and value.abs().max() > 0 for name, value in weights.items())
+    with pytest.raises(ValueError, match="student.calibrate needs a source in data.train that no stage makes"):
+        Recipe(str(teacher_folder), student, Data(train="stage:pseudo_label"), [], str(tmp_path / "other"))

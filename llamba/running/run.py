@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,10 +28,12 @@ from llamba.base.locks import LOCK, held
 from llamba.base.provenance import versions
 from llamba.data import pairs
 from llamba.data import tokens as data
+from llamba.data.batches import Rows
 from llamba.data.tokens import Prepared
 from llamba.models.loading import load_tokenizer, located
 from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
 from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
+from llamba.settings.common import sources_at_hand
 from llamba.training import checkpoints
 
 RECIPE = "recipe.json"
@@ -102,9 +105,11 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     choice = recipe.student
+    rows = _calibration(recipe, source, partial) if choice.calibrate and folder.name.startswith("0-") else None
     student = convert(
-        source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed, options=choice.options
-    )
+        source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed, options=choice.options,
+        calibrate=rows,
+    )  # fmt: skip
     student.save_pretrained(partial)
     load_tokenizer(source).save_pretrained(partial)
     conversion: Any = student.conversion
@@ -113,6 +118,17 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     os.replace(partial, folder)
     del student
     gc.collect()
+
+
+def _calibration(recipe: Recipe, source: str, folder: Path) -> list[Any]:
+    """Rows of token ids, `student.calibrate` tokens in all, from the data's own sources."""
+    found = sources_at_hand(recipe.data)
+    assert found is not None, "the recipe was checked"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        made = Path(place) / "rows"
+        data.prepare(found, load_tokenizer(source), "all", made, recipe.student.calibrate)
+        rows = Rows(made / "train")
+        return [rows[index]["input_ids"] for index in range(len(rows))]
 
 
 def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:

@@ -1,7 +1,7 @@
 """What all stages may say: data, how long and how to train; and the checks of values. See `llamba.settings`."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from llamba.settings.typed import fits, name_of
@@ -72,6 +72,16 @@ class Data:
             require(0 <= self.part[0] < self.part[1], "data.part", "(k, n) with 0 <= k < n", self.part)
         if self.streaming and isinstance(self.train, list) and len(self.train) > 1 and self.weights is None:
             raise ValueError("data.weights must say how much to read of each source when data.streaming is true, got none")
+
+
+def sources_at_hand(data: Data) -> Data | None:
+    """The data's sources that no stage of a run makes, to be read only as far as needed; None where there are none."""
+    every = [data.train] if isinstance(data.train, str) else data.train
+    places = [place for place, source in enumerate(every) if not source.startswith("stage:")]
+    if not places:
+        return None
+    weights = [1.0 if data.weights is None else data.weights[place] for place in places]
+    return replace(data, train=[every[place] for place in places], eval=None, weights=weights, packing=False, streaming=True)
 
 
 @dataclass(frozen=True)

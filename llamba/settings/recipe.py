@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llamba.base.foreign import reading
-from llamba.settings.common import Attention, Data, Option, Stage, check_attention, check_types, require
+from llamba.settings.common import Attention, Data, Option, Stage, check_attention, check_types, require, sources_at_hand
 from llamba.settings.stages import STAGE_CONFIGS
 from llamba.settings.typed import fits, name_of
 
@@ -42,16 +42,20 @@ class Student:
     `attention` is the part of layers that keep attention (0 to 1), or the list of those layers, or the path of a JSON
     file that holds such a list, as `llamba select` writes it.
     `mixer` names what stands in the other layers ("auto": the best that we know), `init` where its weights come from, and `options`
-    single values of the mixer, e.g. `{"window": 64, "sinks": 4, "rotary": True}`.
+    single values of the mixer, e.g. `{"window": 64, "sinks": 4, "rotary": True}`. `calibrate`: tokens of the data's sources (those that
+    no stage makes) on which the weights that join window and recurrence are fitted to attention at the first conversion; 0: they start
+    at 0.
     """
 
     mixer: str = "auto"
     attention: float | list[int] | str = 0.5
     init: str = "attention"
     options: dict[str, Option] = field(default_factory=dict)
+    calibrate: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "student")
+        require(self.calibrate >= 0, "student.calibrate", "a number of tokens >= 0", self.calibrate)
         check_attention(self.attention, "student.attention")
 
 
@@ -76,6 +80,8 @@ class Recipe:
             require(fits(value, kind), f"recipe.{key}", name_of(kind), value)
         for stage in self.stages:
             require(type(stage) in STAGE_CONFIGS.values(), "recipe.stages", f"a list of {sorted(STAGE_CONFIGS)}", stage)
+        if self.student.calibrate and not sources_at_hand(self.data):
+            raise ValueError("student.calibrate needs a source in data.train that no stage makes; got none, leave it out")
         require(bool(self.teacher), "recipe.teacher", "a model folder or a hub name", self.teacher)
         require(bool(self.output), "recipe.output", "a folder", self.output)
         require(0 <= self.seed < 2**32, "recipe.seed", "a number from 0 to below 2**32", self.seed)
