@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.models.mixers import AUTO, BEST, MIXERS, Mixer, Origin
+from llamba.models.mixers.base import at_least_fp32
 
 RIDGE = 1e-2  # of the mean square of what a coefficient stands before
 Rows = Sequence[Sequence[int]] | Tensor
@@ -35,9 +36,10 @@ class JoinFit:
     def add(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> None:
         """A row's inputs [1, T, D], and the cosines and sines of its positions."""
         seen, recurrent, whole = (side[0] for side in self.mixer.sides(hidden, angles))  # [T, H, P]
-        inputs, missing = hidden[0].double(), (whole - seen).double()
-        self.left, self.before = self.left + missing.square().sum().item(), self.before + whole.double().square().sum().item()
-        own, wide, split = recurrent.double(), seen.double(), self.width
+        inputs, own, wide, missing = map(at_least_fp32, (hidden[0], recurrent, seen, whole - seen))
+        self.left += missing.double().square().sum().item()
+        self.before += whole.double().square().sum().item()
+        split = self.width
         for head in range(own.shape[1]):
             square, product = self.square[head], self.product[head]
             n, y = own[:, head], missing[:, head]  # [T, P]
