@@ -71,9 +71,9 @@ def main(args: argparse.Namespace) -> None:
             spent.setdefault(name, []).extend([seconds] if turn else [])
     bare = statistics.median(spent["transformers"])
     row: dict[str, Any] = {"bench": "cold", "model": args.model, "threads": args.threads, "repeats": args.repeats}
-    for name, seconds in spent.items():
-        median = statistics.median(seconds)
-        row[name] = {"cpu_s": median, "of_transformers": median / bare, "runs": seconds, "printed": printed[name]}
-        print(f"{name:16} {median:6.2f} CPU-s  {median / bare:5.2f} of transformers'  (runs {', '.join(f'{one:.2f}' for one in seconds)})")
+    for name, runs in spent.items():
+        median = statistics.median(runs)
+        row[name] = {"cpu_s": median, "of_transformers": median / bare, "runs": runs, "printed": printed[name]}
+        print(f"{name:16} {median:6.2f} CPU-s  {median / bare:5.2f} of transformers'  (runs {', '.join(f'{one:.2f}' for one in runs)})")
     if args.out:
         append_row(args.out, row)
