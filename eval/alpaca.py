@@ -29,9 +29,9 @@ from llamba.eval import fetch, foreign, stats
 from llamba.eval.answerer import Settings
 from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.journal import Journal
-from llamba.eval.judge import Asker, Failure, Judge, Reply, Request, digest, escape
+from llamba.eval.judge import Failure, Judge, JudgeClient, Reply, Request, digest, escape
 from llamba.eval.local_judge import transport
-from llamba.eval.scores import model_name, need, save, save_items, score
+from llamba.eval.scores import model_name, require_packages, save, save_items, score
 
 INSTRUCTIONS = 805
 OFFICIAL = "gpt4_1106_preview"  # AlpacaEval 2's baseline
@@ -61,7 +61,7 @@ class _NothingAsked(Exception):
 
 def package() -> Any:
     """The alpaca_eval package (0.6.6). It imports pkg_resources, which setuptools no longer has, and turns the root logger up."""
-    need("alpaca_eval", "scikit-learn")
+    require_packages("alpaca_eval", "scikit-learn")
     if "alpaca_eval" not in sys.modules:
         level, real = logging.getLogger().level, sys.modules.get("pkg_resources")
         sys.modules["pkg_resources"] = _pkg_resources()
@@ -175,7 +175,7 @@ class Completions:
         chat = package().utils.prompt_to_chatml
         requests = [Request(chat(prompt), PARAMETERS) for prompt in prompts]
         with Journal(self.out / "judge" / f"{self.judge.slug}.jsonl") as journal:
-            asker = Asker(self.judge, journal, lambda: transport(self.judge), 1)
+            asker = JudgeClient(self.judge, journal, lambda: transport(self.judge), 1)
             print(asker.announce(requests, has_verdict), flush=True)
             if self.estimate_only:
                 raise _NothingAsked

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llamba.base.folders import finished
-from llamba.eval import alpaca, fetch, foreign, judged, stats
-from llamba.eval.foreign import Placed
+from llamba.eval import alpaca, fetch, foreign, judgments, stats
+from llamba.eval.foreign import LocatedRow
 from llamba.eval.judge import digest
 from llamba.eval.mt_bench import load_questions
 from llamba.eval.report import differences
@@ -70,8 +70,8 @@ def read(path: Path, data: str | None) -> list[Found]:
     found, note = [], ""
     if kinds["single"] or kinds["pair"]:
         categories, note = _categories(data)
-        found += [_single(one, categories) for one in judged.read_judgments(kinds["single"])]
-        found += [_pairs(one, categories) for one in judged.read_matches(kinds["pair"])]
+        found += [_single(one, categories) for one in judgments.read_single(kinds["single"])]
+        found += [_pairs(one, categories) for one in judgments.read_pairs(kinds["pair"])]
     for file in kinds["annotations"]:
         found += _annotations(file, data)
     if not found:
@@ -79,14 +79,14 @@ def read(path: Path, data: str | None) -> list[Found]:
     return [*found, Found(note, [], [])] if note else found
 
 
-def _single(one: judged.Judged, categories: dict[Any, str]) -> Found:
-    table, text = judged.report_single(one, categories, one.judge)
+def _single(one: judgments.SingleJudgments, categories: dict[Any, str]) -> Found:
+    table, text = judgments.report_single(one, categories, one.judge)
     items = [("mt_bench", model, one.judge, one.named, one.of(model)) for model in one.models if one.of(model)]
     return Found(text, [row | {"judge_is": {"model": one.named}} for row in table], items)
 
 
-def _pairs(one: judged.Matches, categories: dict[Any, str]) -> Found:
-    text, table, values = judged.report_pairs(one.rows, categories, one.judge)
+def _pairs(one: judgments.PairJudgments, categories: dict[Any, str]) -> Found:
+    text, table, values = judgments.report_pairs(one.rows, categories, one.judge)
     first = (one.rows or one.failed)[0]
     if not one.rows:
         text = f"MT-Bench pairwise, judged by {one.judge}: {first['model_1']} against {first['model_2']}: {text}"
@@ -116,7 +116,7 @@ def _annotations(path: Path, data: str | None) -> list[Found]:
     return [_win_rates(key, list(rows.values()), data) for key, rows in groups.items()]
 
 
-def _group(placed: Placed, path: Path) -> tuple[str, str, str]:
+def _group(placed: LocatedRow, path: Path) -> tuple[str, str, str]:
     row = placed[1] if placed[1].get("annotator") is not None else placed[1] | {"annotator": path.resolve().parent.name}
     judge, model, baseline = (foreign.text((placed[0], row), key) for key in ("annotator", "generator_2", "generator_1"))
     return judge, model, baseline

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llamba.eval.judge import Messages
-from llamba.eval.scores import need
+from llamba.eval.scores import require_packages
 
 Complete = Callable[[Messages], str]
 
@@ -33,7 +33,7 @@ class _Everyone(list):
 
 def modules() -> tuple[Any, Any]:
     """`fastchat.llm_judge.common` and `.gen_judgment`, with our client in the place of openai 0.28's."""
-    need("fschat", "openai")
+    require_packages("fschat", "openai")
     if "anthropic" not in sys.modules and importlib.util.find_spec("anthropic") is None:
         sys.modules["anthropic"] = types.ModuleType("anthropic")  # imported by FastChat at its top, used for no judge of ours
     from fastchat.conversation import get_conv_template

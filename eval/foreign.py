@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-Placed = tuple[str, Row]  # "FILE line 3", and what stands there
+LocatedRow = tuple[str, Row]  # "FILE line 3", and what stands there
 
 
-def rows(path: Path) -> list[Placed]:
+def rows(path: Path) -> list[LocatedRow]:
     """Rows of a .json file (a list of objects) or of JSON lines, the last with or without its newline; empty lines are none.
 
     Raises ValueError, with file and line, for what cannot be read.
@@ -27,7 +27,7 @@ def rows(path: Path) -> list[Placed]:
     return [(where, _object(where, line)) for where, line in lines]
 
 
-def _of_list(path: Path, text: str) -> list[Placed]:
+def _of_list(path: Path, text: str) -> list[LocatedRow]:
     found = _parsed(str(path), text)
     if not isinstance(found, list):
         raise ValueError(f"{path} must hold a list of JSON objects, got {shown(found)}")
@@ -66,7 +66,7 @@ def document(path: Path) -> Row:
     return _object(str(path), text)
 
 
-def text(placed: Placed, key: str) -> str:
+def text(placed: LocatedRow, key: str) -> str:
     """A row's text under a key. Raises ValueError where there is none."""
     where, row = placed
     if not isinstance(row.get(key), str):
@@ -74,7 +74,7 @@ def text(placed: Placed, key: str) -> str:
     return row[key]
 
 
-def name(placed: Placed, key: str) -> int | str:
+def name(placed: LocatedRow, key: str) -> int | str:
     """A row's name or number under a key, such as a question_id; "81" is 81. Raises ValueError where there is none."""
     where, row = placed
     value = row.get(key)
@@ -97,7 +97,7 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
-def once(placed: Sequence[Placed], key: str) -> None:
+def require_unique(placed: Sequence[LocatedRow], key: str) -> None:
     """Raises ValueError where two rows have the same name under a key."""
     seen: dict[Any, str] = {}
     for where, row in placed:

@@ -14,7 +14,7 @@ from typing import Any
 from llamba.eval import fetch
 from llamba.eval.foreign import document, number, text, texts
 from llamba.eval.journal import read_lines
-from llamba.eval.scores import model_name, need, save, save_items, score
+from llamba.eval.scores import model_name, require_packages, save, save_items, score
 from llamba.eval.stats import Interval, share, wilson
 from llamba.eval.task_sets import PUBMEDQA, TASK_SETS
 from llamba.models.loading import located, require_sound
@@ -156,7 +156,7 @@ def run(name: str, out: Path, task_set: str, options: Sequence[str], data: str |
 
     Raises ValueError for missing data, and lets lm-eval's own errors through.
     """
-    need("lm_eval")
+    require_packages("lm_eval")
     from lm_eval.__main__ import cli_evaluate
 
     path, tasks = located(name), tasks_of(task_set)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llamba.base.locks import locked
+from llamba.base.locks import file_lock
 
 BALLAST = 1 << 20  # bytes kept aside, given back when the disk is full, so that replies on their way can still be written
 
@@ -65,7 +65,7 @@ class Journal:
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opening:  # gives the lock back where the file cannot be read
-            opening.enter_context(locked(path.with_name(path.name + ".lock"), path, "choose another --out"))
+            opening.enter_context(file_lock(path.with_name(path.name + ".lock"), path, "choose another --out"))
             self.rows = read_lines(path)
             self.file = opening.enter_context(path.open("a+b"))
             self._cut_torn_line()

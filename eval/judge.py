@@ -26,7 +26,7 @@ from urllib.request import getproxies, proxy_bypass
 from tqdm import tqdm
 
 from llamba.eval.journal import Journal
-from llamba.eval.replies import Reply, has_no_money, parse, read_reply, short, sound
+from llamba.eval.replies import Reply, has_no_money, parse, read_reply, short, validated
 
 CHARACTERS_PER_TOKEN = 4
 ALONE = 3  # requests that may go one by one until there is a reply to look at
@@ -214,7 +214,7 @@ def _check_that_something_listens(url: str) -> None:
         raise ValueError(f"nothing answers at --judge-url {url} ({error}); start the server or correct the URL") from error
 
 
-class Asker:
+class JudgeClient:
     """Asks a judge through a journal. `usable` says whether a reply can be read; one that cannot be is asked again by the next run.
 
     `asked` counts the requests that were sent, `spent` the dollars.
@@ -222,7 +222,7 @@ class Asker:
 
     def __init__(self, judge: Judge, journal: Journal, transport: Callable[[], Transport], output_tokens: float) -> None:
         self.judge, self.journal, self.make_transport, self.output_tokens = judge, journal, transport, output_tokens
-        self.known: dict[str, Reply] = {row["key"]: sound(row.get("reply")) for row in journal.rows if isinstance(row.get("key"), str)}
+        self.known: dict[str, Reply] = {row["key"]: validated(row.get("reply")) for row in journal.rows if isinstance(row.get("key"), str)}
         self.asked, self.spent, self.in_a_row = 0, 0.0, 0
         self.readable = self.unreadable = 0  # of the requests in hand
         self.lock, self.stopped = threading.Lock(), ""
@@ -387,4 +387,4 @@ class Asker:
 
 def _reply_of(reply: Reply) -> Reply:
     """A transport's reply with all its keys; what `read_reply` says of a body that is none stays."""
-    return sound(reply) | {key: reply[key] for key in ("stranger", "body") if key in reply}
+    return validated(reply) | {key: reply[key] for key in ("stranger", "body") if key in reply}

@@ -23,8 +23,8 @@ from llamba.eval.answerer import Settings
 from llamba.eval.answers import Question, answer_all, say_what_stopped
 from llamba.eval.fastchat import JudgeName, modules
 from llamba.eval.journal import Journal, read_lines, write_lines
-from llamba.eval.judge import Asker, Failure, Judge, Messages, Reply, Request, escape
-from llamba.eval.judged import Judged, report_pairs, report_single
+from llamba.eval.judge import Failure, Judge, JudgeClient, Messages, Reply, Request, escape
+from llamba.eval.judgments import SingleJudgments, report_pairs, report_single
 from llamba.eval.local_judge import transport
 from llamba.eval.replies import plain_ratings, without_thoughts
 from llamba.eval.scores import model_name, save, save_items
@@ -56,7 +56,7 @@ class Options:
 
 
 @dataclass
-class Play:
+class JudgeTask:
     """One judgment to be had: a FastChat match; `swap`: in pairwise mode, the second model's answer is shown first."""
 
     match: Any
@@ -107,7 +107,7 @@ def load_questions(data: str | None, limit: int | None) -> list[dict[str, Any]]:
         }
         for where, row in placed
     ]
-    foreign.once([(where, row) for (where, _), row in zip(placed, rows, strict=True)], "question_id")
+    foreign.require_unique([(where, row) for (where, _), row in zip(placed, rows, strict=True)], "question_id")
     if not rows:
         raise ValueError("mt_bench/question.jsonl must hold questions, and is empty")
     if limit is None:
@@ -177,7 +177,9 @@ def _prompts(path: Path) -> dict[str, dict[str, Any]]:
     return prompts
 
 
-def plays(questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], judge: Judge, options: Options) -> list[Play]:
+def judge_tasks(
+    questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], judge: Judge, options: Options
+) -> list[JudgeTask]:
     """Every judgment to be had: FastChat's four prompts by category and turn, both orders in pairwise mode, all repeats."""
     common, generate = modules()
     prompts = _prompts(fetch.data_file("mt_bench/judge_prompts.jsonl", options.data))
@@ -200,21 +202,24 @@ def plays(questions: Sequence[dict[str, Any]], answers: dict[str, list[dict[str,
         matches += make(plain, models, by_model, judges["default" + suffix], models[-1], multi_turn=turns)
         matches += make(with_reference, models, by_model, judges["math" + suffix], models[-1], references, multi_turn=turns)
     return [
-        Play(m, swap, repeat) for repeat in range(options.repeats) for m in matches for swap in ((False, True) if pairwise else (False,))
+        JudgeTask(m, swap, repeat)
+        for repeat in range(options.repeats)
+        for m in matches
+        for swap in ((False, True) if pairwise else (False,))
     ]
 
 
-def judge_all(wanted: Sequence[Play], judge: Judge, out: Path, estimate_only: bool = False) -> tuple[list[Reply | Failure], str]:
-    """A reply or a failure for each play, and a line on what it took. Raises ValueError as `Asker.ask`."""
+def judge_all(wanted: Sequence[JudgeTask], judge: Judge, out: Path, estimate_only: bool = False) -> tuple[list[Reply | Failure], str]:
+    """A reply or a failure for each task, and a line on what it took. Raises ValueError as `JudgeClient.ask`."""
     common, _ = modules()
-    requests = [play.request(common) for play in wanted]
+    requests = [task.request(common) for task in wanted]
     keys = [request.key(judge) for request in requests]
 
     def usable(reply: Reply) -> bool:
         return wanted[0].verdict(common, reply["text"])[0] not in _FAILED
 
     with Journal(out / "judge" / f"{judge.slug}.jsonl") as journal:
-        asker = Asker(judge, journal, lambda: transport(judge), OUTPUT_TOKENS)
+        asker = JudgeClient(judge, journal, lambda: transport(judge), OUTPUT_TOKENS)
         print(asker.announce(requests, usable), flush=True)
         if estimate_only:
             return [], ""
@@ -233,10 +238,10 @@ def _thoughts(replies: Sequence[Reply | Failure]) -> str:
     )
 
 
-def _row(common: Any, play: Play, reply: Reply | Failure) -> dict[str, Any]:
+def _row(common: Any, task: JudgeTask, reply: Reply | Failure) -> dict[str, Any]:
     """FastChat's row of a single judgment; score -1 and a reason where it failed."""
-    m, failed = play.match, isinstance(reply, Failure)
-    verdict, prompt, judgment = play.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
+    m, failed = task.match, isinstance(reply, Failure)
+    verdict, prompt, judgment = task.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
     row = {
         "question_id": m.question["question_id"], "model": m.model, "judge": [m.judge.model_name, m.judge.prompt_template["name"]],
         "user_prompt": prompt, "judgment": judgment, "score": verdict, "turn": 2 if m.multi_turn else 1, "tstamp": time.time(),
@@ -244,13 +249,13 @@ def _row(common: Any, play: Play, reply: Reply | Failure) -> dict[str, Any]:
     return row | ({"reason": reply.reason} if isinstance(reply, Failure) and failed else {})
 
 
-def _pair_row(common: Any, games: Sequence[tuple[Play, Reply | Failure]]) -> dict[str, Any]:
+def _pair_row(common: Any, games: Sequence[tuple[JudgeTask, Reply | Failure]]) -> dict[str, Any]:
     """FastChat's row of a match: both orders; a winner is "error" where a game failed."""
     m = games[0][0].match
     row: dict[str, Any] = {"question_id": m.question["question_id"], "model_1": m.model_1, "model_2": m.model_2}
-    for number, (play, reply) in enumerate(games, 1):
-        winner, prompt, judgment = play.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
-        names = {"A": "model_2", "B": "model_1"} if play.swap else {"A": "model_1", "B": "model_2"}
+    for number, (task, reply) in enumerate(games, 1):
+        winner, prompt, judgment = task.verdict(common, "" if isinstance(reply, Failure) else reply["text"])
+        names = {"A": "model_2", "B": "model_1"} if task.swap else {"A": "model_1", "B": "model_2"}
         row |= {f"g{number}_winner": names.get(winner, winner), f"g{number}_user_prompt": prompt, f"g{number}_judgment": judgment}
         row |= {"reason": reply.reason} if isinstance(reply, Failure) else {}
     judge = [m.judge.model_name, m.judge.prompt_template["name"]]
@@ -287,7 +292,7 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
         if other == model:
             raise ValueError(f"--against must be another model than {model}")
         answers[other] = other_rows
-    wanted = plays(questions, answers, judge, options)
+    wanted = judge_tasks(questions, answers, judge, options)
     replies, took = judge_all(wanted, judge, out, options.estimate_only)
     if options.estimate_only:
         return "nothing was asked"
@@ -306,13 +311,13 @@ def run(name: str, out: Path, settings: Settings, judge: Judge, options: Options
 
 def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], limited: dict[str, int]) -> tuple[str, int]:
     model = played[0][0].match.model
-    rows = [(play.repeat, _row(common, play, reply)) for play, reply in played]
+    rows = [(task.repeat, _row(common, task, reply)) for task, reply in played]
     repeats = 1 + max(repeat for repeat, _ in rows)
     for repeat in range(repeats):
         mine = [row for r, row in rows if r == repeat]
         stem = f"{judge.slug}_single" + (f"_repeat{repeat + 1}" if repeat else "")
         _write(out, stem, [r for r in mine if r["score"] != -1], [r for r in mine if r["score"] == -1])
-    judged = Judged([r for _, r in rows if r["score"] != -1], [r for _, r in rows if r["score"] == -1])
+    judged = SingleJudgments([r for _, r in rows if r["score"] != -1], [r for _, r in rows if r["score"] == -1])
     table, text = report_single(judged, categories, judge.slug)
     if repeats > 1:
         means = [np.mean([r["score"] for i, r in rows if i == repeat and r["score"] != -1]) for repeat in range(repeats)]
@@ -325,8 +330,8 @@ def _single(common: Any, played: Any, judge: Judge, out: Path, categories: dict[
 
 def _pairwise(common: Any, played: Any, judge: Judge, out: Path, categories: dict[Any, str], limited: dict[str, int]) -> tuple[str, int]:
     games: dict[Any, list[Any]] = defaultdict(list)
-    for play, reply in played:
-        games[(play.repeat, play.match.question["question_id"], play.match.multi_turn)].append((play, reply))
+    for task, reply in played:
+        games[(task.repeat, task.match.question["question_id"], task.match.multi_turn)].append((task, reply))
     rows = [(key[0], _pair_row(common, pair)) for key, pair in games.items()]
     for repeat in sorted({r for r, _ in rows}):
         mine = [row for r, row in rows if r == repeat]

@@ -67,7 +67,7 @@ def read_reply(body: str) -> Reply:
     return reply
 
 
-def sound(reply: Any) -> Reply:
+def validated(reply: Any) -> Reply:
     """A reply as it stands in a journal, with everything of the type that it should have."""
     if not isinstance(reply, dict):
         return _reply(why="the journal holds no reply here")

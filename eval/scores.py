@@ -9,7 +9,7 @@ from typing import Any
 
 from llamba.base.folders import finished, resolve_model
 from llamba.base.provenance import stamp, version
-from llamba.eval.foreign import Placed, document, number, rows, shown, text
+from llamba.eval.foreign import LocatedRow, document, number, rows, shown, text
 from llamba.eval.judge import digest, slug
 from llamba.eval.stats import Interval
 
@@ -18,7 +18,7 @@ MODELS = "models.json"
 _PACKAGES = ("llamba", "torch", "transformers", "fschat", "alpaca_eval", "lm_eval", "openai")
 
 
-def need(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """Raises ValueError where a package of the `eval` extra is not installed."""
     if missing := [package for package in packages if version(package) is None]:
         raise ValueError(f"this needs {', '.join(missing)}, not installed; pip install --constraint constraints.txt 'llamba[eval]'")
@@ -66,7 +66,7 @@ def read_scores(folder: Path) -> list[dict[str, Any]]:
     return [_checked(placed) for placed in rows(path)] if path.exists() else []
 
 
-def _checked(placed: Placed) -> dict[str, Any]:
+def _checked(placed: LocatedRow) -> dict[str, Any]:
     """A row whose names are texts and whose numbers are numbers (not a number is one too)."""
     where, row = placed
     for key in ("benchmark", "metric", "model"):

@@ -130,7 +130,7 @@ Row = dict[str, Any]
 Runner = Callable[[str], bool]
 
 
-def gsm8k_row(placed: foreign.Placed) -> Row:
+def gsm8k_row(placed: foreign.LocatedRow) -> Row:
     """A question and its number. Raises ValueError, with file and line, for a row without one: it would count as wrong for everybody."""
     where, row = placed
     answer = row.get("answer")
@@ -141,7 +141,7 @@ def gsm8k_row(placed: foreign.Placed) -> Row:
     return {"question": foreign.text(placed, "question"), "answer": last}
 
 
-def crux_row(placed: foreign.Placed) -> Row:
+def crux_row(placed: foreign.LocatedRow) -> Row:
     """A function, its input and its output. Raises ValueError, with file and line, where one is missing."""
     return {key: foreign.text(placed, key) for key in ("code", "input", "output")}
 
@@ -163,7 +163,7 @@ class Benchmark:
     """A benchmark's file, what a row of it must hold, its question, and who says what is right."""
 
     file: str
-    row: Callable[[foreign.Placed], Row]
+    row: Callable[[foreign.LocatedRow], Row]
     question: Callable[[Row], str]
     right: Callable[[Row, str, Runner | None], bool]
 

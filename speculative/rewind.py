@@ -29,7 +29,7 @@ LEAN = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderL
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
 
-class Place:
+class CachePositions:
     """Where the tokens of the current call go: shared by all layers of a cache. `window` None is full attention."""
 
     def __init__(self, capacity: int):
@@ -85,13 +85,13 @@ class PlacedLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, place: Place, window: int | None):
+    def __init__(self, cache_positions: CachePositions, window: int | None):
         super().__init__()
-        self.place, self.window = place, window
+        self.cache_positions, self.window = cache_positions, window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers, for the shapes and the device of the first keys."""
-        (rows, groups, _, width), slots = key_states.shape, self.place.capacity
+        (rows, groups, _, width), slots = key_states.shape, self.cache_positions.capacity
         self.keys = key_states.new_zeros(rows, groups, slots, width)
         self.values = value_states.new_zeros(rows, groups, slots, value_states.shape[-1])
         self.is_initialized = True
@@ -100,7 +100,7 @@ class PlacedLayer(CacheLayerMixin):
         """Store new keys and values [B, G, T, P] at their positions; returns what can be seen of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots, end = self.place.slots, self.place.end
+        slots, end = self.cache_positions.slots, self.cache_positions.end
         if len(slots) == 1:
             first = end - key_states.shape[2]
             self.keys[:, :, first:end], self.values[:, :, first:end] = key_states, value_states
@@ -108,7 +108,7 @@ class PlacedLayer(CacheLayerMixin):
             rows = torch.arange(len(slots), device=slots.device)[:, None]
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
-        start = self.place.start(self.window)
+        start = self.cache_positions.start(self.window)
         return self.keys[:, :, start:end], self.values[:, :, start:end]
 
     def keep(self, firsts: list[int], places: list[list[int]]) -> None:
@@ -118,16 +118,16 @@ class PlacedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Position of the first new token of the longest row."""
-        return max(self.place.firsts, default=0)
+        return max(self.cache_positions.firsts, default=0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots that can be seen and the first of them."""
-        start = self.place.start(self.window)
-        return self.place.end - start, start
+        start = self.cache_positions.start(self.window)
+        return self.cache_positions.end - start, start
 
     def get_max_length(self) -> int:
         """Slots of the buffers."""
-        return self.place.capacity
+        return self.cache_positions.capacity
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
@@ -166,11 +166,12 @@ class Rewindable:
             raise ValueError(f"layers that can go back are needed (attention, or mixers of ours); {type(model).__name__} has {wrong[0]}")
         if implementation not in ("sdpa", "eager") and set(self.kinds) != {RECURRENT}:
             raise ValueError(f'speculative decoding needs attn_implementation="sdpa" (or "eager"); got {implementation!r}')
-        self.model, self.place, self.lengths = model, Place(capacity), [0]
+        self.model, self.cache_positions, self.lengths = model, CachePositions(capacity), [0]
         self.device = reading_device(model)
         self.windows = {"full_attention": None, "sliding_attention": vars(model.config).get("sliding_window")}
         layers: list[Any] = [
-            RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.place, self.windows[kind]) for kind in self.kinds
+            RecurrentLayer(model.config.mixer) if kind == RECURRENT else PlacedLayer(self.cache_positions, self.windows[kind])
+            for kind in self.kinds
         ]
         self.cache = Cache(layers=layers)
         on_cpu = model.device.type == "cpu" and implementation == "sdpa" and not is_offloaded(model)
@@ -203,10 +204,10 @@ class Rewindable:
         return logits
 
     def _run(self, tokens: Tensor, keep: int, rec: Recurrence) -> Tensor:
-        self.place.move(self.lengths, tokens.shape[1], tokens.device, rec.tree)
+        self.cache_positions.move(self.lengths, tokens.shape[1], tokens.device, rec.tree)
         masks: dict[str, Any] = {kind: self._mask(self.windows[kind]) for kind in set(self.kinds) - {RECURRENT}}
         masks[RECURRENT] = rec
-        backbone, positions = self.backbone, self.place.positions
+        backbone, positions = self.backbone, self.cache_positions.positions
         hidden = backbone.embed_tokens(tokens)  # [B, T, D]
         rotary = self._rotary(hidden, positions)
         grouped = self.lean and tokens.shape[1] <= FEW
@@ -243,16 +244,16 @@ class Rewindable:
             rotary = self.backbone.rotary_emb
             if rotary.rope_type not in FIXED_ROPES:
                 return rotary(hidden, position_ids=positions)
-            self.table = rotary(hidden, position_ids=torch.arange(self.place.capacity, device=hidden.device)[None])
+            self.table = rotary(hidden, position_ids=torch.arange(self.cache_positions.capacity, device=hidden.device)[None])
         cos, sin = self.table
-        if len(positions) == 1 and self.place.tree is None:
-            part = slice(self.place.end - positions.shape[1], self.place.end)
+        if len(positions) == 1 and self.cache_positions.tree is None:
+            part = slice(self.cache_positions.end - positions.shape[1], self.cache_positions.end)
             return cos[:, part], sin[:, part]
         return cos[0, positions], sin[0, positions]
 
     def _mask(self, window: int | None) -> Tensor | None:
         """What is added to the scores, made once: of a mask of True and False each layer would make it anew."""
-        mask = self.place.mask(window)
+        mask = self.cache_positions.mask(window)
         if mask is None:
             return None
         return torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(self.model.dtype).min)

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before anything imports triton; "auto" stil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.settings import Data
 
 TEMPLATE = (
@@ -103,11 +103,11 @@ def chat_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+def data(tmp_path_factory, chat_file, tokenizer) -> StageData:
     folder = tmp_path_factory.mktemp("data")
     config = Data(train=str(chat_file), length=48)
-    prepare(config, tokenizer, "assistant", folder / "assistant")
-    return Prepared(config, 0, folder / "assistant")
+    tokenize(config, tokenizer, "assistant", folder / "assistant")
+    return StageData(config, 0, folder / "assistant")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llamba.data import pairs
 from llamba.data.pairs import Pairs
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.models.convert import convert
 from llamba.settings import DPO_LOSSES, Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
@@ -40,19 +40,19 @@ def student(tmp_path_factory, teacher_folder, tokenizer) -> str:
     return str(folder)
 
 
-def prepared(folder: Path, source: Path, tokenizer, targets: str = "answers", **more) -> Prepared:
+def prepared(folder: Path, source: Path, tokenizer, targets: str = "answers", **more) -> StageData:
     config = Data(train=str(source), length=48, **more)
-    (pairs.prepare if targets == "pairs" else prepare)(config, tokenizer, targets, folder)
-    return Prepared(config, 0, folder)
+    (pairs.tokenize_pairs if targets == "pairs" else tokenize)(config, tokenizer, targets, folder)
+    return StageData(config, 0, folder)
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+def chats(tmp_path_factory, chat_file, tokenizer) -> StageData:
     return prepared(tmp_path_factory.mktemp("chats") / "set", chat_file, tokenizer, eval=str(chat_file))
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+def packed(tmp_path_factory, chat_file, tokenizer) -> StageData:
     return prepared(tmp_path_factory.mktemp("packed") / "set", chat_file, tokenizer, packing=True)
 
 
@@ -69,7 +69,7 @@ def preferences(small, number: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def preferred(tmp_path_factory, small, tokenizer) -> Prepared:
+def preferred(tmp_path_factory, small, tokenizer) -> StageData:
     folder = tmp_path_factory.mktemp("preferred")
     source = small.write_rows(folder / "pairs.jsonl", preferences(small, 32))
     return prepared(folder / "set", source, tokenizer, "pairs", eval=str(source))

@@ -8,7 +8,7 @@ import pytest
 
 from llamba.data import sources
 from llamba.data.batches import Ordered, Rows, collate
-from llamba.data.tokens import Tokenizer, check_unchanged, pack, prepare
+from llamba.data.tokens import RowTokenizer, check_unchanged, pack, tokenize
 from llamba.settings import Data
 from llamba.training.losses import IGNORE
 
@@ -23,7 +23,7 @@ def write_rows(path, rows):
 def prepared(tmp_path, tokenizer, rows, targets="assistant", **data):
     tmp_path.mkdir(exist_ok=True)
     path = write_rows(tmp_path / "in.jsonl", rows)
-    manifest = prepare(Data(train=str(path), **data), tokenizer, targets, tmp_path / "out")
+    manifest = tokenize(Data(train=str(path), **data), tokenizer, targets, tmp_path / "out")
     return Rows(tmp_path / "out" / "train"), manifest["train"][0]
 
 
@@ -161,7 +161,7 @@ def test_padding_of_packed_rows_is_a_document():
 
 def test_mixture_keeps_its_shares(tmp_path, tokenizer, small):
     paths = [str(small.write_rows(tmp_path / f"{name}.jsonl", small.chats(size))) for name, size in (("a", 60), ("b", 7))]
-    prepare(Data(train=paths, weights=[3.0, 1.0], length=64), tokenizer, "assistant", tmp_path / "out")
+    tokenize(Data(train=paths, weights=[3.0, 1.0], length=64), tokenizer, "assistant", tmp_path / "out")
     rows = Rows(tmp_path / "out" / "train")
     order = Ordered(rows, 4, 0, epochs=1.0, steps=50, tokens=None)
     share = rows.lengths[order.order[order.order >= 60]].sum() / order.seen[-1]
@@ -176,7 +176,7 @@ def test_mixture_keeps_its_shares(tmp_path, tokenizer, small):
 def test_streaming_reads_what_the_stage_needs(tmp_path, tokenizer, small):
     path = small.write_rows(tmp_path / "in.jsonl", small.chats(400))
     data = Data(train=str(path), streaming=True, length=64)
-    found = prepare(data, tokenizer, "assistant", tmp_path / "out", limit=1000)["train"][0]
+    found = tokenize(data, tokenizer, "assistant", tmp_path / "out", limit=1000)["train"][0]
     assert 1000 <= found["tokens"] < 1064 and found["rows"] < 400
 
 
@@ -186,7 +186,7 @@ def test_parts_are_disjoint_and_whole_together(tmp_path, tokenizer, small):
     whole = [where for where, _ in sources.rows(str(path))]
     parts = [[where for where, _ in sources.rows(str(path), part=(k, 3))] for k in range(3)]
     assert [len(part) for part in parts] == [4, 4, 3] and sorted(sum(parts, [])) == sorted(whole)
-    manifest = prepare(Data(train=str(path), eval=str(path), part=(1, 3), length=64), tokenizer, "assistant", tmp_path / "out")
+    manifest = tokenize(Data(train=str(path), eval=str(path), part=(1, 3), length=64), tokenizer, "assistant", tmp_path / "out")
     assert (manifest["train"][0]["rows"], manifest["eval"][0]["rows"]) == (4, 11)
     assert Data(train="a", part=[1, 3]).part == (1, 3)
     with pytest.raises(ValueError, match=r"data.part must be \(k, n\) with 0 <= k < n, got \(3, 3\)"):
@@ -267,9 +267,9 @@ def test_template_by_file_must_write_what_the_model_reads(small, tmp_path, token
     assert tokenizer.decode(rows[0]["labels"][rows[0]["labels"] != IGNORE]) == "green blue</s>"
     marked.write_text(marked.read_text().replace("bos_token", "''"))
     with pytest.raises(ValueError, match="differently from the tokenizer's own template"):
-        Tokenizer(Data(train="x", template=str(marked)), plain, "assistant")("here", CHAT)
+        RowTokenizer(Data(train="x", template=str(marked)), plain, "assistant")("here", CHAT)
     with pytest.raises(ValueError, match=r"data.template must be 'auto', a file or one of \['chatml', .*'zephyr'\], got 'llama9'"):
-        Tokenizer(Data(train="x", template="llama9"), plain, "assistant")
+        RowTokenizer(Data(train="x", template="llama9"), plain, "assistant")
 
 
 def test_llama3_template_is_llama3s_own(small):
@@ -281,7 +281,7 @@ def test_llama3_template_is_llama3s_own(small):
         "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}"
     )
-    reader = Tokenizer(Data(train="x", template="llama3"), tokenizer, "assistant")
+    reader = RowTokenizer(Data(train="x", template="llama3"), tokenizer, "assistant")
     for row in ({"messages": [{"role": "system", "content": " big "}, *turns["messages"]]} for turns in small.chats(3)):
         ids, targets = reader("here", row)
         assert ids == tokenizer.apply_chat_template(row["messages"])["input_ids"]
@@ -294,10 +294,10 @@ def test_interrupted_preparation_leaves_nothing(tmp_path, tokenizer):
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps(CHAT) + "\n{broken\n")
     with pytest.raises(ValueError, match="in.jsonl:2"):
-        prepare(Data(train=str(path)), tokenizer, "assistant", tmp_path / "out")
+        tokenize(Data(train=str(path)), tokenizer, "assistant", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     write_rows(path, [CHAT])
-    manifest = prepare(Data(train=str(path)), tokenizer, "assistant", tmp_path / "out")
+    manifest = tokenize(Data(train=str(path)), tokenizer, "assistant", tmp_path / "out")
     assert len(Rows(tmp_path / "out" / "train")) == 1
     check_unchanged(manifest)
     write_rows(path, [CHAT, CHAT])

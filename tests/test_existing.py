@@ -16,7 +16,7 @@ from llamba.eval import alpaca, foreign, harness, stats
 from llamba.eval.commands import main
 from llamba.eval.fetch import read_json_rows
 from llamba.eval.journal import Journal, read_lines, write_lines
-from llamba.eval.judged import read_judgments, read_matches
+from llamba.eval.judgments import read_pairs, read_single
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -90,7 +90,7 @@ def test_pairs_come_in_whatever_the_order_of_names(tmp_path: Path, capsys) -> No
     rows += [game(6, "model_2", "model_2", "b", "a"), game(1, "model_2", "model_2", judge="other"), game(7, "model_1", "tie", "b", "a")]
     path = tmp_path / "gpt-4_pair.jsonl"
     write_lines(path, rows)
-    first, other = read_matches([path])
+    first, other = read_pairs([path])
     assert {row["model_1"] for row in first.rows} == {"a"} and len(first.rows) == 5 and len(first.failed) == 2 and len(other.rows) == 1
     turned = next(row for row in first.rows if row["question_id"] == 7)
     assert (turned["g1_winner"], turned["g2_winner"]) == ("tie", "model_2")  # b was shown first in game 1, so that a is in game 2
@@ -193,7 +193,7 @@ def test_intervals_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_lines(tmp_path / f"{name}_single.jsonl", rows)
         random.Random(0).shuffle(rows)
-    (a,), (b,) = (read_judgments([tmp_path / f"{name}_single.jsonl"]) for name in ("a", "b"))
+    (a,), (b,) = (read_single([tmp_path / f"{name}_single.jsonl"]) for name in ("a", "b"))
     assert stats.bootstrap(a.of("m")) == stats.bootstrap(b.of("m"))
 
 

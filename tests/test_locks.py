@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llamba.base.locks import LOCK, held
+from llamba.base.locks import LOCK, folder_lock
 from llamba.cli import main
 from llamba.eval.journal import Journal, read_lines
 
@@ -22,7 +22,7 @@ with {name}(Path(sys.argv[1])):
     print("held", flush=True)
     input()
 """
-FOLDER = {"module": "llamba.base.locks", "name": "held"}
+FOLDER = {"module": "llamba.base.locks", "name": "folder_lock"}
 JOURNAL = {"module": "llamba.eval.journal", "name": "Journal"}
 
 
@@ -45,10 +45,10 @@ def names(process: subprocess.Popen[str], path: Path) -> str:
 
 def test_a_folder_says_who_works_in_it_and_is_free_when_he_is_killed(tmp_path: Path) -> None:
     with holder(tmp_path, FOLDER) as other:
-        with pytest.raises(ValueError, match=names(other, tmp_path)), held(tmp_path):
+        with pytest.raises(ValueError, match=names(other, tmp_path)), folder_lock(tmp_path):
             pass
     assert (tmp_path / LOCK).exists()  # a killed process tidies nothing
-    with held(tmp_path):
+    with folder_lock(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert not (tmp_path / LOCK).exists()
 
@@ -86,5 +86,5 @@ def test_a_journal_that_cannot_be_read_gives_its_lock_back(tmp_path: Path) -> No
 def test_a_lock_without_a_holders_name_is_a_lock(tmp_path: Path) -> None:
     with holder(tmp_path, FOLDER):
         (tmp_path / LOCK).write_text("")
-        with pytest.raises(ValueError, match="in use: another process works in it"), held(tmp_path):
+        with pytest.raises(ValueError, match="in use: another process works in it"), folder_lock(tmp_path):
             pass

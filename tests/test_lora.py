@@ -10,7 +10,7 @@ from accelerate import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.models.convert import convert
 from llamba.settings import Data, Dpo, Lora, Sft
 from llamba.stages import dpo, sft
@@ -32,10 +32,10 @@ def student(request, tmp_path_factory, teacher_folder, tokenizer) -> str:
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+def chats(tmp_path_factory, chat_file, tokenizer) -> StageData:
     folder = tmp_path_factory.mktemp("chats") / "set"
-    prepare(Data(train=str(chat_file), length=48), tokenizer, "answers", folder)
-    return Prepared(Data(train=str(chat_file)), 0, folder)
+    tokenize(Data(train=str(chat_file), length=48), tokenizer, "answers", folder)
+    return StageData(Data(train=str(chat_file)), 0, folder)
 
 
 def test_projections_of_every_kind_are_changed(student):
@@ -80,15 +80,15 @@ def test_the_folder_is_an_ordinary_one(tmp_path, monkeypatch, chats, preferred_p
 
 
 @pytest.fixture(scope="module")
-def preferred_pairs(tmp_path_factory, small, tokenizer) -> Prepared:
+def preferred_pairs(tmp_path_factory, small, tokenizer) -> StageData:
     from llamba.data import pairs
 
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"prompt": chat["messages"][:1], "chosen": "red green", "rejected": "cat dog"} for chat in small.chats(16)]
     rows = [{**row, "prompt": row["prompt"][0]["content"]} for row in rows]
     config = Data(train=str(small.write_rows(folder / "pairs.jsonl", rows)), length=48)
-    pairs.prepare(config, tokenizer, "pairs", folder / "set")
-    return Prepared(config, 0, folder / "set")
+    pairs.tokenize_pairs(config, tokenizer, "pairs", folder / "set")
+    return StageData(config, 0, folder / "set")
 
 
 def test_frozen_weights_are_halved_in_bf16(tmp_path, chats, student):

@@ -23,10 +23,10 @@ import llamba
 from llamba.eval import commands, scores
 from llamba.eval.commands import main
 from llamba.eval.journal import Journal, read_lines, write_lines
-from llamba.eval.judge import Asker, Endpoint, Failure, Judge, Request, escape
-from llamba.eval.judged import read_judgments, report_single
+from llamba.eval.judge import Endpoint, Failure, Judge, JudgeClient, Request, escape
+from llamba.eval.judgments import read_single, report_single
 from llamba.eval.local_judge import transport
-from llamba.eval.replies import plain_ratings, read_reply, sound, without_thoughts
+from llamba.eval.replies import plain_ratings, read_reply, validated, without_thoughts
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "recipes" / "tiny" / "teacher"
@@ -270,7 +270,9 @@ def test_every_body_is_a_reply() -> None:
     for one in bodies:
         reply = read_reply(one)
         assert isinstance(reply["text"], str) and (reply["why"] or reply["text"] or reply["logprobs"])
-        assert sound(json.loads(json.dumps(reply))) == {key: value for key, value in reply.items() if key not in ("stranger", "no_money")}
+        assert validated(json.loads(json.dumps(reply))) == {
+            key: value for key, value in reply.items() if key not in ("stranger", "no_money")
+        }
         assert isinstance(plain_ratings(without_thoughts(reply["text"])), str)
     assert sum(read_reply(one)["why"] is None for one in bodies) > 50
 
@@ -291,8 +293,8 @@ def test_a_run_in_which_nothing_can_be_read_stops_after_twenty(tmp_path: Path) -
     with fake_judge(unreadable=1.0) as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
         judge = Judge("fake", url, concurrency=8, price=(0.0, 1e6))
 
-        def ask(number: int) -> Asker:
-            asker = Asker(judge, journal, lambda: Endpoint(judge), 1)
+        def ask(number: int) -> JudgeClient:
+            asker = JudgeClient(judge, journal, lambda: Endpoint(judge), 1)
             try:
                 asker.ask(requests(number), lambda reply: "Rating" in reply["text"])
             finally:
@@ -310,7 +312,7 @@ def test_a_run_in_which_nothing_can_be_read_stops_after_twenty(tmp_path: Path) -
         with fake_judge(fatal=status) as (url, state), Journal(tmp_path / f"{status}.jsonl") as journal:
             judge = Judge("fake", url, concurrency=8)
             with pytest.raises(ValueError, match=f"of 20 replies none can be read .the last: {status}"):
-                Asker(judge, journal, partial(Endpoint, judge), 1).ask(requests(100), lambda reply: True)
+                JudgeClient(judge, journal, partial(Endpoint, judge), 1).ask(requests(100), lambda reply: True)
             assert state.requests == 20
 
 
@@ -320,10 +322,10 @@ def test_a_run_in_which_nothing_can_be_read_stops_after_twenty(tmp_path: Path) -
 def test_an_empty_account_stops_at_once(tmp_path: Path, status: int, code: str) -> None:
     with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
         judge = Judge("fake", url, concurrency=1)
-        Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(4), lambda reply: True)
+        JudgeClient(judge, journal, lambda: Endpoint(judge), 1).ask(requests(4), lambda reply: True)
         state.fatal, state.code = status, code
         with pytest.raises(ValueError, match="OPENAI_API_KEY cannot pay .*add credit"):
-            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(40), lambda reply: True)
+            JudgeClient(judge, journal, lambda: Endpoint(judge), 1).ask(requests(40), lambda reply: True)
         assert state.requests == 5 and len(journal.rows) == 4
 
 
@@ -334,14 +336,14 @@ def requests(number: int) -> list[Request]:
 def test_a_judge_that_goes_away_loses_nothing(tmp_path: Path) -> None:
     with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
         judge = Judge("fake", url, retries=0, concurrency=1)
-        asker = Asker(judge, journal, lambda: Endpoint(judge), 1)
+        asker = JudgeClient(judge, journal, lambda: Endpoint(judge), 1)
         asker.ask(requests(10), lambda reply: True)
         state.fatal = 500
         with pytest.raises(ValueError, match="run again to go on"):
             asker.ask(requests(30), lambda reply: True)
         assert asker.asked < 30 and len(asker.known) == 10
         state.fatal = None
-        again = Asker(judge, journal, lambda: Endpoint(judge), 1)
+        again = JudgeClient(judge, journal, lambda: Endpoint(judge), 1)
         assert again.ask(requests(30), lambda reply: True) == {} and again.asked == 20
 
 
@@ -360,7 +362,7 @@ def test_the_preflight_waits_for_a_reply(tmp_path: Path) -> None:
 
     judge = Judge("fake", "http://127.0.0.1:9/v1")
     with Journal(tmp_path / "judge.jsonl") as journal:
-        asker = Asker(judge, journal, Failing, 1)
+        asker = JudgeClient(judge, journal, Failing, 1)
         with pytest.raises(ValueError, match="of no use"):
             asker.ask(requests(30), lambda reply: True, lambda reply: "of no use")
         assert asker.asked == 3
@@ -389,7 +391,7 @@ def test_a_full_disk_keeps_what_was_paid_for(tmp_path: Path, monkeypatch) -> Non
 
         monkeypatch.setattr(Journal, "_write", full_without_ballast)
         with pytest.raises(ValueError, match="disk is full.*every reply so far is kept"):
-            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
+            JudgeClient(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
         assert 6 <= state.served == len(read_lines(tmp_path / "judge.jsonl")) < 30
 
 
@@ -441,7 +443,7 @@ def test_a_budget_stops_in_the_middle(tmp_path: Path) -> None:
     with fake_judge() as (url, state), Journal(tmp_path / "judge.jsonl") as journal:
         judge = Judge("fake", url, concurrency=1, price=(0.0, 1e6), max_cost=35.0)  # a dollar a token; a reply has 6 and not 1
         with pytest.raises(ValueError, match="--max-cost 35.0 is spent"):
-            Asker(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
+            JudgeClient(judge, journal, lambda: Endpoint(judge), 1).ask(requests(30), lambda reply: True)
         assert state.served == 6 == len(journal.rows)
 
 
@@ -490,7 +492,7 @@ def test_the_aggregator_is_open_about_duplicates_and_failures(tmp_path: Path) ->
 
     rows = [row(81, 1, 4), row(81, 1, 6), row(81, 2, 8), row(82, 1, -1), row(82, 2, 2), row(82, 1, -1), row(83, 1, 5), row(83, 1, -1)]
     write_lines(tmp_path / "gpt-4_single.jsonl", rows)
-    (judged,) = read_judgments([tmp_path / "gpt-4_single.jsonl"])
+    (judged,) = read_single([tmp_path / "gpt-4_single.jsonl"])
     assert judged.duplicates == 3 and len(judged.failed) == 1 and judged.of("m") == {81: [6.0, 8.0], 82: [2.0], 83: [5.0]}
     table, text = report_single(judged, {81: "writing", 82: "writing", 83: "math"}, "gpt-4")
     values = {line["metric"]: line["value"] for line in table}
@@ -514,7 +516,7 @@ def test_a_local_model_judges(tmp_path: Path) -> None:
     top = together[1]["logprobs"]["content"][0]["top_logprobs"]
     assert len(top) == 20 and top[0]["token"] == "7" and top[0]["logprob"] > math.log(0.5)
     with Journal(tmp_path / "judge.jsonl") as journal:
-        failures = Asker(judge, journal, lambda: local, 4).ask(asked, lambda reply: True)
+        failures = JudgeClient(judge, journal, lambda: local, 4).ask(asked, lambda reply: True)
         assert len(journal.rows) == 2 and len(failures) == 1
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llamba.data.batches import Ordered, Rows, collate
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models import loading
 from llamba.settings import Distill
 from llamba.stages import distill
@@ -35,9 +35,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(offline, "_SHARD_BYTES", 4000)
 
 
-def make(stage: Distill, data: Prepared, teacher: Path, folder: Path, load=None) -> offline.RowsWithLogits:
+def make(stage: Distill, data: StageData, teacher: Path, folder: Path, load=None) -> offline.RowsWithLogits:
     loader = load or partial(loading.load_teacher, str(teacher), stage.precision)
-    return offline.prepare(stage, data.folder / "train", str(teacher), loader, folder)
+    return offline.store_logits(stage, data.folder / "train", str(teacher), loader, folder)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -104,7 +104,7 @@ def save(tensors, path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 offline.save_file = save
-offline.prepare(Distill(**eval(settings)), Path(rows), teacher, partial(loading.load_teacher, teacher, "fp32"), Path(folder))
+offline.store_logits(Distill(**eval(settings)), Path(rows), teacher, partial(loading.load_teacher, teacher, "fp32"), Path(folder))
 """
 
 
@@ -165,18 +165,18 @@ def test_bad_settings(tmp_path, data, teacher_folder):
 # training on them
 
 
-def train(stage: Distill, data: Prepared, student: str, teacher: Path, out: Path) -> list[dict]:
+def train(stage: Distill, data: StageData, student: str, teacher: Path, out: Path) -> list[dict]:
     distill.run(stage, student, str(teacher), data, out)
     return read_metrics(out / METRICS)
 
 
 @pytest.fixture
-def with_eval(tmp_path, data) -> Prepared:
+def with_eval(tmp_path, data) -> StageData:
     """The training rows once more as held-out rows."""
     for split in ("train", "eval"):
         (tmp_path / "data" / split).parent.mkdir(exist_ok=True)
         (tmp_path / "data" / split).symlink_to(data.folder / "train")
-    return Prepared(data.config, 0, tmp_path / "data")
+    return StageData(data.config, 0, tmp_path / "data")
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

@@ -7,9 +7,8 @@ import pytest
 from llamba.data import sources
 from llamba.data.batches import Rows
 from llamba.data.chat_templates import TEMPLATES
-from llamba.data.pairs import Pairs
-from llamba.data.pairs import prepare as prepare_pairs
-from llamba.data.tokens import check_unchanged, prepare
+from llamba.data.pairs import Pairs, tokenize_pairs
+from llamba.data.tokens import check_unchanged, tokenize
 from llamba.settings import Data, Dpo, Lora, Recipe, Sft, Student
 from llamba.settings.overrides import from_dict, override, to_dict
 
@@ -37,7 +36,7 @@ FORMS = {
 def tokenised(tmp_path, tokenizer, rows, **data) -> tuple[Pairs, dict]:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = prepare_pairs(Data(train=str(source), **data), tokenizer, "pairs", tmp_path / "set")
+    manifest = tokenize_pairs(Data(train=str(source), **data), tokenizer, "pairs", tmp_path / "set")
     return Pairs(tmp_path / "set" / "train"), manifest
 
 
@@ -129,7 +128,7 @@ def test_mixed_sources_keep_their_weights(tmp_path, tokenizer):
     other.write_text(json.dumps(PAIR) + "\n")
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps(PAIR) + "\n" + json.dumps(FORMS["texts"]) + "\n")
-    prepare_pairs(Data(train=[str(source), str(other)], weights=[1.0, 3.0]), tokenizer, "pairs", tmp_path / "set")
+    tokenize_pairs(Data(train=[str(source), str(other)], weights=[1.0, 3.0]), tokenizer, "pairs", tmp_path / "set")
     assert Pairs(tmp_path / "set" / "train").mixture.tolist() == [[2, 1], [1, 3]]
 
 
@@ -146,7 +145,7 @@ def test_long_conversations_end_with_a_whole_answer(tmp_path, small, tokenizer, 
     source = small.write_rows(tmp_path / "in.jsonl", [{"messages": row} for row in rows])
     for packing in (False, True):
         folder = tmp_path / str(packing)
-        prepare(Data(train=str(source), length=48, packing=packing), tokenizer, "answers", folder)
+        tokenize(Data(train=str(source), length=48, packing=packing), tokenizer, "answers", folder)
         tokens = Rows(folder / "train").tokens
         assert tokenizer.decode(tokens) == "<s><|user|>red</s><|assistant|>cat</s>" * 2
         assert "2 of 5 rows (1 of them cut at the limit)" in (printed := capsys.readouterr().out)
@@ -156,7 +155,7 @@ def test_long_conversations_end_with_a_whole_answer(tmp_path, small, tokenizer, 
 def test_fine_tuning_wants_conversations(tmp_path, small, tokenizer):
     source = small.write_rows(tmp_path / "in.jsonl", [{"text": "red"}])
     with pytest.raises(ValueError, match="in.jsonl:1: a text row has no assistant's words"):
-        prepare(Data(train=str(source)), tokenizer, "answers", tmp_path / "set")
+        tokenize(Data(train=str(source)), tokenizer, "answers", tmp_path / "set")
 
 
 def test_stages_survive_json_and_overrides():

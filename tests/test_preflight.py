@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamba.data.batches import Rows
-from llamba.data.tokens import prepare
+from llamba.data.tokens import tokenize
 from llamba.running import run
 from llamba.settings import Data, Distill, Dpo, Draft, Hidden, Lora, Matrix, PseudoLabel, Recipe, Select, Sft, Stage, Student
 
@@ -155,7 +155,7 @@ def test_a_stage_reads_on_where_the_stage_before_it_stopped(tmp_path, teacher_fo
     ]
     recipe = Recipe(str(teacher_folder), Student(), stream, stages, str(tmp_path / "run"))
     run.run(recipe)
-    prepare(Data(train=str(path), length=48), tokenizer, "assistant", tmp_path / "whole")
+    tokenize(Data(train=str(path), length=48), tokenizer, "assistant", tmp_path / "whole")
     whole, read, at = rows_of(tmp_path / "whole" / "train"), {}, {}
     assert len(whole) == 60
     for folder in (tmp_path / "run" / "data").iterdir():
@@ -178,7 +178,7 @@ def test_a_stream_that_is_used_up_is_read_whole_once(tmp_path, tokenizer, small)
     path = small.write_rows(tmp_path / "in.jsonl", small.chats(20))
     data = Data(train=str(path), length=48, streaming=True)
     for name, starts in (("all", {}), ("turned", {str(path): 7})):
-        manifest = prepare(data, tokenizer, "assistant", tmp_path / name, 10**6, starts)
+        manifest = tokenize(data, tokenizer, "assistant", tmp_path / name, 10**6, starts)
         assert (manifest["train"][0]["rows"], manifest["train"][0]["next"]) == (20, starts.get(str(path), 0))
     found, turned = (rows_of(tmp_path / name / "train") for name in ("all", "turned"))
     assert turned == found[7:] + found[:7]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from llamba.chat.conversation import Sampling
 from llamba.chat.engines import ENGINES, Answer, choose_engine
 from llamba.data.batches import Rows
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.running import run as running
 from llamba.settings import Data, Distill, PseudoLabel, Recipe, Student
 from llamba.stages import prompts, pseudo_label
@@ -27,7 +27,7 @@ SHORT = dict(batch=4, max_new_tokens=6, unfinished="keep", engine="transformers"
 
 def label(teacher: Path, source: Path, out: Path, **more) -> dict[str, float]:
     stage = PseudoLabel(**{**SHORT, **more})
-    return pseudo_label.run(stage, "none", str(teacher), Prepared(Data(train=str(source)), 7), out)
+    return pseudo_label.run(stage, "none", str(teacher), StageData(Data(train=str(source)), 7), out)
 
 
 def rows_of(out: Path) -> list[dict]:
@@ -191,7 +191,7 @@ def test_refuses(tmp_path, teacher_folder, chat_file, small, monkeypatch):
         label(teacher_folder, chat_file, tmp_path / "d", engine="vllm")
     with pytest.raises(ValueError, match="data.weights has no meaning"):
         stage, data = PseudoLabel(**SHORT), Data(train=str(chat_file), weights=[1.0])
-        pseudo_label.run(stage, "none", str(teacher_folder), Prepared(data, 0), tmp_path / "e")
+        pseudo_label.run(stage, "none", str(teacher_folder), StageData(data, 0), tmp_path / "e")
     changing = small.write_rows(tmp_path / "rows.jsonl", small.chats(9))
     monkeypatch.setitem(ENGINES, "transformers", stopping_after(1))
     with pytest.raises(Stop):

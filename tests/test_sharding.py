@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from transformers import AutoModelForCausalLM
 
 from llamba.data.batches import Rows, collate
-from llamba.data.tokens import prepare
+from llamba.data.tokens import tokenize
 from llamba.settings import Data, Distill
 from llamba.stages import distill
 from llamba.training.losses import IGNORE
@@ -95,7 +95,7 @@ def train(stage: Distill, student_model, teacher_hidden, rows: Rows, rank: int, 
 
 @pytest.mark.slow
 def test_two_fsdp2_processes_train_as_one_and_save_one_model(tmp_path, student_folder, teacher_folder, chat_file, tokenizer) -> None:
-    prepare(Data(train=str(chat_file), length=48), tokenizer, "assistant", tmp_path / "data")
+    tokenize(Data(train=str(chat_file), length=48), tokenizer, "assistant", tmp_path / "data")
     rows = tmp_path / "data" / "train"
     stage = Distill(**STEPS)
     student_model, teacher_hidden = distill._load(stage, student_folder, str(teacher_folder))

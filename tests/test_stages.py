@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.models.activations import CAPTURED
 from llamba.models.convert import convert
 from llamba.models.hybrid import mixer_layers
@@ -214,21 +214,21 @@ def test_one_command_runs_matrix_hidden_distill_each_lowering_its_own_loss(tmp_p
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, chat_file, tokenizer) -> Prepared:
+def data(tmp_path_factory, chat_file, tokenizer) -> StageData:
     folder = tmp_path_factory.mktemp("data") / "rows"
     config = Data(train=str(chat_file), length=48)
-    prepare(config, tokenizer, "all", folder)
-    return Prepared(config, 0, folder)
+    tokenize(config, tokenizer, "all", folder)
+    return StageData(config, 0, folder)
 
 
-def stage_losses(stage, student_folder: Path, teacher_folder: Path, data: Prepared, out: Path) -> list[float]:
+def stage_losses(stage, student_folder: Path, teacher_folder: Path, data: StageData, out: Path) -> list[float]:
     STAGES[stage.name](stage, str(student_folder), str(teacher_folder), data, out)
     return [line["loss"] for line in read_metrics(out / METRICS)]
 
 
 @pytest.mark.parametrize("name", ["matrix", "hidden", "distill"])
 @pytest.mark.parametrize("kind", ["low_rank", "toeplitz", "attention"])
-def test_ablation_mixers_are_trained_too(tmp_path: Path, teacher_folder: Path, data: Prepared, name: str, kind: str) -> None:
+def test_ablation_mixers_are_trained_too(tmp_path: Path, teacher_folder: Path, data: StageData, name: str, kind: str) -> None:
     convert(str(teacher_folder), mixer=kind, init="random").save_pretrained(tmp_path / "student")
     kinds = {"matrix": Matrix, "hidden": Hidden, "distill": partial(Distill, kl=1.0, ce=0.0, clip=1.0)}
     stage = kinds[name](**SHORT, lr=5e-3, steps=6)
@@ -238,7 +238,7 @@ def test_ablation_mixers_are_trained_too(tmp_path: Path, teacher_folder: Path, d
 
 
 @pytest.mark.parametrize("stage", [Matrix(**SHORT, steps=4), Hidden(**SHORT, steps=4)], ids=["matrix", "hidden"])
-def test_accumulation_changes_nothing_and_what_is_outside_stays(tmp_path: Path, teacher_folder: Path, data: Prepared, stage) -> None:
+def test_accumulation_changes_nothing_and_what_is_outside_stays(tmp_path: Path, teacher_folder: Path, data: StageData, stage) -> None:
     made = convert(str(teacher_folder), mixer="mamba2", init="paper")
     made.save_pretrained(tmp_path / "student")
     before = made.state_dict()
@@ -259,7 +259,7 @@ def test_accumulation_changes_nothing_and_what_is_outside_stays(tmp_path: Path, 
 
 @pytest.mark.parametrize("stage", [Matrix(**SHORT, squared=True, rows=9, steps=5, save_every=2), Hidden(**SHORT, steps=5, save_every=2)])
 def test_a_stage_that_was_interrupted_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch, teacher_folder: Path, data: Prepared, stage
+    tmp_path: Path, monkeypatch, teacher_folder: Path, data: StageData, stage
 ) -> None:
     """The rows that are sampled, too, are those of the uninterrupted run."""
     convert(str(teacher_folder)).save_pretrained(tmp_path / "student")
@@ -280,7 +280,7 @@ def test_a_stage_that_was_interrupted_ends_with_the_same_weights(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path, data: Prepared, small, tokenizer) -> None:
+def test_models_that_do_not_fit_are_refused(tmp_path: Path, teacher_folder: Path, data: StageData, small, tokenizer) -> None:
     convert(str(teacher_folder), mixer="mamba1").save_pretrained(tmp_path / "mamba1")
     convert(str(teacher_folder), mixer="none").save_pretrained(tmp_path / "none")
     small.llama(len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "shallow")

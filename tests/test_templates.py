@@ -8,7 +8,7 @@ import trl
 from transformers import AutoTokenizer
 
 from llamba.data.chat_templates import TEMPLATES, chosen, fitting, writes_alike
-from llamba.data.tokens import Tokenizer
+from llamba.data.tokens import RowTokenizer
 from llamba.running.plan import plan
 from llamba.running.preflight import _check_template
 from llamba.settings import Data, Distill, Recipe, Sft, Student
@@ -94,7 +94,7 @@ def test_the_assistants_tokens_are_marked_and_no_others(llama, name):
     """The marked runs decode to the answers with their end-of-turn tokens; unmarked runs hold the rest."""
     for chat in CHATS[:4]:
         plain = llama.apply_chat_template(chat, chat_template=ORIGINALS[name], tokenize=False)
-        ids, targets = Tokenizer(Data(train="x", template=name), retemplated(llama, name), "assistant")("here", {"messages": chat})
+        ids, targets = RowTokenizer(Data(train="x", template=name), retemplated(llama, name), "assistant")("here", {"messages": chat})
         assert llama.decode(ids) == plain
         runs = [(mark, llama.decode(run)) for mark, run in groups(ids, targets)]
         strip = str.strip if name.startswith("llama") else str
@@ -163,10 +163,10 @@ def test_qwen25_by_its_name_is_its_own(llama):
 def test_auto_where_nothing_fits_says_what_to_do(llama):
     tokenizer = retemplated(llama, HERMES.replace("<|im_end|>", "<|eot_id|>"))
     with pytest.raises(ValueError, match=r"does not mark the assistant's words .* none of the bundled ones .*chatml.* writes the same"):
-        Tokenizer(Data(train="x"), tokenizer, "assistant")
+        RowTokenizer(Data(train="x"), tokenizer, "assistant")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat template, and what is learnt are the assistant's words"):
-        Tokenizer(Data(train="x"), tokenizer, "assistant")
+        RowTokenizer(Data(train="x"), tokenizer, "assistant")
 
 
 def test_the_tokenizers_own_template_is_kept_where_it_marks(small):
@@ -210,7 +210,7 @@ def test_tool_calls_are_the_assistants(llama):
 def test_the_embedded_teacher_marks_its_own_answers():
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     chat = [{"role": "user", "content": "copy: red cat"}, {"role": "assistant", "content": "red cat"}] * 2
-    ids, targets = Tokenizer(Data(train="x"), tokenizer, "assistant")("here", {"messages": chat})
+    ids, targets = RowTokenizer(Data(train="x"), tokenizer, "assistant")("here", {"messages": chat})
     marked = [tokenizer.decode(run) for mark, run in groups(ids, targets) if mark]
     assert marked == ["red cat<|end|>"] * 2
     bare = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")

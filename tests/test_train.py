@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from llamba.base.folders import resolve_model
 from llamba.data.batches import Ordered, Rows, collate
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.running import run
 from llamba.settings import Data, Distill, Recipe, Student, layers_of
 from llamba.stages import distill
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
 
 
-def trainer_of(stage: Distill, data: Prepared, student: str, teacher: str, out: Path) -> DistillTrainer:
+def trainer_of(stage: Distill, data: StageData, student: str, teacher: str, out: Path) -> DistillTrainer:
     rows = data.rows("train")
     ordered = Ordered(rows, stage.batch, data.seed, epochs=stage.epochs, steps=stage.steps, tokens=stage.tokens)
     args = training_arguments(stage, stage.steps or 1, 0, out / "checkpoints")
@@ -414,7 +414,7 @@ def test_packed_rows_train_as_rows_apart(tmp_path, student_folder, teacher_folde
     """Summed loss and gradients of all rows: packed, where neither model sees over a boundary, and padded."""
     found = []
     for packing in (False, True):
-        prepare(Data(train=str(chat_file), length=96, packing=packing), tokenizer, "assistant", tmp_path / str(packing))
+        tokenize(Data(train=str(chat_file), length=96, packing=packing), tokenizer, "assistant", tmp_path / str(packing))
         rows = Rows(tmp_path / str(packing) / "train")
         student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64) for name in (student_folder, teacher_folder))
         sums = distill.objective(Distill(**SHORT), student, teacher, collate([rows[i] for i in range(len(rows))], 0))

@@ -43,7 +43,7 @@ def _opened(path: Path, what: Path, remedy: str) -> IO[str] | None:
 
 
 @contextmanager
-def locked(path: Path, what: Path, remedy: str = "choose another output") -> Iterator[None]:
+def file_lock(path: Path, what: Path, remedy: str = "choose another output") -> Iterator[None]:
     """Hold the lock file `path`, which guards `what`, against other processes on this machine and on file systems that lock.
 
     The system gives the lock back when its process ends, however it ends: what a dead process left is no obstacle. Raises ValueError
@@ -64,7 +64,7 @@ def locked(path: Path, what: Path, remedy: str = "choose another output") -> Ite
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made where there is none, as `locked` does."""
-    with locked(folder / LOCK, folder):
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made where there is none, as `file_lock` does."""
+    with file_lock(folder / LOCK, folder):
         yield

@@ -29,7 +29,7 @@ def _now() -> tuple[float, float]:
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
     """Whole optimizer steps of a stage: median seconds, the fastest step's rate, the first loss and the peak of memory."""
-    from llamba.data.tokens import Prepared
+    from llamba.data.tokens import StageData
     from llamba.settings import Distill, Hidden
     from llamba.stages import distill, hidden
     from llamba.training.trainer import DistillTrainer
@@ -46,7 +46,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
         batch=ROWS, micro_batch=ROWS, steps=task["steps"] + 2, lr=1e-4, warmup=0, log_every=1, save_every=10**6, schedule="constant"
     )
     with tempfile.TemporaryDirectory() as folder:
-        data = Prepared(None, 0, Path(task["rows"]))  # type: ignore[arg-type]
+        data = StageData(None, 0, Path(task["rows"]))  # type: ignore[arg-type]
         if task["work"] == "distill":
             metrics = distill.run(Distill(kl=1.0, ce=0.0, **common), task["student"], task["model"], data, Path(folder))
         else:
@@ -147,13 +147,15 @@ def _in_process(task: dict[str, Any], checkout: Path | None) -> dict[str, Any]:
 
 def _prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The packed rows and, where none is named, the student with mixers in half of the layers; what every work is told."""
-    from llamba.data.tokens import prepare
+    from llamba.data.tokens import tokenize
     from llamba.models.convert import convert
     from llamba.models.loading import load_tokenizer, located
     from llamba.settings import Data
 
     model = located(args.model)
-    prepare(Data(train=args.data, length=LENGTH, packing=True, template=args.template), load_tokenizer(model), "assistant", folder / "rows")
+    tokenize(
+        Data(train=args.data, length=LENGTH, packing=True, template=args.template), load_tokenizer(model), "assistant", folder / "rows"
+    )
     if args.student is None:
         convert(model, mixer="mamba2", attention=0.5).save_pretrained(folder / "student")
     student = args.student or str(folder / "student")

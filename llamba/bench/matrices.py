@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llamba.base.provenance import append_row
 from llamba.data.sources import rows
-from llamba.data.tokens import Tokenizer
+from llamba.data.tokens import RowTokenizer
 from llamba.models.activations import CAPTURED, capture
 from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.models.mixers import Recurrence
@@ -31,7 +31,7 @@ MUCH = 3  # times: what ">>" between Toeplitz and low-rank is taken to mean
 
 def _pieces(sources: Sequence[str], tokenizer: Any, length: int, count: int) -> Tensor:
     """The first `count` pieces [count, T] of the texts, one behind the other."""
-    read, ids = Tokenizer(Data(list(sources), length=2**30), tokenizer, "all"), []
+    read, ids = RowTokenizer(Data(list(sources), length=2**30), tokenizer, "all"), []
     for source in sources:
         for where, row in rows(source):
             ids += read(where, row)[0] if row.get("text") or row.get("messages") else []

@@ -136,7 +136,7 @@ def require_whole(data: Data) -> None:
         raise ValueError("data.packing and data.streaming do not go with preference pairs; give the stage data of its own without them")
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path) -> dict[str, Any]:
+def tokenize_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, targets: str, folder: Path) -> dict[str, Any]:
     """Tokenise the pairs of `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
     Pairs that do not fit into `data.length` with both answers whole are counted and left out, and so are pairs with an

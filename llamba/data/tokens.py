@@ -55,7 +55,7 @@ class Count:
         return head + (f"; left out: {left_out}" if left_out else "")
 
 
-class Tokenizer:
+class RowTokenizer:
     """Rows to (ids, targets), cut at `data.length`. Raises ValueError where the chat template cannot serve."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase, targets: str) -> None:
@@ -136,7 +136,7 @@ def _rows(data: Data, count: Count) -> Iterator[tuple[str, sources.Row]]:
             count.next += 1
 
 
-def _tokenise(data: Data, tokenizer: Tokenizer, count: Count, limit: float) -> Iterator[Tokens]:
+def _tokenise(data: Data, tokenizer: RowTokenizer, count: Count, limit: float) -> Iterator[Tokens]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
     for where, row in _rows(data, count):
         if count.tokens >= limit:
@@ -177,7 +177,7 @@ def append(folder: Path, name: str, values: Any, kind: type[np.generic]) -> None
         np.asarray(values, kind).tofile(file)
 
 
-def _write_source(data: Data, tokenizer: Tokenizer, count: Count, limit: float, folder: Path) -> None:
+def _write_source(data: Data, tokenizer: RowTokenizer, count: Count, limit: float, folder: Path) -> None:
     found = _tokenise(data, tokenizer, count, limit)
     while block := list(islice(found, AT_ONCE)):
         packs = pack([len(ids) for ids, _ in block], data.length) if data.packing else [[index] for index in range(len(block))]
@@ -190,18 +190,18 @@ def _write_source(data: Data, tokenizer: Tokenizer, count: Count, limit: float, 
         count.sequences += len(packs)
 
 
-def place(source: str, part: tuple[int, int] | None) -> str:
+def source_key(source: str, part: tuple[int, int] | None) -> str:
     """The name of a source, or of a part of it, as something that is read from its start to its end."""
     return source if part is None else f"{source} part {part[0]} of {part[1]}"
 
 
 def _write(
-    data: Data, names: list[str], weights: list[float] | None, tokenizer: Tokenizer, limit: float, folder: Path, starts: dict[str, int]
+    data: Data, names: list[str], weights: list[float] | None, tokenizer: RowTokenizer, limit: float, folder: Path, starts: dict[str, int]
 ) -> list[Count]:
     folder.mkdir()
     counts = [Count(name, {str(path): sources.sha256(path) for path in sources.files(name)}, sources.licence(name)) for name in names]
     for count in counts:
-        count.next = starts.get(place(count.source, data.part), 0)
+        count.next = starts.get(source_key(count.source, data.part), 0)
     for count, share in zip(counts, weights or [1.0] * len(names), strict=True):
         _write_source(data, tokenizer, count, limit * share / sum(weights or [1.0]), folder)
         if weights and not count.rows:
@@ -217,7 +217,7 @@ def names(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
-def prepare(
+def tokenize(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     targets: str,
@@ -227,14 +227,14 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
-    `limit`: training tokens after which reading stops; `starts`: the row at which reading of a `place` begins. Returns the
+    `limit`: training tokens after which reading stops; `starts`: the row at which reading of a `source_key` begins. Returns the
     manifest, also written as `data.json`: per source its files' sha256, licence, rows, tokens, target tokens, cut and
     skipped rows. Raises ValueError for broken rows (naming file and line) and where nothing is left to learn from.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    reader = Tokenizer(data, tokenizer, targets)
+    reader = RowTokenizer(data, tokenizer, targets)
     manifest: dict[str, Any] = {"length": data.length, "packing": data.packing, "targets": targets}
     for split, given in (("train", data.train), ("eval", data.eval)):
         if given:
@@ -263,7 +263,7 @@ def check_unchanged(manifest: dict[str, Any]) -> None:
                 raise ValueError(f"data file {name} is not what it was when this run began; restore it, or choose another output folder")
 
 
-class Prepared(NamedTuple):
+class StageData(NamedTuple):
     """A stage's data: what the recipe says, with every source a file, folder or hub set; the seed of the order; and the
     folder of its tokenised rows, where the stage trains on tokens."""
 
@@ -281,7 +281,7 @@ def stopped(data: Data, folder: Path) -> dict[str, int]:
     """The row at which the next stage goes on in each source of a streamed set; nothing for data that is read whole."""
     if not data.streaming:
         return {}
-    return {place(count["source"], data.part): count["next"] for count in json.loads((folder / MANIFEST).read_text())["train"]}
+    return {source_key(count["source"], data.part): count["next"] for count in json.loads((folder / MANIFEST).read_text())["train"]}
 
 
 def set_name(data: Data, targets: str, limit: int | None, starts: dict[str, int]) -> str:

@@ -68,5 +68,5 @@ def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:
     for path in sorted(out.glob(f"*-*/{STAGE}"), key=lambda path: number_of(path.parent)):
         if number_of(path.parent) < number:
             found |= _stopped(path)
-    places = {data.place(source, config.part) for source in data.names(config.train)}
+    places = {data.source_key(source, config.part) for source in data.names(config.train)}
     return {place: row for place, row in found.items() if place in places and row}

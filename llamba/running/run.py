@@ -24,12 +24,12 @@ from typing import Any
 
 from llamba.base.folders import DONE, finished
 from llamba.base.foreign import read_object
-from llamba.base.locks import LOCK, held
+from llamba.base.locks import LOCK, folder_lock
 from llamba.base.provenance import versions
 from llamba.data import pairs
 from llamba.data import tokens as data
 from llamba.data.batches import Rows
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.loading import load_tokenizer, located
 from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
 from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
@@ -126,17 +126,17 @@ def _calibration(recipe: Recipe, source: str, folder: Path) -> list[Any]:
     assert found is not None, "the recipe was checked"
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         made = Path(place) / "rows"
-        data.prepare(found, load_tokenizer(source), "all", made, recipe.student.calibrate)
+        data.tokenize(found, load_tokenizer(source), "all", made, recipe.student.calibrate)
         rows = Rows(made / "train")
         return [rows[index]["input_ids"] for index in range(len(rows))]
 
 
-def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
+def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> StageData:
     """The data of stage `number`: tokenised by the first process, unless that was done, in which case it is checked."""
     stage = recipe.stages[number - 1]
     config = sources_of(stage.data or recipe.data, out, number)
     if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
-        return Prepared(config, recipe.seed)
+        return StageData(config, recipe.seed)
     limit, starts = limit_of(config, stage), starts_of(config, out, number)
     folder = out / "data" / data.set_name(config, stage.targets, limit, starts)
 
@@ -144,12 +144,12 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> Prepared:
         if folder.exists():
             data.check_unchanged(read_object(folder / data.MANIFEST))
         elif stage.targets == "pairs":
-            pairs.prepare(config, load_tokenizer(source), stage.targets, folder)
+            pairs.tokenize_pairs(config, load_tokenizer(source), stage.targets, folder)
         else:
-            data.prepare(config, load_tokenizer(source), stage.targets, folder, limit, starts)
+            data.tokenize(config, load_tokenizer(source), stage.targets, folder, limit, starts)
 
     _on_first_process(folder, work)
-    return Prepared(config, recipe.seed, folder)
+    return StageData(config, recipe.seed, folder)
 
 
 def _on_first_process(marker: Path, work: Callable[[], None]) -> None:
@@ -200,7 +200,7 @@ def run(recipe: Recipe) -> Path:
     from llamba.running import preflight
 
     out, teacher = Path(recipe.output), located(recipe.teacher)
-    with checkpoints.disk_errors(out), held(out) if _rank() == 0 else nullcontext():
+    with checkpoints.disk_errors(out), folder_lock(out) if _rank() == 0 else nullcontext():
         if _rank() == 0:
             _claim(recipe, out)
             preflight.check(recipe, out)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.stages import distill, draft, hidden, matrix, pseudo_label, select
 
 
@@ -20,7 +20,7 @@ def _dpo(*args: Any) -> dict[str, float]:
     return dpo.run(*args)
 
 
-STAGES: dict[str, Callable[[Any, str, str, Prepared, Path], dict[str, float]]] = {
+STAGES: dict[str, Callable[[Any, str, str, StageData, Path], dict[str, float]]] = {
     "matrix": matrix.run,
     "hidden": hidden.run,
     "distill": distill.run,

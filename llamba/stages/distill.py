@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llamba.base.devices import on_cpu, own_device, processes
 from llamba.data.batches import KEPT, Batch, Rows
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.activations import input_of_layer
 from llamba.models.documents import by_document
 from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary
@@ -59,7 +59,7 @@ def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, 
     return student_model, load_teacher(teacher, stage.precision, stage.teacher_bits, own_device() if stage.teacher_bits else None)
 
 
-def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path, split: str) -> Rows | None:
+def _rows(stage: Distill, student: str, teacher: str, data: StageData, out: Path, split: str) -> Rows | None:
     """A split's rows, with the teacher's kept logits where the stage wants them; the teacher runs here, before all else."""
     rows = data.rows(split)
     if rows is None or not stage.offline:
@@ -69,10 +69,10 @@ def _rows(stage: Distill, student: str, teacher: str, data: Prepared, out: Path,
     load = partial(load_teacher, teacher, stage.precision, stage.teacher_bits, "auto" if several else own_device())
     assert data.folder is not None
     folder = Path(stage.offline_folder) if stage.offline_folder else out.parent / "logits"
-    return offline.prepare(stage, data.folder / split, teacher, load, folder)
+    return offline.store_logits(stage, data.folder / split, teacher, load, folder)
 
 
-def run(stage: Distill, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Distill, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Distil the model folder `teacher` into the model folder `student`, leaving the result in `out`; see `train_student`.
 
     Raises ValueError for vocabularies that differ, too, and for a teacher that cannot be loaded as the stage says.

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llamba.data.batches import Batch, Ordered
 from llamba.data.pairs import Pairs
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.loading import load_model, load_tokenizer, located
 from llamba.settings import Dpo
 from llamba.training.losses import IGNORE, head_sums
@@ -129,7 +129,7 @@ def reference_of(stage: Dpo, student: str, teacher: str) -> PreTrainedModel | No
     return model.requires_grad_(False)
 
 
-def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path) -> DpoStage:
+def trainer_of(stage: Dpo, student: str, teacher: str, data: StageData, out: Path) -> DpoStage:
     """The stage's trainer, ready to train the model folder `student`; the reference has been consulted."""
     assert data.folder is not None
     rows = Pairs(data.folder / "train")
@@ -161,7 +161,7 @@ def trainer_of(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path
     return trainer
 
 
-def run(stage: Dpo, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Dpo, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Train the model folder `student` on preference pairs, leaving the result in `out`.
 
     An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch, Rows
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.draft import make_draft
 from llamba.models.hybrid import PrunedHead
 from llamba.models.loading import load_model
@@ -74,7 +74,7 @@ def objective(stage: Draft, draft: PreTrainedModel, target: PreTrainedModel, bat
     return head_sums(hidden, wanted, head, target.get_output_embeddings(), labels, kl=stage.kl, ce=stage.ce)
 
 
-def run(stage: Draft, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Draft, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Make a draft of the model folder `teacher`, train it with the model folder `student` as its target, leave it in `out`.
 
     See `train_student`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.activations import capture
 from llamba.models.documents import by_document
 from llamba.models.hybrid import mixer_layers
@@ -69,7 +69,7 @@ def _load(stage: Hidden, student: str, teacher: str) -> Pair:
     return student_model, teacher_model
 
 
-def run(stage: Hidden, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Hidden, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Align the layers of the model folder `student` with those of `teacher`, leaving the result in `out`; see `train_student`.
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llamba.data.batches import Batch
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.activations import CAPTURED, Scores, capture, capturing_attention
 from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.models.loading import located
@@ -87,7 +87,7 @@ def _load(stage: Matrix, student: str, teacher: str) -> Pair:
     return student_model, teacher_model
 
 
-def run(stage: Matrix, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Matrix, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Align the mixing matrices of the model folder `student` with the attention of `teacher`, leaving the result in `out`.
 
     `out/metrics.jsonl` has each layer's distance. Raises ValueError for models that do not match, and for mixers without a matrix.

@@ -26,7 +26,7 @@ from llamba.base.foreign import read_object
 from llamba.chat.conversation import Sampling
 from llamba.chat.engines import ENGINES, Engine, choose_engine
 from llamba.data import sources
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.loading import ends_of, load_config, load_tokenizer, located
 from llamba.settings import PseudoLabel
 from llamba.stages.prompts import WINDOW, Messages, Prompt, Reader, batches, source_names
@@ -193,7 +193,7 @@ def _answer_all(stage: PseudoLabel, reader: Reader, answer: Answerer, out: Path)
     return parts
 
 
-def run(stage: PseudoLabel, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: PseudoLabel, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Let `teacher` (or the stage's own) answer the prompts of the stage's data; leaves `out/rows`. The student is not touched.
 
     Returns the counts: rows, skipped prompts and dropped answers by reason, answer tokens. Raises ValueError for rows without

@@ -11,7 +11,7 @@ import torch
 
 from llamba.base.devices import own_device
 from llamba.data.batches import Batch, Ordered, Rows, collate
-from llamba.data.tokens import Prepared, prepare
+from llamba.data.tokens import StageData, tokenize
 from llamba.models.convert import convert, kept_layers
 from llamba.models.documents import attend_by_document
 from llamba.models.loading import load_model, load_tokenizer, located
@@ -77,7 +77,7 @@ def _batches(stage: Select, rows: Rows, seed: int) -> list[Batch]:
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
 
-def run(stage: Select, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Select, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Score the layers of the model folder `student`, restore the best of them from `teacher`, and leave the result in `out`.
 
     The first process works; the others have nothing to do. Returns the KL before and after. Raises ValueError where the student
@@ -120,7 +120,7 @@ def select(
     pupil_name = None if student is None else located(student)
     tokenizer = load_tokenizer(guide_name)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
+        tokenize(data, tokenizer, stage.targets, Path(folder) / "rows", stage.rows * data.length)
         batches = _batches(stage, Rows(Path(folder) / "rows" / "train"), seed)
     teacher_model, student_model = _pair(guide_name, pupil_name, mixer, seed, options)
     _, layers = _choose(

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from llamba.data.batches import Batch, Ordered, Rows, collate
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.loading import load_tokenizer
 from llamba.settings import Sft
 from llamba.training.metrics import METRICS, Metrics
@@ -40,7 +40,7 @@ class SftStage(Aligner, SFTTrainer):
         return torch.stack([-found.log_probs.sum(), found.is_top1.sum(), found.label_mask.sum()]).float()
 
 
-def trainer_of(stage: Sft, student: str, data: Prepared, out: Path) -> SftStage:
+def trainer_of(stage: Sft, student: str, data: StageData, out: Path) -> SftStage:
     """The stage's trainer, ready to train the model folder `student`."""
     rows = data.rows("train")
     assert rows is not None
@@ -62,7 +62,7 @@ def trainer_of(stage: Sft, student: str, data: Prepared, out: Path) -> SftStage:
     return trainer
 
 
-def run(stage: Sft, student: str, teacher: str, data: Prepared, out: Path) -> dict[str, float]:
+def run(stage: Sft, student: str, teacher: str, data: StageData, out: Path) -> dict[str, float]:
     """Fine-tune the model folder `student`, leaving the result in `out`; the teacher has no part in it.
 
     An interrupted run is resumed from its newest complete checkpoint, in `out/checkpoints`. Returns the last line of

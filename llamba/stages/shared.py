@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llamba.data.batches import Ordered, Rows
-from llamba.data.tokens import Prepared
+from llamba.data.tokens import StageData
 from llamba.models.loading import load_model, load_teacher
 from llamba.models.mixers import drop_window
 from llamba.settings import TokenTraining
@@ -27,7 +27,7 @@ def train_student(
     stage: TokenTraining,
     load: Callable[[], tuple[PreTrainedModel, PreTrainedModel | None]],
     objective: Objective,
-    data: Prepared,
+    data: StageData,
     out: Path,
     *,
     rows: Callable[[str], Rows | None] | None = None,

@@ -160,7 +160,7 @@ def _progress(numbers: list[int], shards: Shards) -> Iterator[int]:
         print(f"teacher's logits: {count} of {len(numbers)} shards, {tokens} targets, {rate:.0f} a second", flush=True)
 
 
-def prepare(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrainedModel], folder: Path) -> RowsWithLogits:
+def store_logits(stage: Distill, rows: Path, teacher: str, load: Callable[[], PreTrainedModel], folder: Path) -> RowsWithLogits:
     """The rows in `rows` with the kept logits of the model `teacher`, which are made where they are not yet below `folder`.
 
     `load` loads the teacher, and is called only where a shard is missing or broken. Under a launcher every process calls

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llamba.data.batches import Rows, collate
-from llamba.data.tokens import prepare
+from llamba.data.tokens import tokenize
 from llamba.running.run import run
 from llamba.settings import Data, Distill, Hidden, Matrix, Recipe, Stage, Student
 from llamba.stages import distill
@@ -183,7 +183,7 @@ def _prepare(out: Path, steps: int) -> None:
     write_conversations(out / "held_out.jsonl", HELD_OUT, LENGTH, seed=7)
     if not (out / "held_out").exists():
         tokenizer = AutoTokenizer.from_pretrained(HERE / "teacher")
-        prepare(Data(train=str(out / "held_out.jsonl"), length=LENGTH), tokenizer, "assistant", out / "held_out")
+        tokenize(Data(train=str(out / "held_out.jsonl"), length=LENGTH), tokenizer, "assistant", out / "held_out")
 
 
 def main() -> None:

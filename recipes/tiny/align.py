@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llamba.base.errors import one_line_errors
-from llamba.data.pairs import Pairs, prepare
+from llamba.data.pairs import Pairs, tokenize_pairs
 from llamba.running.run import run
 from llamba.settings import Data, Distill, Dpo, Recipe, Sft, Stage, Student
 
@@ -193,7 +193,7 @@ def main() -> None:
     held_out = write_pairs(data / "held_out.jsonl", args.per_skill, held_out=True)
     tokenised = data / f"held_out-{args.per_skill}"
     if not tokenised.exists():
-        prepare(Data(train=str(held_out), length=1024), AutoTokenizer.from_pretrained(HERE / "teacher"), "pairs", tokenised)
+        tokenize_pairs(Data(train=str(held_out), length=1024), AutoTokenizer.from_pretrained(HERE / "teacher"), "pairs", tokenised)
     rates = tuned(args)
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         seeds = list(pool.map(one_seed, range(args.seeds), [args] * args.seeds, [rates] * args.seeds))

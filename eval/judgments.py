@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llamba.eval import foreign, stats
-from llamba.eval.foreign import Placed
+from llamba.eval.foreign import LocatedRow
 from llamba.eval.judge import slug
 from llamba.eval.scores import score
 
@@ -23,7 +23,7 @@ _STEM = re.compile(r"(?P<judge>.*?)_(?:single|pair)(?:_repeat(?P<repeat>\d+))?(?
 
 
 @dataclass
-class Judged:
+class SingleJudgments:
     """What a judge said of models, one by one: FastChat rows that could be read, those that could not, and what stood there twice.
 
     `judge` distinguishes it from all others, `named` is the model that judged.
@@ -50,7 +50,7 @@ class Judged:
 
 
 @dataclass
-class Matches:
+class PairJudgments:
     """What a judge said of two models against each other; every row has the same `model_1`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Matches:
     named: str = ""
 
 
-def _judge_of(placed: Placed, path: Path) -> tuple[str, str]:
+def _judge_of(placed: LocatedRow, path: Path) -> tuple[str, str]:
     """The label and the model of a row's judge. The label is the model's name, or the file's where that is one of ours, which says more."""
     where, row = placed
     judge = row.get("judge")
@@ -72,7 +72,7 @@ def _judge_of(placed: Placed, path: Path) -> tuple[str, str]:
     return (match["judge"] if match and ours else named), named
 
 
-def _checked(placed: Placed, models: Sequence[str], path: Path) -> dict[str, Any]:
+def _checked(placed: LocatedRow, models: Sequence[str], path: Path) -> dict[str, Any]:
     """A row with its question, turn, models and judge in order. Raises ValueError, with file and line, where one is missing."""
     where, row = placed
     turn = foreign.name(placed, "turn")
@@ -85,8 +85,8 @@ def _checked(placed: Placed, models: Sequence[str], path: Path) -> dict[str, Any
     return row | {model: foreign.text(placed, model) for model in models} | found
 
 
-def read_judgments(paths: Sequence[Path]) -> list[Judged]:
-    """FastChat's single judgments, a `Judged` for each judge: of duplicates the last that could be read counts.
+def read_single(paths: Sequence[Path]) -> list[SingleJudgments]:
+    """FastChat's single judgments, a `SingleJudgments` for each judge: of duplicates the last that could be read counts.
 
     Rows of -1, and those whose score is no number from 0 to 10, are failures, with a reason.
 
@@ -104,7 +104,8 @@ def read_judgments(paths: Sequence[Path]) -> list[Judged]:
             if key not in best[row["judge"]] or "reason" not in row:
                 best[row["judge"]][key] = row
     return [
-        Judged(*_apart(list(rows.values())), duplicates[judge], judge, next(iter(rows.values()))["named"]) for judge, rows in best.items()
+        SingleJudgments(*_apart(list(rows.values())), duplicates[judge], judge, next(iter(rows.values()))["named"])
+        for judge, rows in best.items()
     ]
 
 
@@ -120,10 +121,10 @@ def _apart(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[
     return [row for row in rows if "reason" not in row], [row for row in rows if "reason" in row]
 
 
-def read_matches(paths: Sequence[Path]) -> list[Matches]:
-    """FastChat's pairwise judgments, a `Matches` for each judge and pair; the first row says which model is `model_1`.
+def read_pairs(paths: Sequence[Path]) -> list[PairJudgments]:
+    """FastChat's pairwise judgments, a `PairJudgments` for each judge and pair; the first row says which model is `model_1`.
 
-    Winners other than model_1, model_2 and tie are failures. Raises ValueError as `read_judgments`.
+    Winners other than model_1, model_2 and tie are failures. Raises ValueError as `read_single`.
     """
     best: dict[Any, dict[Any, dict[str, Any]]] = defaultdict(dict)
     duplicates: Counter[Any] = Counter()
@@ -143,7 +144,7 @@ def read_matches(paths: Sequence[Path]) -> list[Matches]:
             if key not in best[group] or "reason" not in row:
                 best[group][key] = row
     return [
-        Matches(*_apart(list(rows.values())), duplicates[group], group[0], next(iter(rows.values()))["named"])
+        PairJudgments(*_apart(list(rows.values())), duplicates[group], group[0], next(iter(rows.values()))["named"])
         for group, rows in best.items()
     ]
 
@@ -155,7 +156,7 @@ def _turned(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"model_1": row["model_2"], "model_2": row["model_1"]} | games
 
 
-def report_single(judged: Judged, categories: dict[Any, str], judge: str) -> tuple[list[dict[str, Any]], str]:
+def report_single(judged: SingleJudgments, categories: dict[Any, str], judge: str) -> tuple[list[dict[str, Any]], str]:
     """Score rows and a table of single judgments: average, each turn, each category, with intervals, n and failures."""
     table, lines = [], []
     for model in judged.models:
