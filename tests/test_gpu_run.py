@@ -1,5 +1,6 @@
 """`make gpu`: parts with limits of their own, rows that are kept, and going on. Quick stand-ins here; the real dry run is slow."""
 
+import importlib
 import json
 import os
 import signal
@@ -9,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from test_hopper import launched
+from triton_tools import needs_interpreter
 
 from llamba.bench import gpu
+from llamba.bench.smoke_cases import cases
 from llamba.cli import main
 
 
@@ -72,3 +77,24 @@ def test_dry_run_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert sorted(ended) == sorted(gpu.PARTS) and "passed before" in done.stdout
     assert {row.get("bench") for row in _rows(out)} >= {"smoke", "decode", "train", "mfu"}
     assert {row["part"] for row in _rows(out) if row.get("bench") != "part"} >= {"smoke", "decode", "speculative", "train", "mfu"}
+
+
+@needs_interpreter
+def test_smoke_launches_every_kernel(monkeypatch) -> None:
+    """Kernels that only note their launch: what they would have written does not matter here."""
+    kernels, seen = launched(Path(__file__).parent.parent / "kernels"), set()
+
+    class Noted:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, **named: seen.add(self.name)
+
+    for path in (Path(__file__).parent.parent / "kernels").rglob("triton_*.py"):
+        module = importlib.import_module(f"llamba.kernels.{path.parent.name}.{path.stem}")
+        for name in kernels & set(vars(module)):
+            monkeypatch.setattr(module, name, Noted(name))
+    for case in cases(torch.float32, "cpu").values():
+        case()
+    assert seen == kernels
