@@ -111,7 +111,8 @@ def _both(run: Callable[[str], Made]) -> dict[str, float]:
 
 def _rounds(read: Callable[[Any, int], Made], device: str) -> Made:
     """Two rounds of decoding, of which the first keeps three tokens: the second reads what it held. `read` gets cursors and a round."""
-    at, made = cursors(1, device), {}
+    at = cursors(1, device)
+    made: Made = {}
     for number, kept in enumerate((3, ROUND)):
         plan(at, torch.tensor([ROUND], device=device), ROUND, 4 * ROUND, False)
         made |= {f"{name}, round {number}": value for name, value in read(at, number).items()}
@@ -123,7 +124,8 @@ def _mamba2(dtype: torch.dtype, device: str, size: Size, impl: str, form: str, t
     _, _, H, G, P, _ = size
     C = 2 * G * P + H * P
     wide = _randn({"conv": (C, W), "bias": (C,), "norm": (H * P,), "angle": (2, 1, ROUND, P // 2)}, torch.float32, device)
-    weights = Weights(wide["conv"], wide["bias"], *torch.ones(3, H, device=device).unbind(), wide["norm"])
+    ones = torch.ones(H, device=device)
+    weights = Weights(wide["conv"], wide["bias"], ones, ones, ones, wide["norm"])
     tokens = _randn({"z": (2, 1, ROUND, H * P + C + H)}, dtype, device)["z"]
     angles = [torch.cat((part, part), -1).to(dtype) for part in (wide["angle"].cos(), wide["angle"].sin())]
     held = buffers(1, H, G, P, P, W, ROUND, dtype, device)
@@ -137,8 +139,9 @@ def _mamba2(dtype: torch.dtype, device: str, size: Size, impl: str, form: str, t
 
 def _mamba1(dtype: torch.dtype, device: str, size: Size, impl: str) -> Made:
     C, shared = size.H * size.P, size.G * size.P
-    shapes = {"conv": (shared, W), "conv_bias": (shared,), "dt_bias": (C,), "A_log": (C, N), "D": (C,)}  # in the order of Mamba1Weights
-    weights = Mamba1Weights(*_randn(shapes, torch.float32, device).values(), size.P)
+    shapes = {"conv": (shared, W), "conv_bias": (shared,), "dt_bias": (C,), "A_log": (C, N), "D": (C,)}
+    wide = _randn(shapes, torch.float32, device)
+    weights = Mamba1Weights(wide["conv"], wide["conv_bias"], wide["dt_bias"], wide["A_log"], wide["D"], size.P)
     tokens = _randn({"z": (2, 1, ROUND, 2 * C + 2 * shared), "dt": (2, 1, ROUND, C)}, dtype, device)
     held = mamba1_buffers(1, C, shared, shared, N, W, ROUND, dtype, device)
     return _rounds(lambda at, number: {"y": mamba1_steps(tokens["z"][number], tokens["dt"][number], weights, held, at, impl)}, device)
