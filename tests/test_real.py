@@ -17,7 +17,7 @@ from llamba.recipes.real import measures, real  # noqa: E402
 
 SMALLER = {
     "LENGTH": 128, "ANSWERED": 2, "HELD_OUT": 4, "HEAD": 256, "DRAFT_TOKENS": 512, "SELECT_ROWS": 2,
-    "TOKENS_A_MINUTE": {"hidden": 4_000, "half": 4_000, "none": 2_000},
+    "CALIBRATED": 512, "TOKENS_A_MINUTE": {"half": 2_500, "none": 1_700},
     "QUESTIONS": ("How are you?",),
 }  # fmt: skip
 

@@ -2,11 +2,11 @@
 
     python recipes/real/real.py [minutes=15] [data=FILE or ORG/SET:SPLIT] [output=runs/real]        (`make real` runs this)
 
-Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted and aligned once
-(`hidden`); the first student gets attention back in the layers that need it most (`select`); both are distilled by KL, the mixers alone
-trained. `minutes` is the training time of both together on two idle cores; with more of them the runs that are there go on. Chats are
-the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is
-held out. Everything that is finished is kept: after an interruption the same command goes on.
+Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted once, and their
+joins fitted to attention; the first student gets attention back in the layers that need it most (`select`); both are distilled by KL,
+the mixers alone trained. `minutes` is the training time of both together on two idle cores; with more of them the runs that are there go
+on. Chats are the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every
+twentieth row is held out. Everything that is finished is kept: after an interruption the same command goes on.
 """
 
 import copy
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from llamba import Data, Distill, Draft, Hidden, PseudoLabel, Recipe, Select, Student, convert, run
+from llamba import Data, Distill, Draft, PseudoLabel, Recipe, Select, Student, convert, run
 from llamba.base.errors import one_line_errors
 from llamba.base.progress import quiet_libraries
 from llamba.chat.conversation import Chat, Sampling, load, load_draft
@@ -38,8 +38,10 @@ HEAD = 8192  # tokens that the draft can propose: the most frequent ones
 DRAFT_TOKENS = 200_000  # that the draft learns on
 HELD_OUT = 12  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
-TOKENS_A_MINUTE = {"hidden": 60_000, "half": 29_000, "none": 26_000}  # on two cores with bf16 products
-SHARES = {"hidden": 0.25, "half": 0.25, "none": 0.5}  # of the minutes
+RATE = 5e-4
+CALIBRATED = 8192  # tokens that the joins are fitted on
+TOKENS_A_MINUTE = {"half": 16_000, "none": 13_000}  # on two cores with bf16 products
+SHARES = {"half": 0.4, "none": 0.6}  # of the minutes
 QUESTIONS = (
     "What is the capital of France?",
     "Name three things that one can do on a rainy day.",
@@ -86,11 +88,11 @@ def tokens(part: str, minutes: float) -> int:
 def distillations(part: str, minutes: float) -> list[Distill]:
     """The first minutes' stage and, where there are more of them, one that goes on."""
     common = Distill(
-        kl=1.0, ce=0.0, targets="all", lr=1e-3, betas=(0.9, 0.95), clip=1.0, warmup=0.03, floor=0.05, batch=4, micro_batch=2,
-        save_every=50, log_every=5,
+        kl=1.0, ce=0.0, targets="all", lr=RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.05, floor=0.05, batch=4, micro_batch=2,
+        save_every=25, log_every=5,
     )  # fmt: skip
     first = min(minutes, FIRST_MINUTES)
-    more = [replace(common, tokens=tokens(part, minutes - first), lr=5e-4)] if minutes > first else []
+    more = [replace(common, tokens=tokens(part, minutes - first), lr=RATE / 2)] if minutes > first else []
     return [replace(common, tokens=tokens(part, first)), *more]
 
 
@@ -103,24 +105,21 @@ def _draft(minutes: float) -> Draft:
 
 
 def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
-    """The runs: with attention in half of the layers, and, from the same aligned layers, without any."""
+    """The runs: with attention in half of the layers, and, from the same converted layers, without any."""
     first = min(choices.minutes, FIRST_MINUTES)
     prompts = Data(train=str(train), length=LENGTH)
     asked_about = Data(train=str(write_prompts(train, ANSWERED, turns=3)), length=LENGTH)
     answers = PseudoLabel(data=asked_about, turns="all", batch=ANSWERED, max_new_tokens=48, max_prompt=300, unfinished="keep")
-    hidden = Hidden(
-        tokens=tokens("hidden", first), lr=3e-3, warmup=0.05, floor=0.05, batch=4, micro_batch=4, save_every=50, log_every=5
-    )  # fmt: skip
     select = Select(data=prompts, keep=0.5, method="swap", rows=SELECT_ROWS, micro_batch=4, targets="all")
     data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.8, 0.2], length=LENGTH, packing=True)
     distilled, *more = distillations("half", choices.minutes)
     half = Recipe(
-        teacher=choices.teacher, student=Student(mixer="auto", attention=0), data=data,
-        stages=[answers, hidden, select, distilled, _draft(first), *more], output=choices.output,
+        teacher=choices.teacher, student=Student(mixer="auto", attention=0, calibrate=CALIBRATED), data=data,
+        stages=[answers, select, distilled, _draft(first), *more], output=choices.output,
     )  # fmt: skip
     made = replace(data, train=[str(train), f"{choices.output}/1-pseudo_label/rows"])
     none = Recipe(
-        teacher=f"{choices.output}/2-hidden", student=Student(mixer="auto", attention=0), data=made,
+        teacher=f"{choices.output}/0-convert", student=Student(mixer="auto", attention=0), data=made,
         stages=[replace(stage, teacher=choices.teacher) for stage in distillations("none", choices.minutes)],
         output=f"{choices.output}-0pct",
     )  # fmt: skip
@@ -197,7 +196,7 @@ def main() -> None:
     half, none = recipes(choices, train)
     run(half)
     run(none)
-    layers = json.loads((Path(choices.output) / "3-select" / "layers.json").read_text())["layers"]
+    layers = json.loads((Path(choices.output) / "2-select" / "layers.json").read_text())["layers"]
     found = measured(choices, held, layers)
     students = {"50%": Path(choices.output), "0%": Path(f"{choices.output}-0pct")}
     pictures(students, {name: found[f"{name}, untrained"]["KL to the teacher"] for name in students}, 
