@@ -1,15 +1,19 @@
-"""What AGENTS.md promises: a mixer is a file and one line, a stage a settings class, a file and one line in each of two tables."""
+"""What AGENTS.md promises: a family or a mixer is a file and one line, a stage a settings class, a file and a line in two tables."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import ArceeConfig, ArceeForCausalLM, ArceeModel, ArceePreTrainedModel, AutoModelForCausalLM, AutoTokenizer
 
 from llamba.cli import main
+from llamba.models import families
+from llamba.models.convert import convert
+from llamba.models.families.base import Family, attention_biases
+from llamba.models.hybrid import HybridBackbone, HybridCausalLM, HybridSequenceClassifier
 from llamba.models.mixers import MIXERS
 from llamba.models.mixers.mamba2 import Mamba2
 from llamba.running import run
@@ -44,6 +48,52 @@ def test_a_mixer_is_one_line_more(teacher_folder: Path, tmp_path: Path, monkeypa
     stepped = [student(ids[:, place : place + 1], past_key_values=cache).logits for place in range(4, 7)]
     torch.testing.assert_close(torch.cat(stepped, 1), whole[:, 4:], rtol=1e-4, atol=1e-5)
     assert student.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > 7
+
+
+class ArceeHybridConfig(ArceeConfig):
+    """Arcee: Llama with a squared ReLU. These classes and FAMILY are all that a new family's file would hold."""
+
+    model_type = "llamba_arcee"
+    layer_types: list[str] | None = None
+    mixer: dict[str, Any] = field(default_factory=dict)
+    head_tokens: int | None = None
+    auto_map: dict[str, str] | None = field(default_factory=dict)
+
+
+class ArceeHybridModel(HybridBackbone, ArceeModel):
+    config: ArceeHybridConfig
+
+
+class ArceeHybridForCausalLM(HybridCausalLM, ArceeForCausalLM):
+    config: ArceeHybridConfig
+    backbone = ArceeHybridModel
+
+
+class ArceeHybridForSequenceClassification(HybridSequenceClassifier, ArceePreTrainedModel):
+    config: ArceeHybridConfig
+
+
+FAMILY = Family(ArceeHybridConfig, ArceeHybridModel, ArceeHybridForCausalLM, ArceeHybridForSequenceClassification, attention_biases)
+
+
+@torch.no_grad()
+def test_a_family_is_one_line_more(tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as alone:  # the Auto classes learn it once, as they do on import
+        alone.setattr(families, "FAMILIES", {"arcee": FAMILY})
+        families.register()
+    monkeypatch.setitem(families.FAMILIES, "arcee", FAMILY)  # the line
+    torch.manual_seed(0)
+    shape = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    teacher = ArceeForCausalLM(ArceeConfig(**shape, num_key_value_heads=2, pad_token_id=None, eos_token_id=2)).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    main(["convert", str(tmp_path / "teacher"), str(tmp_path / "student"), "--attention", "0.5"])
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    kept, mixed = student.model.layers[1].self_attn, student.model.layers[0].self_attn
+    assert torch.equal(kept.q_proj.weight, teacher.model.layers[1].self_attn.q_proj.weight) and isinstance(mixed, MIXERS["mamba2"])
+    ids = torch.tensor([[5, 9, 7, 11, 6, 30, 12]])
+    assert student.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 11)
+    whole = convert(teacher, mixer="mamba2", attention=1.0)
+    torch.testing.assert_close(whole(ids).logits, teacher(ids).logits)
 
 
 @dataclass(frozen=True)

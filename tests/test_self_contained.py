@@ -12,6 +12,7 @@ from models import ids, student, teacher
 from transformers import AutoModelForCausalLM
 
 from llamba.interop.remote_code import export_remote_code
+from llamba.models.families import FAMILIES
 from llamba.models.self_contained import add_code, flat_files
 
 MIXERS = ("auto", "gated_delta")
@@ -54,9 +55,14 @@ def test_mixers_run_without_llamba(tmp_path: Path) -> None:
         assert (tmp_path / mixer / "again" / "modeling_llamba.py").is_file()
 
 
-def test_the_code_is_flat_and_asks_for_nothing_but_torch_and_transformers() -> None:
-    files = flat_files()
-    assert "modeling_llamba.py" in files and not any("triton_" in name for name in files)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_is_flat_and_asks_for_nothing_but_torch_and_transformers(family: str) -> None:
+    files = flat_files(family)
+    assert (
+        "Family(" in files["modeling_llamba.py"]
+        and not any(other in name for name in files for other in FAMILIES)
+        and not any("triton_" in name for name in files)
+    )
     for name, text in files.items():
         compile(text, name, "exec")
         assert "llamba." not in "".join(line for line in text.splitlines() if line.lstrip().startswith(("from ", "import "))), name

@@ -9,7 +9,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-ENTRY, ENTRY_FILE = "llamba.models.families", "modeling_llamba"
+FAMILIES, ENTRY_FILE = "llamba.models.families", "modeling_llamba"  # where the entry modules are, one for each family, and its file
 LEFT_OUT = ("llamba.models.self_contained",)  # what only an installed llamba can do
 REFUSAL = 'raise ValueError("the code beside these weights has the PyTorch forms alone; this needs llamba to be installed")'
 # Behind the code of a module: what it must do otherwise where there is nothing but these files.
@@ -35,16 +35,16 @@ def add_code(folder: str | Path) -> list[str]:
     classes = {"AutoConfig": f"{name}Config", "AutoModel": f"{name}Model", "AutoModelForCausalLM": causal_lm}
     config["auto_map"] = {auto: f"{ENTRY_FILE}.{own}" for auto, own in classes.items()}
     (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    files = flat_files()
+    files = flat_files(str(config["model_type"]).removeprefix("llamba_"))
     for file, text in files.items():
         (place / file).write_text(text)
     return sorted(files)
 
 
-def flat_files() -> dict[str, str]:
-    """File names and texts of the entry module and of all modules of llamba that it imports."""
+def flat_files(family: str) -> dict[str, str]:
+    """File names and texts of a family's module and of all modules of llamba that it imports."""
     texts: dict[str, str] = {}
-    waiting = [ENTRY]
+    waiting = [f"{FAMILIES}.{family}"]
     while waiting:
         module = waiting.pop()
         if f"{_flat(module)}.py" not in texts:
@@ -54,7 +54,11 @@ def flat_files() -> dict[str, str]:
 
 
 def _flat(module: str) -> str:
-    return ENTRY_FILE if module == ENTRY else module.removeprefix("llamba.").replace(".", "_")
+    return (
+        ENTRY_FILE
+        if module.rpartition(".")[0] == FAMILIES and module != f"{FAMILIES}.base"
+        else module.removeprefix("llamba.").replace(".", "_")
+    )
 
 
 def _rewritten(module: str) -> tuple[str, list[str]]:
@@ -79,8 +83,7 @@ def _rewritten(module: str) -> tuple[str, list[str]]:
             continue
         needed.append(target)
         lines[node.lineno - 1] = lines[node.lineno - 1].replace("." * node.level + (node.module or ""), f".{_flat(target)}", 1)
-    own = "".join(lines) + BEHIND.get(module, "")
-    return (own.rpartition("\n\nregister()")[0] + "\n" if module == ENTRY else own), needed
+    return "".join(lines) + BEHIND.get(module, ""), needed
 
 
 def _module_itself(name: str, module: str) -> str:
