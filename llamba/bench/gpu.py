@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ PARTS: dict[str, Part] = {
         (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"), 120, 30, rows=False,
     ),
 }  # fmt: skip
+TEACHER = Part(
+    "a chat model distilled for the time that is left", _bench("teacher"),
+    _bench("teacher", "--device", "cpu", "--shrink", "9", "--minutes", "0.1"), 600, 60,
+)  # fmt: skip
+ENDING = 20  # seconds of the last part that are left for its last row
 
 
 def clocks() -> str | None:
@@ -128,12 +133,20 @@ def run_part(name: str, part: Part, out: Path, dry: bool, left: float) -> dict[s
     return ended | {"printed": printed}
 
 
-def run(out: Path, dry: bool, minutes: float) -> bool:
+def parts(dry: bool, minutes: float, packed: Sequence[str] | None) -> dict[str, Part]:
+    """The parts of a run: with `packed` folders the teacher alone, for all of the time; without, all others, and in a dry run it too."""
+    if packed and not dry:
+        asked = ("--pack", *packed, "--minutes", f"{minutes - ENDING / 60:.3g}")
+        return {"teacher": replace(TEACHER, command=(*TEACHER.command, *asked), seconds=int(60 * minutes))}
+    return PARTS | ({"teacher": TEACHER} if dry else {})
+
+
+def run(out: Path, dry: bool, minutes: float, packed: Sequence[str] | None = None) -> bool:
     """All parts that have not passed yet, in order; whether all passed."""
     _mended(out)
     done, ends, good = passed(out, dry), time.monotonic() + 60 * minutes, True
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name, part in PARTS.items():
+    for name, part in parts(dry, minutes, packed).items():
         if name in done:
             print(f"{name:<14}passed before at this commit")
             continue
@@ -161,5 +174,5 @@ def main(args: argparse.Namespace) -> None:
 
         if not torch.cuda.is_available():
             raise ValueError("bench gpu needs a CUDA device; torch sees none here; --dry passes through every part on the CPU")
-    if not run(Path(args.out or "eval/results/gpu.jsonl"), args.dry, args.minutes):
+    if not run(Path(args.out or "eval/results/gpu.jsonl"), args.dry, args.minutes, args.pack):
         raise SystemExit(1)

@@ -50,6 +50,7 @@ def gpu(argv: list[str]) -> None:
     parser = _parser("gpu", "What only a GPU can say of this project, in the order of its value; goes on where it was stopped.")
     parser.add_argument("--dry", action="store_true", help="pass through every part on the CPU, with shrunken shapes")
     parser.add_argument("--minutes", type=float, default=6.0, help="at most, in all (default 6)")
+    parser.add_argument("--pack", nargs="+", help="folders with what recipes/real/carry.py packed: distil that teacher, and nothing else")
     args = parser.read(argv)
     from llamba.bench.gpu import main
 
@@ -173,6 +174,18 @@ def smoke(argv: list[str]) -> None:
     main(args)
 
 
+def teacher(argv: list[str]) -> None:
+    """a chat model distilled for so many minutes, and its distance to the teacher on the way"""
+    parser = _parser("teacher", "Distil SmolLM2-135M-Instruct, as recipes/real/carry.py packed it, or random weights of its shape.")
+    _on_device(parser)
+    parser.add_argument("--pack", nargs="+", default=[], help="folders with the pieces of a pack (default: random weights and tokens)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the whole command (default 5)")
+    args = parser.read(argv)
+    from llamba.bench.teacher import main
+
+    main(args)
+
+
 def train(argv: list[str]) -> None:
     """a training step of a mixer's recurrence: Triton against PyTorch and other packages"""
     parser = _parser("train", "A training step of a mixer's recurrence: Triton against PyTorch, mamba-ssm and flash-linear-attention.")
@@ -185,8 +198,13 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
+<<<<<<< HEAD
     "cold": cold, "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices,
     "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
+=======
+    "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu,
+    "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "teacher": teacher, "train": train,
+>>>>>>> s20-hopper
 }  # fmt: skip
 
 
