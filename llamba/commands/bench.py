@@ -198,13 +198,8 @@ def train(argv: list[str]) -> None:
 
 
 BENCHES = {
-<<<<<<< HEAD
     "cold": cold, "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices,
-    "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "train": train,
-=======
-    "decode": decode, "gpu": gpu, "laptop": laptop, "llama-cpp": llama_cpp, "losses": losses, "matrices": matrices, "mfu": mfu,
-    "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "teacher": teacher, "train": train,
->>>>>>> s20-hopper
+    "mfu": mfu, "multistep": multistep, "ops": ops, "smoke": smoke, "speculative": speculative, "teacher": teacher, "train": train,
 }  # fmt: skip
 
 
