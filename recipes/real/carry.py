@@ -17,7 +17,7 @@ from llamba.base.packages import carried_file
 from llamba.base.progress import quiet_libraries
 from llamba.bench import pieces, wheels
 from llamba.bench.teacher import MODEL, ROWS
-from llamba.data.tokens import prepare
+from llamba.data.tokens import tokenize
 from llamba.models.loading import load_tokenizer
 from llamba.recipes.real.chats import CHITCHAT, write_chats
 
@@ -31,7 +31,7 @@ def fill(folder: Path, teacher: str = TEACHER, chats: str = CHITCHAT) -> None:
     with tempfile.TemporaryDirectory() as work:
         train, held = write_chats(chats, Path(work))
         data = Data(train=str(train), eval=str(held), length=LENGTH, packing=True)
-        prepare(data, load_tokenizer(teacher), "all", folder / ROWS)
+        tokenize(data, load_tokenizer(teacher), "all", folder / ROWS)
 
 
 def main(arguments: list[str]) -> None:
