@@ -61,7 +61,7 @@ def llama_cpp(argv: list[str]) -> None:
     """GGUF files in llama.cpp behind texts of several lengths"""
     parser = _parser("llama-cpp", "How fast llama.cpp runs GGUF files behind texts of several lengths.")
     parser.add_argument("files", nargs="+", help="GGUF files, measured in turns")
-    parser.add_argument("--contexts", default="512,4096,8192", help="tokens of the text, with commas (default 512,4096,8192)")
+    parser.add_argument("--contexts", default="512,4096,8000", help="tokens of the text, with commas (default 512,4096,8192)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens (default 64)")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     args = parser.read(argv)

@@ -36,6 +36,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             "return_tokens": True, "ignore_eos": True,
         }  # fmt: skip
         found = server.handle_completions(wanted)
+        if "timings" not in found:
+            raise SystemExit(f"error of llama.cpp: {found.get('error', found)}")
         seconds.append((found["timings"]["prompt_ms"] / 1000, found["timings"]["predicted_ms"] / 1000))
         tokens.append(found["__verbose"]["tokens"])
         places = (found["choices"][0]["logprobs"] or {"content": []})["content"]
