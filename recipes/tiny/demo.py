@@ -38,8 +38,8 @@ recipe = Recipe(
     student=Student(mixer="mamba2", attention=0.5, options={"window": 16, "sinks": 4, "rotary": True}),
     data=Data(train="runs/demo-data/train.jsonl", length=LENGTH),
     stages=[
-        Distill(kl=1.0, ce=0.1, lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=30, batch=8, micro_batch=8, steps=160,
-                save_every=80, log_every=10),
+        Distill(kl=1.0, ce=0.0, targets="all", lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=30, batch=8, micro_batch=8, steps=120,
+                save_every=60, log_every=10),
     ],
     output="runs/demo",
 )  # fmt: skip
