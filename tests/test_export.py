@@ -220,7 +220,7 @@ def test_the_stock_configuration_is_one_that_transformers_accepts() -> None:
 
     fits = {name for name, (kind, values) in KNOWN.items() if obstacle(student_config(kind(**values), "mamba2", 0.5)) is None}
     assert fits == {"meta-llama-3-8b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen2.5-0.5b", "qwen2.5-1.5b",
-                    "qwen2.5-7b"}  # fmt: skip
+                    "qwen2.5-7b", "smollm2-135m"}  # fmt: skip
     for name in fits:
         kind, values = KNOWN[name]
         made = stock_config(student_config(kind(**values), "mamba2", 0.5), GRANITE, False)

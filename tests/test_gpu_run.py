@@ -101,8 +101,9 @@ def test_smoke_launches_every_kernel(monkeypatch) -> None:
         def __getitem__(self, grid: tuple[int, ...]):
             return lambda *args, **named: seen.add(self.name)
 
-    for path in (Path(__file__).parent.parent / "kernels").rglob("triton_*.py"):
-        module = importlib.import_module(f"llamba.kernels.{path.parent.name}.{path.stem}")
+    paths = (Path(__file__).parent.parent / "kernels").rglob("triton_*.py")
+    modules = [importlib.import_module(f"llamba.kernels.{path.parent.name}.{path.stem}") for path in paths]
+    for module in modules:  # all are imported before any is changed: they take kernels from each other
         for name in kernels & set(vars(module)):
             monkeypatch.setattr(module, name, Noted(name))
     for case in cases(torch.float32, "cpu").values():

@@ -187,7 +187,10 @@ def test_sums_that_overflow_are_not_taken_for_infinity(folder: Path) -> None:
 TOKENIZERS = {
     "cut": (lambda folder: (folder / "tokenizer.json").write_text('{"version": '), "the tokenizer of .* cannot be loaded"),
     "other form": (lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "foo"}}'), "the tokenizer of"),
-    "a list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "the tokenizer of"),
+    "a list": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json must hold a JSON object, got list",
+    ),
     "none": (lambda folder: [path.unlink() for path in folder.glob("*token*")], "has no tokenizer"),
 }
 
