@@ -436,6 +436,20 @@ def test_two_learning_rates(tmp_path, data, student_folder, teacher_folder):
     assert moved and moved <= mixer_names(student) and any("in_proj" in name for name in moved)
 
 
+def test_projections_have_a_learning_rate_of_their_own(tmp_path, data, student_folder, teacher_folder):
+    """Every parameter moves by at most its own rate in a first step of AdamW, and by nearly that where its gradient is not 0."""
+    stage = Distill(**{**SHORT, "lr": 1e-3, "warmup": 0, "schedule": "constant"}, steps=1, train="all", projection_lr=1e-4, rest_lr=1e-5)
+    distill.run(stage, student_folder, str(teacher_folder), data, tmp_path / "out")
+    before, after = weights_of(Path(student_folder)), weights_of(tmp_path / "out")
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    for name, distance in moved.items():
+        projection = ".self_attn.in_proj." in name or ".self_attn.out_proj." in name
+        own = name in mixer_names(AutoModelForCausalLM.from_pretrained(student_folder))
+        assert distance <= 1.01 * (1e-4 if projection and own else 1e-3 if own else 1e-5), name
+    assert max(value for name, value in moved.items() if "in_proj" in name) > 9e-5
+    assert max(value for name, value in moved.items() if "A_log" in name) > 9e-4
+
+
 def test_everything_but_mlps(tmp_path, data, student_folder, teacher_folder):
     distill.run(Distill(**SHORT, steps=2, train="all_but_mlps"), student_folder, str(teacher_folder), data, tmp_path / "out")
     before, after = weights_of(Path(student_folder)), weights_of(tmp_path / "out")

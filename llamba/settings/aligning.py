@@ -38,8 +38,9 @@ class Aligning(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora is not None and self.rest_lr is not None:
-            raise ValueError(f"{self.name}: lora has one learning rate, got rest_lr={self.rest_lr} too; give one of the two")
+        for key in ("rest_lr", "projection_lr"):
+            if self.lora is not None and getattr(self, key) is not None:
+                raise ValueError(f"{self.name}: lora has one learning rate, got {key}={getattr(self, key)} too; give one of the two")
 
 
 @dataclass(frozen=True)

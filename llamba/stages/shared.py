@@ -12,7 +12,7 @@ from llamba.models.loading import load_model, load_teacher
 from llamba.models.mixers import drop_window
 from llamba.settings import TokenTraining
 from llamba.training.metrics import METRICS
-from llamba.training.trainer import DistillTrainer, Objective, train_and_save, training_arguments
+from llamba.training.trainer import DistillTrainer, Objective, other_rates, train_and_save, training_arguments
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -49,6 +49,6 @@ def train_student(
     student_model, teacher_model = load()
     drop_window(student_model, stage.drop_window)
     args.use_cache = student_model.config.use_cache
-    trainer = DistillTrainer(student_model, teacher_model, objective, args, ordered, out / METRICS, stage.rest_lr, mean_of_means)
+    trainer = DistillTrainer(student_model, teacher_model, objective, args, ordered, out / METRICS, other_rates(student_model, stage), mean_of_means)
     held_out = read("eval")
     return train_and_save(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -32,6 +33,7 @@ CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 )
+PROJECTION = re.compile(r"\.self_attn\.(in|out)_proj\.(weight|bias)$")
 _NO_DECAY = ("A_log", "D", "dt_bias", "bias")
 
 
@@ -179,21 +181,30 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrai
     return teacher.to(accelerator.device)
 
 
-def _split(group: dict[str, Any], mixers: set[int], rest_lr: float) -> list[dict[str, Any]]:
-    """An optimizer's group as one of mixers' weights and one of the rest; empty groups stay out."""
-    own = [weight for weight in group["params"] if id(weight) in mixers]
-    rest = [weight for weight in group["params"] if id(weight) not in mixers]
-    return [part for part in ({**group, "params": own}, {**group, "params": rest, "lr": rest_lr}) if part["params"]]
+def other_rates(student: PreTrainedModel, stage: Training) -> dict[str, float]:
+    """Learning rates, by parameter, of what does not learn at the stage's `lr`: the mixers' projections, and all but the mixers."""
+    mixers = mixer_names(student)
+    rates = {name: stage.projection_lr if name in mixers else stage.rest_lr for name, _ in student.named_parameters()}
+    found = {name: rate for name, rate in rates.items() if name not in mixers or PROJECTION.search(name)}
+    return {name: rate for name, rate in found.items() if rate is not None}
+
+
+def _split(group: dict[str, Any], rates: dict[int, float]) -> list[dict[str, Any]]:
+    """An optimizer's group as one for each learning rate; weights that `rates` does not name keep the group's."""
+    parts: dict[float, list[Tensor]] = {}
+    for weight in group["params"]:
+        parts.setdefault(rates.get(id(weight), group["lr"]), []).append(weight)
+    return [{**group, "params": weights, "lr": rate} for rate, weights in parts.items()]
 
 
 class StageTrainer(Trainer):
     """The Trainer of every stage: decays matrices only, and leaves complete checkpoints with finite weights.
 
-    A subclass sets `student`, `rest_lr` (learning rate of all but the mixers) and `folder` (of the checkpoints).
+    A subclass sets `student`, `rates` (learning rates of single parameters, see `other_rates`) and `folder` (of the checkpoints).
     """
 
     student: Any  # a PreTrainedModel, or peft's wrapper of one
-    rest_lr: float | None
+    rates: dict[str, float]
     folder: Path
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -204,13 +215,12 @@ class StageTrainer(Trainer):
         return [name for name in matrices if name.rpartition(".")[2] not in _NO_DECAY and "norm" not in name]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, its groups split where all but the mixers have a learning rate of their own."""
+        """The Trainer's optimizer, its groups split where parameters have a learning rate of their own."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if new and self.rest_lr is not None:
-            mixers = mixer_names(self.student)
-            own = {id(weight) for name, weight in self.student.named_parameters() if name in mixers}
-            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, own, self.rest_lr)]
+        if new and self.rates:
+            rates = {id(weight): self.rates[name] for name, weight in self.student.named_parameters() if name in self.rates}
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, rates)]
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -251,7 +261,7 @@ class DistillTrainer(StageTrainer):
         args: TrainingArguments,
         rows: Ordered,
         metrics: Path,
-        rest_lr: float | None = None,
+        rates: dict[str, float] | None = None,
         mean_of_means: bool = False,
     ) -> None:
         pad = student.config.pad_token_id or 0  # padding is masked, so any id will do
@@ -259,7 +269,7 @@ class DistillTrainer(StageTrainer):
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count target tokens
         self.sums_of: Objective = objective
-        self.student, self.rest_lr = student, rest_lr
+        self.student, self.rates = student, rates or {}
         self.folder = Path(args.output_dir or "")
         self.mean_of_means = mean_of_means
         self.teacher = teacher if teacher is None else place_teacher(teacher, self.accelerator)

@@ -14,7 +14,7 @@ from llamba.data.batches import Ordered
 from llamba.models.loading import load_model
 from llamba.settings import Aligning
 from llamba.training import checkpoints, lora
-from llamba.training.trainer import CALMER, StageTrainer, freeze
+from llamba.training.trainer import CALMER, StageTrainer, freeze, other_rates
 
 
 def load_student(stage: Aligning, folder: str) -> tuple[PreTrainedModel, Any]:
@@ -48,7 +48,7 @@ class Aligner(StageTrainer):
         Raises ValueError for LoRA on a model that is spread over several devices.
         """
         self.pop_callback(PrinterCallback)
-        self.source, self.student, self.rest_lr = source, self.model, stage.rest_lr
+        self.source, self.student, self.rates = source, self.model, {} if stage.lora else other_rates(self.model, stage)
         self.folder = Path(self.args.output_dir or "")
         self.train_dataset, self.eval_dataset = rows, held_out
         self.lora = stage.lora
