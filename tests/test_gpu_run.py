@@ -156,7 +156,7 @@ def test_a_teacher_is_distilled_for_the_time_given_and_each_row_is_kept(tmp_path
     teacher.random_rows(tmp_path, 64, 200, 4)  # longer than the window, within which a fresh student is its teacher
     rows = {split: teacher.Rows(tmp_path / "train") for split in ("train", "eval")}
     seen: list[dict] = []
-    teacher.train(made, rows, teacher.Plan(6, 2, 8, 2.0, torch.float32, "cpu"), seen.append)
+    teacher.train(made, rows, teacher.Plan(time.perf_counter() + 8, 2, 8, 2.0, torch.float32, "cpu"), seen.append)
     assert [row["phase"] for row in seen][0] == "untrained" and {row["phase"] for row in seen} == {"untrained", "hidden", "distill"}
     assert [row["tokens"] for row in seen] == sorted(row["tokens"] for row in seen) and seen[-1]["seconds"] < 12
     assert seen[-1]["held_out_kl"] < 0.9 * seen[0]["held_out_kl"]

@@ -4,6 +4,7 @@ Each piece's name says which it is, of how many, and the SHA-256 of them all: `p
 """
 
 import hashlib
+import os
 import re
 import tarfile
 import tempfile
@@ -33,7 +34,7 @@ def split(folder: Path, out: Path, most: int) -> list[Path]:
 
 
 def joined(folders: Iterable[Path], into: Path) -> Path:
-    """Put the pieces in these folders together and unpack them into `into`, a new folder.
+    """Put the pieces in these folders together and unpack them into `into`, a new folder that appears whole or not at all.
 
     Raises ValueError where pieces of one whole are missing, or are not what they were.
     """
@@ -49,6 +50,8 @@ def joined(folders: Iterable[Path], into: Path) -> Path:
         if (digest := hashlib.file_digest(whole, "sha256").hexdigest()) != min(wholes)[1]:  # type: ignore[arg-type]
             raise ValueError(f"the pieces must have SHA-256 {min(wholes)[1]} together, got {digest}; carry them again")
         whole.seek(0)
+        partial = into.with_name(f"{into.name}.partial")
         with tarfile.open(fileobj=whole) as archive:
-            archive.extractall(into, filter="data")
+            archive.extractall(partial, filter="data")
+        os.replace(partial, into)
     return into

@@ -45,9 +45,10 @@ DISTIL = Distill(kl=1.0, ce=0.0, lr=1e-3, targets="all")
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds of training, sequences of a step, held-out sequences, seconds from one row to the next, and what is computed in."""
+    """When training ends (on the clock of `time.perf_counter`), sequences of a step, held-out sequences, seconds from one row to the next,
+    and what is computed in."""
 
-    seconds: float
+    ends: float
     batch: int
     held_out: int
     every: float
@@ -71,9 +72,12 @@ def random_rows(folder: Path, vocabulary: int, length: int, sequences: int) -> N
 
 
 def sources(packed: list[str], shrink: int, work: Path) -> tuple[Any, dict[str, Rows]]:
-    """The teacher in fp32 on the CPU, and the rows of "train" and "eval". Raises ValueError for pieces that are not whole."""
+    """The teacher in fp32 on the CPU, and the rows of "train" and "eval": of a pack, which is put together beside its first piece, or
+    random, in `work`. Raises ValueError for pieces that are not whole."""
     if packed:
-        joined(map(Path, packed), work)
+        work = Path(packed[0]) / "whole"
+        if not work.is_dir():
+            joined(map(Path, packed), work)
         teacher = load_model(work / MODEL, torch.float32)
     else:
         teacher = build(teacher_config(SHAPE), shrink, torch.float32, "cpu")
@@ -144,7 +148,7 @@ class Training:
             self.steps, self.tokens = self.steps + 1, self.tokens + batch["input_ids"].numel()
             if self.steps % 8 == 0:
                 summed[-1].item()  # the clock is the device's, too
-            passed = (time.perf_counter() - begun) / seconds
+            passed = (time.perf_counter() - begun) / max(seconds, 1e-9)
             if passed >= 1 or time.perf_counter() - told[0] > self.plan.every:
                 self.tell(name, torch.stack(summed).mean().item(), told)
                 told, summed = (time.perf_counter(), self.tokens), []
@@ -169,8 +173,8 @@ def train(teacher: Any, rows: dict[str, Rows], plan: Plan, write: Callable[[dict
         attend_by_document(model)
     training = Training(student, teacher, rows, plan, write)
     training.tell("untrained", None, (time.perf_counter(), 0))
-    training.phase("hidden", partial(hidden.objective, ALIGN), ALIGN.lr, ALIGNING * plan.seconds)
-    training.phase("distill", partial(distill.objective, DISTIL), DISTIL.lr, (1 - ALIGNING) * plan.seconds)
+    training.phase("hidden", partial(hidden.objective, ALIGN), ALIGN.lr, ALIGNING * (plan.ends - time.perf_counter()))
+    training.phase("distill", partial(distill.objective, DISTIL), DISTIL.lr, plan.ends - time.perf_counter())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -188,5 +192,5 @@ def main(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as work:
         teacher, rows = sources(args.pack, args.shrink, Path(work))
-        left = max(60 * args.minutes - (time.perf_counter() - began), 1.0)
-        train(teacher, rows, Plan(left, 32 if cuda else 2, 64 if cuda else 4, 20 if cuda else left / 2, DTYPES[args.dtype], device), write)
+        sizes = (32, 64, 20.0) if cuda else (2, 4, 20 * args.minutes)
+        train(teacher, rows, Plan(began + 60 * args.minutes, *sizes, DTYPES[args.dtype], device), write)
