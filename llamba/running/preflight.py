@@ -23,9 +23,10 @@ from llamba.models.loading import (
     require_model,
     require_same_vocabulary,
     require_sound,
+    vocabularies_differ,
 )
 from llamba.models.mixers import MIXERS, Mixer, NoMixer
-from llamba.running.inputs import limit_of, missing
+from llamba.running.inputs import limit_of, missing, pairing
 from llamba.settings import (
     Aligning,
     Data,
@@ -152,10 +153,26 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
         return
     student, other = located(recipe.teacher), located(name)
     require_sound(other)
-    if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
-        require_same_vocabulary(student, other)
+    if isinstance(stage, Distill) and stage.match == "spans":
+        _check_spans(stage, stage.data or recipe.data, student, other)
+    elif not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
+        instead = "distill.match='spans' compares spans of text" if isinstance(stage, Distill) else ""
+        require_same_vocabulary(student, other, instead)
     if isinstance(stage, (Matrix, Hidden)):
         require_alike(stage.name, student, other)
+
+
+def _check_spans(stage: Distill, config: Data, student: str, teacher: str) -> None:
+    """Where the two models count different tokens, both tokenizers know where their tokens stand and mark what is learnt."""
+    if not vocabularies_differ(student, teacher):
+        return
+    if stage.temperature != 1.0:
+        raise ValueError(
+            f"distill.temperature is that of tokens, and spans have distill.span_temperature; got {stage.temperature} with match='spans'"
+        )
+    paired = pairing(config, student, teacher)
+    if stage.targets == "assistant":
+        paired.require_chats()
 
 
 def _check_layers(recipe: Recipe, todo: list[Stage], out: Path) -> None:
