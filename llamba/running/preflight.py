@@ -56,7 +56,7 @@ def check(recipe: Recipe, out: Path) -> None:
     for number, stage in todo.items():
         made = {other.name for before, other in stages.items() if before < number and isinstance(other, PseudoLabel)}
         _check_data(recipe, number, stage, made)
-        _check_template(recipe, stage)
+        _check_template(recipe, number, stage)
         _check_packages(stage)
         _check_model(recipe, stage, out)
         if isinstance(stage, Training):
@@ -88,7 +88,7 @@ def _check_data(recipe: Recipe, number: int, stage: Stage, made: set[str]) -> No
         limit_of(config, stage)
 
 
-def _check_template(recipe: Recipe, stage: Stage) -> None:
+def _check_template(recipe: Recipe, number: int, stage: Stage) -> None:
     """There is a tokenizer for a stage that reads rows; its template writes what the tokenizer's own writes, and marks what is learnt."""
     if not isinstance(stage, (TokenTraining, Select, Sft, Dpo, PseudoLabel)):
         return
@@ -102,9 +102,10 @@ def _check_template(recipe: Recipe, stage: Stage) -> None:
         )
     tokenizer = load_tokenizer(asked)
     template = chosen(config, tokenizer)
+    key = "data.template" if stage.data is None else f"stages.{number - 1}.data.template"
     if not isinstance(stage, PseudoLabel) and stage.targets in ("assistant", "answers"):
-        require_marks(template)
-    require_fit(template, tokenizer)
+        require_marks(template, key)
+    require_fit(template, tokenizer, key)
 
 
 def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
