@@ -192,5 +192,5 @@ def main(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as work:
         teacher, rows = sources(args.pack, args.shrink, Path(work))
-        sizes = (32, 64, 20.0) if cuda else (2, 4, 20 * args.minutes)
-        train(teacher, rows, Plan(began + 60 * args.minutes, *sizes, DTYPES[args.dtype], device), write)
+        batch, held_out, every = (32, 64, 20.0) if cuda else (2, 4, 20 * args.minutes)
+        train(teacher, rows, Plan(began + 60 * args.minutes, batch, held_out, every, DTYPES[args.dtype], device), write)
