@@ -139,7 +139,7 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
         cut = 0 if stage.head is None else _cut(config, stage.head)
         counts = replace(own, student=own.student - cut, teacher=counts.student)
     if isinstance(stage, Distill) and stage.teacher is not None:
-        counts = replace(counts, teacher=_other_teacher(stage.teacher, config))
+        counts = replace(counts, teacher=_other_teacher(stage, stage.teacher, config))
     length = (stage.data or recipe.data).length
     taken, lora = cost(config, counts, stage, length), stage.lora if isinstance(stage, Aligning) else None
     how = str(stage.train) if lora is None else f"{stage.train}, LoRA of rank {lora.rank}"
@@ -193,10 +193,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} hours"
 
 
-def _other_teacher(name: str, config: PreTrainedConfig) -> int:
+def _other_teacher(stage: Distill, name: str, config: PreTrainedConfig) -> int:
     """Parameters of a stage's own teacher. Raises ValueError where its vocabulary is not the student's."""
     found = teacher_config(resolve_model(name))
-    if found.vocab_size != config.vocab_size:
+    if stage.match == "tokens" and found.vocab_size != config.vocab_size:
         raise ValueError(
             f"student and teacher must share a vocabulary, got {config.vocab_size} tokens in the student and {found.vocab_size} in {name}"
         )

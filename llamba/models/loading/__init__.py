@@ -12,6 +12,7 @@ from llamba.models.loading.teachers import (
     require_model,
     require_same_vocabulary,
     require_sound,
+    vocabularies_differ,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "require_model",
     "require_same_vocabulary",
     "require_sound",
+    "vocabularies_differ",
 ]
