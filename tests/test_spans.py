@@ -114,15 +114,9 @@ def test_answers_of_chats_behind_either_template(tokenizer, other):
     text = pair("here", {"text": "a reddish tree"})
     ids = [*tokenizer("a reddish tree")["input_ids"], tokenizer.eos_token_id]
     assert pieces(tokenizer, ids, text.own) == pieces(other, text.ids, text.other) and len(text.own) == len(ids)
-    other_end = [{"role": "assistant", "content": "cat"}]
-    assert (
-        "".join(
-            pieces(
-                tokenizer, tokenizer.apply_chat_template(other_end, return_dict=True)["input_ids"], pair("", {"messages": other_end}).own
-            )
-        )
-        == "cat</s>"
-    )
+    one = [{"role": "assistant", "content": "cat"}]
+    ids = tokenizer.apply_chat_template(one, return_dict=True)["input_ids"]
+    assert "".join(pieces(tokenizer, ids, pair("", {"messages": one}).own)) == "cat</s>"
 
 
 def test_cut(tokenizer, other):
@@ -316,7 +310,8 @@ def test_a_whole_run_with_a_teacher_that_counts_other_tokens(tmp_path, teacher_f
     recipe = Recipe(str(teacher_folder), Student(), Data(train=str(chat_file), length=48), stages, str(tmp_path / "run"))
     last = running.run(recipe)
     assert last.name == "3-distill" and len(list((tmp_path / "run/data").iterdir())) == 2
-    assert "distill: trains" in str(plan(recipe))
+    told = str(plan(recipe))
+    assert told.count(f"    teacher {foreign}: ") == told.count("it counts other tokens: spans of text at temperature 100") == 2
     rows = [json.loads(line) for line in (tmp_path / "run/1-pseudo_label/rows/rows-00000.jsonl").read_text().splitlines()]
     sets = [Rows(folder / "train") for folder in (tmp_path / "run/data").iterdir()]
     packed = next(one for one in sets if one.packed)
@@ -344,7 +339,9 @@ def test_what_is_refused_before_the_run(tmp_path, teacher_folder, foreign, chat_
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     (plain / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(plain)
-    refused(recipe(teacher=str(plain)), tmp_path, "does not mark the assistant's words")
+    said = f"teacher's own template, and {plain} has none that marks the assistant's words: put a chat_template.jinja"
+    refused(recipe(teacher=str(plain)), tmp_path, said)
+    refused(recipe(teacher=str(plain), data=Data(train=str(chat_file), length=48, template=None)), tmp_path, said)
     for values in ({"offline": 4}, {"reduction": "batchmean_legacy"}):
         with pytest.raises(ValueError, match="asks the teacher step by step and needs offline=none and reduction='token_mean'"):
             Distill(match="spans", **values)

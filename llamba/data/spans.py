@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from llamba.data import sources
-from llamba.data.chat_templates import AUTO
+from llamba.data.chat_templates import AUTO, chosen, marks_answers
 from llamba.data.tokens import RowTokenizer
 from llamba.settings import Data
 
@@ -97,8 +97,7 @@ class Pairing:
     or has no template that marks answers."""
 
     def __init__(self, data: Data, own: Any, other: Any, most: int) -> None:
-        theirs = data if data.template is None else replace(data, template=AUTO)
-        self.readers = _Reader(data, own), _Reader(theirs, other)
+        self.readers = _Reader(data, own, False), _Reader(replace(data, template=AUTO), other, True)
         self.most = most  # tokens that the other model reads
 
     def require_chats(self) -> None:
@@ -145,10 +144,13 @@ def _ends(mine: _Written, theirs: _Written, segments: Sequence[tuple[int, int, i
 class _Reader:
     """One tokenizer's tokens of a row, and where they stand."""
 
-    def __init__(self, data: Data, tokenizer: Any) -> None:
+    def __init__(self, data: Data, tokenizer: Any, foreign: bool) -> None:
         if not tokenizer.is_fast:
-            raise ValueError("distill.match='spans' needs tokenizers that know where their tokens stand (tokenizer.json)")
-        self.data, self.inner = data, tokenizer
+            raise ValueError(
+                f"distill.match='spans' needs tokenizers that know where their tokens stand (tokenizer.json), and that of "
+                f"{tokenizer.name_or_path} does not"
+            )
+        self.data, self.inner, self.foreign = data, tokenizer, foreign
 
     def require_chats(self) -> None:
         """Raises ValueError where answers are not marked."""
@@ -156,6 +158,12 @@ class _Reader:
 
     @cached_property
     def _chats(self) -> RowTokenizer:
+        found = chosen(self.data, self.inner)
+        if self.foreign and (found is None or not marks_answers(found.text)):  # no setting reaches it
+            raise ValueError(
+                f"distill.match='spans' reads chats in the teacher's own template, and {self.inner.name_or_path} has none that marks the "
+                "assistant's words: put a chat_template.jinja with {% generation %} and {% endgeneration %} around them into its folder"
+            )
         return RowTokenizer(self.data, self.inner, "assistant")
 
     @cached_property

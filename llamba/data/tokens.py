@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llamba.base.foreign import reading
 from llamba.data import sources
 from llamba.data.batches import SPANS, Rows
-from llamba.data.chat_templates import chosen, require_marks
+from llamba.data.chat_templates import AUTO, chosen, require_marks
 from llamba.settings import Data
 
 MANIFEST = "data.json"
@@ -92,7 +92,7 @@ class RowTokenizer:
         self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
         found = chosen(data, tokenizer)
         found = require_marks(found) if self.assistant else found
-        self.template = found and found.text
+        self.template, self.name, self.auto = found and found.text, found and found.name, data.template == AUTO
         self.own = data.template is None or found is None or found.text == tokenizer.chat_template
         self.inner: Any = tokenizer
         self.length = data.length
@@ -104,6 +104,11 @@ class RowTokenizer:
         with reading(f"{where}: the chat template refuses these messages"):
             found = apply(messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=self.assistant)
             alike = self.own or not self.inner.chat_template or found["input_ids"] == apply(messages, return_dict=True)["input_ids"]
+        if not alike and self.auto:
+            raise ValueError(
+                f"{where}: the tokenizer's own template writes this chat differently from {self.name!r}, which marks answers and was taken "
+                "for it: set data.template to a copy of it with {% generation %} and {% endgeneration %} around the answers"
+            )
         if not alike:
             raise ValueError(
                 f"{where}: data.template writes this chat differently from the tokenizer's own template; data.template=auto takes what fits"

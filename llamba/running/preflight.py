@@ -15,6 +15,7 @@ from llamba.models.convert import require_teacher, student_config
 from llamba.models.draft import draft_config
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import (
+    SPANS_INSTEAD,
     has_tokenizer,
     load_config,
     load_tokenizer,
@@ -170,7 +171,7 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
     if isinstance(stage, Distill) and stage.match == "spans":
         _check_spans(stage, stage.data or recipe.data, student, other)
     elif not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
-        instead = "distill.match='spans' compares spans of text" if isinstance(stage, Distill) else ""
+        instead = SPANS_INSTEAD if isinstance(stage, Distill) else ""
         require_same_vocabulary(student, other, instead)
     if isinstance(stage, (Matrix, Hidden)):
         require_alike(stage.name, student, other)

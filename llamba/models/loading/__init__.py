@@ -6,6 +6,7 @@ whole: every tensor that config.json asks for, no other, all of them finite numb
 
 from llamba.models.loading.load import ends_of, has_tokenizer, load_config, load_generation_config, load_model, load_tokenizer, located
 from llamba.models.loading.teachers import (
+    SPANS_INSTEAD,
     load_teacher,
     require_alike,
     require_bitsandbytes,
@@ -16,6 +17,7 @@ from llamba.models.loading.teachers import (
 )
 
 __all__ = [
+    "SPANS_INSTEAD",
     "ends_of",
     "has_tokenizer",
     "load_config",

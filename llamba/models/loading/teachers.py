@@ -79,6 +79,9 @@ def _tokens(name: str) -> dict[int, str] | None:
     return {number: token for token, number in load_tokenizer(name).get_vocab().items()} if has_tokenizer(name) else None
 
 
+SPANS_INSTEAD = "distill.match='spans' compares spans of text"  # where a teacher counts other tokens
+
+
 def vocabularies_differ(student: str, teacher: str) -> str | None:
     """How the tokens of two models differ, None where they do not: another number, or an id that both know and that means two."""
     own, other = (load_config(name).vocab_size for name in (student, teacher))
