@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -100,7 +101,7 @@ class RowTokenizer:
     def _chat(self, where: str, messages: list[dict[str, str]]) -> Tokens:
         if self.template is None:
             raise ValueError(f"{where}: messages need a chat template and the tokenizer has none; set data.template")
-        apply = self.inner.apply_chat_template
+        apply = partial(self.inner.apply_chat_template, tokenizer_kwargs={"verbose": False})  # rows are cut here
         with reading(f"{where}: the chat template refuses these messages"):
             found = apply(messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=self.assistant)
             alike = self.own or not self.inner.chat_template or found["input_ids"] == apply(messages, return_dict=True)["input_ids"]
