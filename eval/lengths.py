@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llamba.base.axes import plain
 from llamba.chat.conversation import load
 from llamba.eval.scores import model_name, save, score
 
@@ -155,7 +156,11 @@ def draw(curves: dict[str, dict[int, Measured]], path: Path) -> None:
     ):
         for name, found in curves.items():
             axes.plot(list(found), [getattr(one, key) for one in found.values()], marker="o", label=name)
-        axes.set(xlabel="context, tokens", ylabel=label, xscale="log")
+        axes.set(xlabel="context, tokens", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({length for found in curves.values() for length in found}))
+        axes.xaxis.set_major_formatter(plain)
+        axes.yaxis.set_major_formatter(plain)
         axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llamba.base.folders import resolve_model
+from llamba.base.progress import progress
 from llamba.chat.conversation import load
 from llamba.eval import stats
 from llamba.eval.recurrence import switched
@@ -111,8 +111,8 @@ def run(name: str, out: Path, options: Options) -> str:
     found = {}
     for off in conditions:
         with without_recurrence(model) if off else nullcontext():
-            bar = tqdm(texts, desc=f"perplexity{OFF if off else ''}", unit="chat" if options.chat else "window", disable=None)
-            found[OFF if off else ""] = [measure(model, teacher, text) for text in bar]
+            shown = progress(texts, f"perplexity{OFF if off else ''}", "chats" if options.chat else "windows")
+            found[OFF if off else ""] = [measure(model, teacher, text) for text in shown]
     return _report(found, texts, model_name(name), out, options, note)
 
 

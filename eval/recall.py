@@ -298,6 +298,7 @@ def draw_needle(models: Mapping[str, Mapping[Cell, Sequence[float]]], path: Path
         axes.set_yticks(range(len(depths)), depths)
         for y, line in enumerate(means):
             for x, value in enumerate(line):
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="small")
+                dark = value < 15 or value > 85
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize="small", color="white" if dark else "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from llamba.eval import lengths
@@ -166,7 +167,7 @@ def draw_by_attention(rows: Sequence[Row], path: Path) -> bool:
             [row.get("high", row["value"]) - row["value"] for row in found],
         ]
         axes.errorbar([row["attention"] for row in found], y, yerr=spread, marker="o", capsize=3)
-        axes.set(title=benchmark + (f"\n{judge}" if judge else ""), xlabel="part of the layers with attention", ylabel=metric)
+        axes.set(title=benchmark + (f"\n{judge}" if judge else ""), xlabel="part of the layers with attention", ylabel=fill(metric, 30))
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=110)

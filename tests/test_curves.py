@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -12,6 +14,8 @@ from llamba.cli import main
 from llamba.running import run as running
 from llamba.settings import Data, Distill, Hidden, Recipe, Student
 from llamba.training import curves
+from llamba.training.layer_ranking import Ranking
+from llamba.training.layer_ranking import draw as draw_ranking
 from llamba.training.metrics import read_metrics
 from llamba.training.reporters import reporters
 
@@ -55,6 +59,66 @@ def test_report_prints_a_table_and_draws(run, capsys):
     assert lines[3].split() == ["10-distill", "2", "20", "2.0000", "1.0000", "1.5000", "7", "-", "not", "finished"]
     assert lines[4].split() == ["11-dpo", "1", "-", "0.7000", "0.7000", "-", "-", "-", "not", "finished"]
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
+    own = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: (own(figure, *args, **more), figures.append(figure))[0])
+    return figures
+
+
+def ticks(axis) -> list[str]:
+    """The labels that stand on an axis, within its limits."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+def test_every_axis_is_named_and_its_numbers_are_plain(run, drawn):
+    curves.draw(curves.curves_of(run), run / "report.png")
+    axes = [one for one in drawn[0].axes if one.axison]
+    assert all(one.get_ylabel() and one.get_xlabel() for one in axes)
+    assert [one.get_ylabel() for one in axes][0] == "L2 distance, mean over target tokens"
+    labels = [label for one in axes for axis in (one.xaxis, one.yaxis) for label in ticks(axis)]
+    assert labels and not [label for label in labels if not re.fullmatch(r"-?[\d,]+(\.\d+)?", label)]
+    assert all(len(ticks(one.yaxis)) >= 2 for one in axes)
+
+
+@pytest.mark.parametrize("layers", [3, 20])
+def test_every_layer_is_named(tmp_path, drawn, layers):
+    lines = [{"step": i, "loss": 1.0 / i, "layers": {str(n): (n + 1) / i for n in range(layers)}} for i in (1, 2, 3)]
+    write_stage(tmp_path / "1-hidden", lines)
+    curves.draw(curves.curves_of(tmp_path), tmp_path / "report.png")
+    panel = drawn[0].axes[1]
+    if layers == 3:
+        assert [text.get_text() for text in panel.get_legend().get_texts()] == ["0", "1", "2"]
+    else:
+        bar = drawn[0].axes[-1]
+        assert bar.get_ylabel() == "layer" and bar.get_ylim() == (0, 19)
+        assert len({line.get_color() for line in panel.lines}) == layers
+
+
+def test_curves_that_coincide_are_both_seen(tmp_path, drawn):
+    """A loss that is its KL alone: the two lines differ in more than colour, and the lower one is the wider."""
+    write_stage(tmp_path / "1-distill", [{"step": i, "loss": 2.0 / i, "kl": 2.0 / i, "ce": 2.0 / i} for i in (1, 2, 30)])
+    curves.draw(curves.curves_of(tmp_path), tmp_path / "report.png")
+    lines = drawn[0].axes[0].lines
+    assert lines[0].get_linewidth() > 2 * lines[1].get_linewidth() and lines[1].get_linestyle() != lines[2].get_linestyle()
+    assert drawn[0].axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize("scores", [[0.9, 0.3, 0.0002, 0.01], [0.9, -0.001, 0.0, 0.01], [0.5, 0.4, 0.3, 0.2]])
+def test_small_bars_are_seen(tmp_path, drawn, scores):
+    """Each score that is not 0 has a bar of a twentieth of the picture's height at least, and the colours are explained."""
+    draw_ranking(Ranking("swap", 0.0, scores, None, 1), [0, 1], tmp_path / "layers.png")
+    panel = drawn[0].axes[0]
+    low, high = panel.get_window_extent().y0, panel.get_window_extent().y1
+    inside = [min(box.y1, high) - max(box.y0, low) for box in (bar.get_window_extent() for bar in panel.patches)]
+    assert all(seen > 0.05 * (high - low) for seen, score in zip(inside, scores, strict=True) if score)
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["keeps attention", "gets a mixer"]
+    assert panel.get_ylabel() == "nats per target token"
 
 
 def test_report_refuses_what_is_no_run(tmp_path):

@@ -133,6 +133,11 @@ def test_a_stage_with_a_larger_teacher() -> None:
     assert "teacher 0.0," in offline and "the teacher (131.4 GiB) runs once: 516 bytes on disk for each target" in offline
     with pytest.raises(ValueError, match="must share a vocabulary, got 128256 tokens in the student and 51200 in microsoft/phi-1_5"):
         str(plan(recipe(stage=Distill(teacher="microsoft/phi-1_5"))))
+    by_spans = str(plan(recipe(stage=Distill(teacher="microsoft/phi-1_5", match="spans"))))
+    assert "    teacher microsoft/phi-1_5: 1,418" in by_spans and "V 51,200" in by_spans
+    assert "it counts other tokens: spans of text at temperature 100" in by_spans
+    alike = str(plan(recipe("meta-llama/Llama-3.1-8B-Instruct", Distill(**settings, match="spans"))))
+    assert "it counts the same tokens, which are compared, if its tokenizer is the same" in alike
 
 
 LAPTOP = Machine("cpu", "CPU core", 2, 2**40, {"bf16": 1e15, "fp32": 5e14})

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from test_mt_bench import TEACHER, fails
 
 import llamba
+from llamba.base import progress
 from llamba.eval import distances, perplexity, recall, texts
 from llamba.eval.answerer import Answered, Answerer, Settings
 from llamba.eval.commands import main
@@ -236,7 +238,7 @@ def test_what_perplexity_cannot_read_is_one_line(windowed: str, tmp_path: Path, 
     )
 
 
-def test_perplexity_and_kl_are_those_of_fp64(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+def test_perplexity_and_kl_are_those_of_fp64(teacher_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     student = llamba.convert(str(teacher_folder), mixer="mamba2", attention=0.5)
     student.save_pretrained(tmp_path / "student")
     tokenizer = Answerer(str(teacher_folder), Settings(device="cpu")).tokenizer
@@ -244,7 +246,9 @@ def test_perplexity_and_kl_are_those_of_fp64(teacher_folder: Path, tmp_path: Pat
     text = "the red cat runs and the big dog sings or sleeps " * 12
     (tmp_path / "text.txt").write_text(text)
     argv = ["perplexity", str(tmp_path / "student"), "--text", str(tmp_path / "text.txt"), "--length", "32", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     main([*argv, "--teacher", str(teacher_folder)])
+    assert re.search(r"^perplexity: 1 of \d+ windows, .* left$", capsys.readouterr().err, re.M)
     found = {row["metric"].split(" on ")[0]: row for row in read_lines(tmp_path / "out/scores.jsonl")}
     windows = perplexity.windows_of(tokenizer, text, 32, None)
     assert all(len(ids) == 33 and ids[0] == tokenizer.bos_token_id for ids in windows)

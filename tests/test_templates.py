@@ -169,6 +169,19 @@ def test_auto_where_nothing_fits_says_what_to_do(llama):
         RowTokenizer(Data(train="x"), tokenizer, "assistant")
 
 
+def test_a_row_that_auto_does_not_fit_names_no_setting_as_made(llama):
+    """Templates that write the probes alike, and a row with a code word differently."""
+    tokenizer = retemplated(llama, HERMES.replace("message['content']", "message['content'] | replace('xyzzy', 'plugh')"))
+    chat = {"messages": [{"role": "user", "content": "xyzzy"}, ANSWERED]}
+    with pytest.raises(
+        ValueError, match=r"^here: the tokenizer's own template writes .* 'chatml', .*: set data.template to a copy"
+    ) as said:
+        RowTokenizer(Data(train="x"), tokenizer, "assistant")("here", chat)
+    assert "auto" not in str(said.value)
+    with pytest.raises(ValueError, match="^here: data.template writes this chat differently .* data.template=auto takes what fits"):
+        RowTokenizer(Data(train="x", template="chatml"), tokenizer, "assistant")("here", chat)
+
+
 def test_the_tokenizers_own_template_is_kept_where_it_marks(small):
     tokenizer = small.tokenizer()
     assert chosen(Data(train="x"), tokenizer).text == tokenizer.chat_template
@@ -194,8 +207,12 @@ def test_the_plan_says_that_a_template_does_not_fit_and_which_does(small, tmp_pa
     said = "data.template 'llama3' writes chats differently from the tokenizer's own template; 'chatml' fits"
     assert f"template  does not fit: {said}" in str(plan(recipe))
     assert "template  chatml" in str(plan(override(recipe, ["data.template=auto"], "r.py")))
+    own = override(override(recipe, ["data.template=auto"], "r.py"), ["stages.0.data.template=llama3"], "r.py")
+    assert f"template  does not fit: stages.0.{said}" in str(plan(own))
     with pytest.raises(ValueError, match="'chatml' fits"):
-        _check_template(recipe, recipe.stages[0])
+        _check_template(recipe, 1, recipe.stages[0])
+    with pytest.raises(ValueError, match="^stages.0.data.template 'llama3'"):
+        _check_template(own, 1, own.stages[0])
 
 
 def test_tool_calls_are_the_assistants(llama):

@@ -2,7 +2,9 @@
 
 A prepared set is flat files: `tokens` (int32 ids of all documents, one after the other), `targets` (uint8, 1 where a token
 is to be learnt), `lengths` (int64, tokens per document); where documents are packed, `packs` (int64, documents per
-sequence); where sources are mixed, `mixture` (float64, sequences and weight of each source).
+sequence); where sources are mixed, `mixture` (float64, sequences and weight of each source); where a teacher counts other tokens,
+`spans` (int32, of each token the number of its span in its document, or -1) and, of the teacher's tokens, `teacher_tokens`,
+`teacher_spans` and `teacher_lengths` likewise.
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from torch.utils.data import Dataset
 
 IGNORE = -100  # label of a token that is no target, as in Hugging Face
 KEPT = ("kept_values", "kept_indices", "kept_tail")  # a teacher's kept logits (llamba.training.stored_logits), a row for each target
+
+SPANS = "spans"
 
 Item = dict[str, NDArray[Any]]
 Batch = dict[str, Tensor]  # input_ids, labels, and attention_mask or (packed) position_ids: [B, T]
@@ -38,6 +42,7 @@ class Rows(Dataset[Item]):
         ends = np.cumsum(self.documents)
         self.ends = ends[self.after - 1]
         self.lengths = np.diff(self.ends, prepend=0)  # tokens per sequence
+        self.theirs = _Theirs(folder) if (folder / SPANS).exists() else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -49,7 +54,33 @@ class Rows(Dataset[Item]):
         if self.packed:
             own = self.documents[self.first[index] : self.after[index]]
             item["position_ids"] = np.concatenate([np.arange(length) for length in own])
+        if self.theirs is not None:
+            item |= self.theirs.item(piece, slice(self.first[index], self.after[index]), self.documents)
         return item
+
+
+class _Theirs:
+    """A prepared set's spans and the tokens of a teacher that counts others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.spans, self.tokens, self.their_spans = (
+            np.memmap(folder / name, np.int32, "r") for name in (SPANS, "teacher_tokens", "teacher_spans")
+        )
+        self.lengths = np.fromfile(folder / "teacher_lengths", np.int64)
+        self.ends = np.cumsum(self.lengths)
+
+    def item(self, tokens: slice, documents: slice, lengths: NDArray[np.int64]) -> Item:
+        """Of a sequence's documents: `spans` [T], numbered through; `teacher_ids`, `teacher_spans` and `teacher_positions` [T']."""
+        own, theirs = lengths[documents], self.lengths[documents]
+        place = slice(self.ends[documents.stop - 1] - theirs.sum(), self.ends[documents.stop - 1])
+        parts = [np.split(each, np.cumsum(sizes)[:-1]) for each, sizes in ((self.spans[tokens], own), (self.their_spans[place], theirs))]
+        before = np.cumsum([0, *(part.max(initial=-1) + 1 for part in parts[0])])[:-1]  # spans of earlier documents
+        numbered = [np.concatenate([np.where(part < 0, -1, part + add) for part, add in zip(side, before, strict=True)]) for side in parts]
+        return {
+            SPANS: numbered[0].astype(np.int64), "teacher_spans": numbered[1].astype(np.int64),
+            "teacher_ids": self.tokens[place].astype(np.int64),
+            "teacher_positions": np.concatenate([np.arange(length) for length in theirs]),
+        }  # fmt: skip
 
 
 class Sequences(Protocol):
@@ -133,12 +164,20 @@ def collate(rows: list[Item], pad: int) -> Batch:
     longest = max(lengths)
 
     def fill(key: str, value: int) -> Tensor:
-        padded = [np.pad(row[key], (0, longest - len(row[key])), constant_values=value) for row in rows]
-        return torch.from_numpy(np.stack(padded))
+        widest = max(len(row[key]) for row in rows)
+        return torch.from_numpy(np.stack([np.pad(row[key], (0, widest - len(row[key])), constant_values=value) for row in rows]))
 
     batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORE)}
     batch |= {key: torch.from_numpy(np.concatenate([row[key] for row in rows])) for key in KEPT if key in rows[0]}
+    if SPANS in rows[0]:
+        batch |= {SPANS: fill(SPANS, -1), "teacher_ids": fill("teacher_ids", 0), "teacher_spans": fill("teacher_spans", -1)}
+        batch["teacher_positions"] = _positions([row["teacher_positions"] for row in rows])
     if "position_ids" in rows[0]:
-        positions = [np.concatenate([row["position_ids"], np.arange(longest - length)]) for row, length in zip(rows, lengths, strict=True)]
-        return batch | {"position_ids": torch.from_numpy(np.stack(positions))}
+        return batch | {"position_ids": _positions([row["position_ids"] for row in rows])}
     return batch | {"attention_mask": (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()}
+
+
+def _positions(rows: list[NDArray[Any]]) -> Tensor:
+    """Positions [B, T] of packed documents; the padding at the end is one more."""
+    longest = max(map(len, rows))
+    return torch.from_numpy(np.stack([np.concatenate([row, np.arange(longest - len(row))]) for row in rows]))

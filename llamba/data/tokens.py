@@ -5,19 +5,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llamba.base.foreign import reading
 from llamba.data import sources
-from llamba.data.batches import Rows
-from llamba.data.chat_templates import chosen, require_marks
+from llamba.data.batches import SPANS, Rows
+from llamba.data.chat_templates import AUTO, chosen, require_marks
 from llamba.settings import Data
 
 MANIFEST = "data.json"
@@ -26,6 +27,36 @@ AT_ONCE = 256  # rows tokenised in one call
 _WHY = {"no_targets": "without words to learn", "too_long": "whose first answer begins beyond the limit (data.length)", "empty": "empty"}
 
 Tokens = tuple[list[int], list[int]]  # ids and 1 for each target, both [T]
+
+
+class Spans(Protocol):
+    """A document's spans, shared with another tokenizer's tokens: see `llamba.data.spans.Paired`."""
+
+    @property
+    def own(self) -> list[int]:
+        """The span of each own token."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The other tokens."""
+
+    @property
+    def other(self) -> list[int]:
+        """The span of each of them."""
+
+    def cut(self, start: int, stop: int) -> "Spans":
+        """What of it lies in own tokens start to stop."""
+
+
+class Document(NamedTuple):
+    """What is learnt from: ids and targets [T], and spans where a teacher counts other tokens."""
+
+    ids: list[int]
+    targets: list[int]
+    spans: Spans | None
+
+
+Pair = Callable[[str, sources.Row], Spans]  # a row's spans
 
 
 @dataclass
@@ -62,7 +93,7 @@ class RowTokenizer:
         self.assistant, self.whole = targets in ("answers", "assistant"), targets == "answers"
         found = chosen(data, tokenizer)
         found = require_marks(found) if self.assistant else found
-        self.template = found and found.text
+        self.template, self.name, self.auto = found and found.text, found and found.name, data.template == AUTO
         self.own = data.template is None or found is None or found.text == tokenizer.chat_template
         self.inner: Any = tokenizer
         self.length = data.length
@@ -70,10 +101,15 @@ class RowTokenizer:
     def _chat(self, where: str, messages: list[dict[str, str]]) -> Tokens:
         if self.template is None:
             raise ValueError(f"{where}: messages need a chat template and the tokenizer has none; set data.template")
-        apply = self.inner.apply_chat_template
+        apply = partial(self.inner.apply_chat_template, tokenizer_kwargs={"verbose": False})  # rows are cut here
         with reading(f"{where}: the chat template refuses these messages"):
             found = apply(messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=self.assistant)
             alike = self.own or not self.inner.chat_template or found["input_ids"] == apply(messages, return_dict=True)["input_ids"]
+        if not alike and self.auto:
+            raise ValueError(
+                f"{where}: the tokenizer's own template writes this chat differently from {self.name!r}, which marks answers and was taken "
+                "for it: set data.template to a copy of it with {% generation %} and {% endgeneration %} around the answers"
+            )
         if not alike:
             raise ValueError(
                 f"{where}: data.template writes this chat differently from the tokenizer's own template; data.template=auto takes what fits"
@@ -136,7 +172,7 @@ def _rows(data: Data, count: Count) -> Iterator[tuple[str, sources.Row]]:
             count.next += 1
 
 
-def _tokenise(data: Data, tokenizer: RowTokenizer, count: Count, limit: float) -> Iterator[Tokens]:
+def _tokenise(data: Data, tokenizer: RowTokenizer, count: Count, limit: float, pair: Pair | None) -> Iterator[Document]:
     """The documents of a source that have something to learn, cut or split, up to `limit` tokens; the others are counted."""
     for where, row in _rows(data, count):
         if count.tokens >= limit:
@@ -147,15 +183,17 @@ def _tokenise(data: Data, tokenizer: RowTokenizer, count: Count, limit: float) -
         whole = tokenizer(where, row)
         split = data.packing and "text" in row
         kept = _whole_answers(whole, data.length) if tokenizer.whole else whole
-        pieces = [piece for piece in islice(_pieces(kept, data.length), None if split else 1) if any(piece[1])]
+        numbered = enumerate(islice(_pieces(kept, data.length), None if split else 1))
+        pieces = [(number * data.length, piece) for number, piece in numbered if any(piece[1])]
         if not pieces:
             why = "too_long" if any(whole[1]) else "no_targets"
             count.skipped[why] = count.skipped.get(why, 0) + 1
         count.rows += bool(pieces)
         count.cut += bool(pieces) and len(whole[0]) > data.length and not split
-        for ids, targets in pieces:
+        spans = pair(where, row) if pair and pieces else None
+        for start, (ids, targets) in pieces:
             count.tokens, count.target_tokens = count.tokens + len(ids), count.target_tokens + sum(targets)
-            yield ids, targets
+            yield Document(ids, targets, spans and spans.cut(start, start + len(ids)))
 
 
 def pack(lengths: list[int], room: int) -> list[list[int]]:
@@ -177,14 +215,20 @@ def append(folder: Path, name: str, values: Any, kind: type[np.generic]) -> None
         np.asarray(values, kind).tofile(file)
 
 
-def _write_source(data: Data, tokenizer: RowTokenizer, count: Count, limit: float, folder: Path) -> None:
-    found = _tokenise(data, tokenizer, count, limit)
+def _write_source(data: Data, tokenizer: RowTokenizer, count: Count, limit: float, folder: Path, pair: Pair | None) -> None:
+    found = _tokenise(data, tokenizer, count, limit, pair)
     while block := list(islice(found, AT_ONCE)):
-        packs = pack([len(ids) for ids, _ in block], data.length) if data.packing else [[index] for index in range(len(block))]
+        packs = pack([len(one.ids) for one in block], data.length) if data.packing else [[index] for index in range(len(block))]
         documents = [block[index] for pack in packs for index in pack]
-        append(folder, "tokens", np.concatenate([ids for ids, _ in documents]), np.int32)
-        append(folder, "targets", np.concatenate([marks for _, marks in documents]), np.uint8)
-        append(folder, "lengths", [len(ids) for ids, _ in documents], np.int64)
+        append(folder, "tokens", np.concatenate([one.ids for one in documents]), np.int32)
+        append(folder, "targets", np.concatenate([one.targets for one in documents]), np.uint8)
+        append(folder, "lengths", [len(one.ids) for one in documents], np.int64)
+        spans = [one.spans for one in documents if one.spans is not None]
+        if spans:
+            append(folder, SPANS, np.concatenate([one.own for one in spans]), np.int32)
+            append(folder, "teacher_tokens", np.concatenate([one.ids for one in spans]), np.int32)
+            append(folder, "teacher_spans", np.concatenate([one.other for one in spans]), np.int32)
+            append(folder, "teacher_lengths", [len(one.ids) for one in spans], np.int64)
         if data.packing:
             append(folder, "packs", [len(pack) for pack in packs], np.int64)
         count.sequences += len(packs)
@@ -196,14 +240,15 @@ def source_key(source: str, part: tuple[int, int] | None) -> str:
 
 
 def _write(
-    data: Data, names: list[str], weights: list[float] | None, tokenizer: RowTokenizer, limit: float, folder: Path, starts: dict[str, int]
-) -> list[Count]:
+    data: Data, names: list[str], weights: list[float] | None, tokenizer: RowTokenizer, limit: float, folder: Path, starts: dict[str, int],
+    pair: Pair | None,
+) -> list[Count]:  # fmt: skip
     folder.mkdir()
     counts = [Count(name, {str(path): sources.sha256(path) for path in sources.files(name)}, sources.licence(name)) for name in names]
     for count in counts:
         count.next = starts.get(source_key(count.source, data.part), 0)
     for count, share in zip(counts, weights or [1.0] * len(names), strict=True):
-        _write_source(data, tokenizer, count, limit * share / sum(weights or [1.0]), folder)
+        _write_source(data, tokenizer, count, limit * share / sum(weights or [1.0]), folder, pair)
         if weights and not count.rows:
             raise ValueError(f"a mixture needs rows with something to learn in every source, got {count}")
         if weights:
@@ -224,10 +269,12 @@ def tokenize(
     folder: Path,
     limit: int | None = None,
     starts: dict[str, int] | None = None,
+    pair: Pair | None = None,
 ) -> dict[str, Any]:
     """Tokenise `data` into `folder` (`train`, and `eval` where given), which appears whole or not at all.
 
-    `limit`: training tokens after which reading stops; `starts`: the row at which reading of a `source_key` begins. Returns the
+    `limit`: training tokens after which reading stops; `starts`: the row at which reading of a `source_key` begins; `pair`: the spans that
+    each row shares with another tokenizer's tokens (`llamba.data.spans.Pairing`). Returns the
     manifest, also written as `data.json`: per source its files' sha256, licence, rows, tokens, target tokens, cut and
     skipped rows. Raises ValueError for broken rows (naming file and line) and where nothing is left to learn from.
     """
@@ -247,6 +294,7 @@ def tokenize(
                 limit if train and limit else float("inf"),
                 partial / split,
                 (starts or {}) if train else {},
+                pair,
             )
             print("\n".join(f"{split} data {count}" for count in counts), flush=True)
             manifest[split] = [vars(count) for count in counts]
@@ -284,7 +332,8 @@ def stopped(data: Data, folder: Path) -> dict[str, int]:
     return {source_key(count["source"], data.part): count["next"] for count in json.loads((folder / MANIFEST).read_text())["train"]}
 
 
-def set_name(data: Data, targets: str, limit: int | None, starts: dict[str, int]) -> str:
-    """The folder name of a tokenised set: its targets and a digest of all that it was made from."""
-    made_from = json.dumps([asdict(data), targets, limit, *([starts] if starts else [])])
+def set_name(data: Data, targets: str, limit: int | None, starts: dict[str, int], teacher: str | None = None) -> str:
+    """The folder name of a tokenised set: its targets and a digest of all that it was made from. `teacher`: whose tokens it is paired
+    with."""
+    made_from = json.dumps([asdict(data), targets, limit, *([starts] if starts else []), *([teacher] if teacher else [])])
     return f"{targets}-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"

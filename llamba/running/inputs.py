@@ -7,7 +7,9 @@ from typing import Any
 from llamba.base.folders import ROWS, finished
 from llamba.base.foreign import read_object
 from llamba.data import tokens as data
-from llamba.settings import Data, Dpo, Select, Sft, TokenTraining
+from llamba.data.spans import Pairing
+from llamba.models.loading import load_config, load_tokenizer, located, vocabularies_differ
+from llamba.settings import Data, Distill, Dpo, Recipe, Select, Sft, Stage, TokenTraining
 
 STAGE = "stage.json"
 Reading = TokenTraining | Select | Sft | Dpo  # the stages that read tokens
@@ -58,6 +60,19 @@ def _stopped(path: Path) -> dict[str, int]:
     if not isinstance(found, dict) or not all(type(row) is int and row >= 0 for row in found.values()):
         raise ValueError(f"{path}: stopped_at must say a row for each source, got {str(found)[:60]}; restore the file")
     return found
+
+
+def other_teacher(recipe: Recipe, stage: Stage, student: str) -> str | None:
+    """The teacher that a stage compares with by spans, since it counts other tokens than the model `student`; None where there is none."""
+    if not isinstance(stage, Distill) or stage.match == "tokens":
+        return None
+    teacher = located(stage.teacher or recipe.teacher)
+    return teacher if vocabularies_differ(student, teacher) else None
+
+
+def pairing(config: Data, student: str, teacher: str) -> Pairing:
+    """What finds the spans that rows share in the tokens of both models. Raises ValueError for tokenizers that cannot serve."""
+    return Pairing(config, load_tokenizer(student), load_tokenizer(teacher), load_config(teacher).max_position_embeddings)
 
 
 def starts_of(config: Data, out: Path, number: int) -> dict[str, int]:

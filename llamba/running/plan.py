@@ -14,7 +14,7 @@ from llamba.interop.exporting import where_to
 from llamba.models.convert import student_config
 from llamba.models.draft import draft_config
 from llamba.models.hybrid import mixer_layers
-from llamba.models.loading import has_tokenizer, load_tokenizer
+from llamba.models.loading import SPANS_INSTEAD, has_tokenizer, load_tokenizer, vocabularies_differ
 from llamba.models.published import teacher_config
 from llamba.running.costs import Cost, cost, sequences, teacher_bytes
 from llamba.running.counts import Counts, count, numel
@@ -80,15 +80,17 @@ def _templates(recipe: Recipe) -> list[str]:
     if not Path(teacher).exists() or not has_tokenizer(teacher):
         return []
     tokenizer = load_tokenizer(teacher)
-    datas = [recipe.data, *(stage.data for stage in recipe.stages if stage.data is not None)]
-    asked = {data.template: data for data in datas if any(not stage.skip for stage in recipe.stages)}
-    return [f"template  {_fit(data, tokenizer)}" for data in asked.values()]
+    own = ((f"stages.{number}.data.template", stage.data) for number, stage in enumerate(recipe.stages) if not stage.skip and stage.data)
+    asked = dict[str | None, tuple[str, Data]]()
+    for key, data in [("data.template", recipe.data), *own]:
+        asked.setdefault(data.template, (key, data))
+    return [f"template  {_fit(key, data, tokenizer)}" for key, data in asked.values() if not all(stage.skip for stage in recipe.stages)]
 
 
-def _fit(data: Data, tokenizer: Any) -> str:
+def _fit(key: str, data: Data, tokenizer: Any) -> str:
     try:
         found = chosen(data, tokenizer)
-        require_fit(found, tokenizer)
+        require_fit(found, tokenizer, key)
     except ValueError as error:
         return f"does not fit: {error}"
     name = "none: the tokenizer has none" if found is None else found.name
@@ -138,13 +140,16 @@ def _stage(recipe: Recipe, number: int, stage: Stage, config: PreTrainedConfig, 
         own = count(made, config)
         cut = 0 if stage.head is None else _cut(config, stage.head)
         counts = replace(own, student=own.student - cut, teacher=counts.student)
+    taught = list[str]()
     if isinstance(stage, Distill) and stage.teacher is not None:
-        counts = replace(counts, teacher=_other_teacher(stage.teacher, config))
+        found, parameters = _other_teacher(stage, stage.teacher, config)
+        counts = replace(counts, teacher=parameters)
+        taught = [f"    teacher {stage.teacher}{_size(found, parameters)}{_compared(stage, stage.teacher, found, recipe, config)}"]
     length = (stage.data or recipe.data).length
     taken, lora = cost(config, counts, stage, length), stage.lora if isinstance(stage, Aligning) else None
     how = str(stage.train) if lora is None else f"{stage.train}, LoRA of rank {lora.rank}"
     lines = [f"stage {number}   {stage.name}: trains {_millions(taken.trained)} ({how}), {_tokens(stage, length)}"]
-    lines += _memory(taken, counts, sharded=lora is None)
+    lines += [*taught, *_memory(taken, counts, sharded=lora is None)]
     if isinstance(stage, Distill) and stage.offline:
         teacher = counts.teacher * teacher_bytes(stage) / GIB
         lines.append(f"    before it the teacher ({teacher:.1f} GiB) runs once: {8 * stage.offline + 4:,} bytes on disk for each target")
@@ -193,15 +198,27 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:,.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} hours"
 
 
-def _other_teacher(name: str, config: PreTrainedConfig) -> int:
-    """Parameters of a stage's own teacher. Raises ValueError where its vocabulary is not the student's."""
+def _other_teacher(stage: Distill, name: str, config: PreTrainedConfig) -> tuple[PreTrainedConfig, int]:
+    """A stage's own teacher and its parameters. Raises ValueError where it counts other tokens than the student and may not."""
     found = teacher_config(resolve_model(name))
-    if found.vocab_size != config.vocab_size:
+    if stage.match == "tokens" and found.vocab_size != config.vocab_size:
         raise ValueError(
             f"student and teacher must share a vocabulary, got {config.vocab_size} tokens in the student and {found.vocab_size} in {name}"
+            f"; {SPANS_INSTEAD}"
         )
     with torch.device("meta"):
-        return numel(AutoModelForCausalLM.from_config(found))
+        return found, numel(AutoModelForCausalLM.from_config(found))
+
+
+def _compared(stage: Distill, name: str, teacher: PreTrainedConfig, recipe: Recipe, config: PreTrainedConfig) -> str:
+    """By what a teacher is compared that may count other tokens, as far as sizes and the tokenizers at hand tell."""
+    if stage.match == "tokens":
+        return ""
+    student, other = resolve_model(recipe.teacher), resolve_model(name)
+    at_hand = Path(student).exists() and Path(other).exists()
+    if vocabularies_differ(student, other) if at_hand else teacher.vocab_size != config.vocab_size:
+        return f"; it counts other tokens: spans of text at temperature {stage.span_temperature:g}, and its time is a guess"
+    return "; it counts the same tokens, which are compared" + ("" if at_hand else ", if its tokenizer is the same, too")
 
 
 def _cut(config: PreTrainedConfig, head: int) -> int:

@@ -15,6 +15,7 @@ from llamba.models.convert import require_teacher, student_config
 from llamba.models.draft import draft_config
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import (
+    SPANS_INSTEAD,
     has_tokenizer,
     load_config,
     load_tokenizer,
@@ -24,9 +25,10 @@ from llamba.models.loading import (
     require_model,
     require_same_vocabulary,
     require_sound,
+    vocabularies_differ,
 )
 from llamba.models.mixers import MIXERS, Mixer, NoMixer
-from llamba.running.inputs import limit_of, missing
+from llamba.running.inputs import limit_of, missing, pairing
 from llamba.settings import (
     Aligning,
     Data,
@@ -56,7 +58,7 @@ def check(recipe: Recipe, out: Path) -> None:
     for number, stage in todo.items():
         made = {other.name for before, other in stages.items() if before < number and isinstance(other, PseudoLabel)}
         _check_data(recipe, number, stage, made)
-        _check_template(recipe, stage)
+        _check_template(recipe, number, stage)
         _check_packages(stage)
         _check_model(recipe, stage, out)
         if isinstance(stage, Training):
@@ -89,7 +91,7 @@ def _check_data(recipe: Recipe, number: int, stage: Stage, made: set[str]) -> No
         limit_of(config, stage)
 
 
-def _check_template(recipe: Recipe, stage: Stage) -> None:
+def _check_template(recipe: Recipe, number: int, stage: Stage) -> None:
     """There is a tokenizer for a stage that reads rows; its template writes what the tokenizer's own writes, and marks what is learnt."""
     if not isinstance(stage, (TokenTraining, Select, Sft, Dpo, PseudoLabel)):
         return
@@ -103,9 +105,10 @@ def _check_template(recipe: Recipe, stage: Stage) -> None:
         )
     tokenizer = load_tokenizer(asked)
     template = chosen(config, tokenizer)
+    key = "data.template" if stage.data is None else f"stages.{number - 1}.data.template"
     if not isinstance(stage, PseudoLabel) and stage.targets in ("assistant", "answers"):
-        require_marks(template)
-    require_fit(template, tokenizer)
+        require_marks(template, key)
+    require_fit(template, tokenizer, key)
 
 
 def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
@@ -165,10 +168,26 @@ def _check_model(recipe: Recipe, stage: Stage, out: Path) -> None:
         return
     student, other = located(recipe.teacher), located(name)
     require_sound(other)
-    if not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
-        require_same_vocabulary(student, other)
+    if isinstance(stage, Distill) and stage.match == "spans":
+        _check_spans(stage, stage.data or recipe.data, student, other)
+    elif not isinstance(stage, PseudoLabel):  # which hands on words, not tokens
+        instead = SPANS_INSTEAD if isinstance(stage, Distill) else ""
+        require_same_vocabulary(student, other, instead)
     if isinstance(stage, (Matrix, Hidden)):
         require_alike(stage.name, student, other)
+
+
+def _check_spans(stage: Distill, config: Data, student: str, teacher: str) -> None:
+    """Where the two models count different tokens, both tokenizers know where their tokens stand and mark what is learnt."""
+    if not vocabularies_differ(student, teacher):
+        return
+    if stage.temperature != 1.0:
+        raise ValueError(
+            f"distill.temperature is that of tokens, and spans have distill.span_temperature; got {stage.temperature} with match='spans'"
+        )
+    paired = pairing(config, student, teacher)
+    if stage.targets == "assistant":
+        paired.require_chats()
 
 
 def _check_layers(recipe: Recipe, todo: list[Stage], out: Path) -> None:

@@ -31,7 +31,7 @@ from llamba.data import tokens as data
 from llamba.data.batches import Rows
 from llamba.data.tokens import StageData
 from llamba.models.loading import load_tokenizer, located
-from llamba.running.inputs import STAGE, limit_of, sources_of, starts_of
+from llamba.running.inputs import STAGE, limit_of, other_teacher, pairing, sources_of, starts_of
 from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
 from llamba.settings.common import sources_at_hand
 from llamba.training import checkpoints
@@ -137,8 +137,8 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> StageData:
     config = sources_of(stage.data or recipe.data, out, number)
     if not isinstance(stage, (TokenTraining, Select, Sft, Dpo)):
         return StageData(config, recipe.seed)
-    limit, starts = limit_of(config, stage), starts_of(config, out, number)
-    folder = out / "data" / data.set_name(config, stage.targets, limit, starts)
+    limit, starts, other = limit_of(config, stage), starts_of(config, out, number), other_teacher(recipe, stage, source)
+    folder = out / "data" / data.set_name(config, stage.targets, limit, starts, other)
 
     def work() -> None:
         if folder.exists():
@@ -146,7 +146,8 @@ def _prepare(recipe: Recipe, number: int, source: str, out: Path) -> StageData:
         elif stage.targets == "pairs":
             pairs.tokenize_pairs(config, load_tokenizer(source), stage.targets, folder)
         else:
-            data.tokenize(config, load_tokenizer(source), stage.targets, folder, limit, starts)
+            pair = other and pairing(config, source, other)
+            data.tokenize(config, load_tokenizer(source), stage.targets, folder, limit, starts, pair or None)
 
     _on_first_process(folder, work)
     return StageData(config, recipe.seed, folder)

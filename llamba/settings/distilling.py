@@ -15,6 +15,8 @@ class Distill(TokenTraining):
     positions, per row. `teacher` stands in for the recipe's: another model of the same vocabulary, which may be larger;
     `teacher_bits` loads it quantised. `offline` runs the teacher once, before training, and keeps its so many likeliest
     tokens at each target, and the mass of the others; they lie in the run folder, or in `offline_folder`, where runs share them.
+    `match="spans"` lets a teacher count other tokens: compared are then the likelihoods of spans of text that begin and end between
+    tokens of both, at `span_temperature` (see `llamba.training.losses.spans`). Where both count the same tokens, these are compared.
     """
 
     name: ClassVar[str] = "distill"
@@ -29,16 +31,23 @@ class Distill(TokenTraining):
     reduction: Literal["token_mean", "batchmean_legacy"] = "token_mean"
     offline: int | None = None
     offline_folder: str | None = None
+    match: Literal["tokens", "spans"] = "tokens"
+    span_temperature: float = 100.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._not_negative("kl", "ce")
-        self._positive("temperature", "offline")
+        self._positive("temperature", "offline", "span_temperature")
         require(self.kl + self.ce > 0, f"{self.name}.kl + {self.name}.ce", "greater than 0", self.kl + self.ce)
         require(0 < self.beta < 1, f"{self.name}.beta", "between 0 and 1 (its limits are forward_kl and reverse_kl)", self.beta)
         if self.offline and self.reduction != "token_mean":
             raise ValueError(
                 f"{self.name}.offline keeps the teacher at target tokens and needs reduction='token_mean', got {self.reduction!r}"
+            )
+        if self.match == "spans" and (self.offline or self.reduction != "token_mean"):
+            raise ValueError(
+                f"{self.name}.match='spans' asks the teacher step by step and needs offline=none and reduction='token_mean', got "
+                f"offline={self.offline} and reduction={self.reduction!r}"
             )
         if self.offline_folder and not self.offline:
             raise ValueError(f"{self.name}.offline_folder needs {self.name}.offline, the number of tokens to keep at each target; got none")

@@ -1,4 +1,7 @@
-"""Distillation on logits: a divergence from the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3)."""
+"""Distillation on logits: a divergence from the teacher plus cross-entropy (Mamba-in-Llama, equation 2; MOHAWK, stage 3).
+
+A teacher that counts other tokens is compared by spans of text.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -9,16 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.base.devices import on_cpu, own_device, processes
-from llamba.data.batches import KEPT, Batch, Rows
+from llamba.data.batches import KEPT, SPANS, Batch, Rows
 from llamba.data.tokens import StageData
 from llamba.models.activations import input_of_layer
 from llamba.models.documents import by_document
-from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary
+from llamba.models.loading import load_model, load_teacher, located, require_same_vocabulary, vocabularies_differ
 from llamba.settings import Distill
 from llamba.stages.shared import train_student
 from llamba.training import stored_logits as offline
 from llamba.training.frozen import shared_layers
-from llamba.training.losses import Sums, TopK, head_sums
+from llamba.training.losses import Aligned, Sums, TopK, head_sums, span_sums
 from llamba.training.trainer import freeze, model_inputs
 
 
@@ -49,9 +52,21 @@ def objective(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel
     return head_sums(hidden, teacher_hidden, student.get_output_embeddings(), head, batch["labels"], **settings)
 
 
+def objective_of_spans(stage: Distill, student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Sums:
+    """kl · Σ divergence over spans + ce · Σ CE over target tokens, where the teacher reads the same words in other tokens."""
+    theirs = {"input_ids": batch["teacher_ids"], "position_ids": batch["teacher_positions"]}
+    with torch.no_grad():
+        heard = Aligned(_hidden(teacher, theirs, False), batch["teacher_ids"], batch["teacher_spans"])
+    own = Aligned(_hidden(student, batch, False), batch["input_ids"], batch[SPANS])
+    settings = {key: getattr(stage, key) for key in ("kl", "ce", "divergence", "beta")}
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    return span_sums(own, heard, *heads, batch["labels"], temperature=stage.span_temperature, **settings)
+
+
 def _load(stage: Distill, student: str, teacher: str) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The student in fp32, and the teacher where it takes part in training: as it was saved, in fp32, or quantised."""
-    require_same_vocabulary(student, teacher)
+    if stage.match == "tokens":
+        require_same_vocabulary(student, teacher)
     student_model = load_model(student, torch.float32)
     freeze(student_model, stage.train)
     if stage.offline:
@@ -80,4 +95,6 @@ def run(stage: Distill, student: str, teacher: str, data: StageData, out: Path) 
     teacher = located(stage.teacher or teacher)
     rows = {split: _rows(stage, student, teacher, data, out, split) for split in ("train", "eval")}
     load, legacy = partial(_load, stage, student, teacher), stage.reduction == "batchmean_legacy"
-    return train_student(stage, load, partial(objective, stage), data, out, rows=rows.get, mean_of_means=legacy)
+    spans = stage.match == "spans" and vocabularies_differ(student, teacher)
+    compared = partial(objective_of_spans if spans else objective, stage)
+    return train_student(stage, load, compared, data, out, rows=rows.get, mean_of_means=legacy)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamba.base.axes import plain, scale_y
 from llamba.base.folders import DONE
 from llamba.base.foreign import read_object
 from llamba.training.metrics import METRICS, read_metrics
@@ -13,6 +14,12 @@ from llamba.training.metrics import METRICS, read_metrics
 PICTURE = "report.png"
 _NOT_LOSSES = {"step", "tokens", "tokens_per_s", "lr", "grad_norm", "epoch"}
 _LARGE = ("logps/", "logits/")  # sums over an answer's tokens, hundreds beside rewards of about one
+_UNITS = {  # of a stage's losses
+    "matrix": "Frobenius distance, mean over heads", "hidden": "L2 distance, mean over target tokens", "dpo": "nats, and shares of pairs",
+}  # fmt: skip
+_NATS = "nats per target token"
+_STYLES = ("-", "--", ":", "-.")
+_NAMED = 8  # layers that a legend names; more have a colour bar
 
 Points = tuple[list[float], list[float]]  # x and y of a curve
 
@@ -53,6 +60,11 @@ class Curves:
         keys = dict.fromkeys(layer for line in self.lines for layer in line.get("layers", {}))
         return sorted(keys, key=int)
 
+    @property
+    def unit(self) -> str:
+        """What the losses are in."""
+        return _UNITS.get(self.name.partition("-")[2], _NATS)
+
 
 def _seconds(stage: Path) -> float | None:
     path = stage / "stage.json"
@@ -73,32 +85,48 @@ def curves_of(run: Path) -> list[Curves]:
     return found
 
 
+def _along(axes: Any, stage: Curves, title: str, ylabel: str) -> None:
+    axes.set(title=title, xlabel=stage.axis, ylabel=ylabel)
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.get_major_locator().set_params(nbins=6)
+
+
 def _draw_losses(axes: Any, stage: Curves) -> None:
-    for key in stage.losses():
+    """A loss that equals one of its parts shines through under it: wider and paler first, narrower and broken behind."""
+    for place, key in enumerate(stage.losses()):
         x, y = stage.curve(key)
-        held_out = key.startswith("eval")
-        axes.plot(x, y, label=key, marker="o" if held_out or len(x) == 1 else None, linestyle="none" if held_out else "-")
-    positive = all(value > 0 for key in stage.losses() for value in stage.curve(key)[1])
-    axes.set(title=stage.name, xlabel=stage.axis, yscale="log" if positive else "linear")
-    axes.legend(fontsize="small")
+        style: dict[str, Any] = {"linewidth": 5, "alpha": 0.35} if place == 0 else {"linestyle": _STYLES[(place - 1) % len(_STYLES)]}
+        if key.startswith("eval"):
+            style = {"linestyle": "none", "marker": "o", "fillstyle": "none", "markersize": 6 + 3 * place}
+        axes.plot(x, y, label=key, **({"marker": "o"} if len(x) == 1 else {}) | style)
+    scale_y(axes, [value for key in stage.losses() for value in stage.curve(key)[1]])
+    _along(axes, stage, stage.name, stage.unit)
+    if stage.losses():
+        axes.legend(fontsize="small")
 
 
 def _draw_layers(axes: Any, stage: Curves) -> None:
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    layers = stage.layers()
-    for place, layer in enumerate(layers):
-        colour = colormaps["viridis"](place / max(1, len(layers) - 1))
-        label = layer if place in (0, len(layers) - 1) else None
-        axes.plot(*stage.curve("layers", layer), color=colour, label=label)
-    axes.set(title=f"{stage.name}: distance of each layer", xlabel=stage.axis, yscale="log")
-    axes.legend(title="layer", fontsize="small")
+    layers, colours = stage.layers(), colormaps["viridis"]
+    span = Normalize(int(layers[0]), max(int(layers[-1]), int(layers[0]) + 1))
+    for layer in layers:
+        axes.plot(*stage.curve("layers", layer), color=colours(span(int(layer))), label=layer)
+    scale_y(axes, [value for layer in layers for value in stage.curve("layers", layer)[1]])
+    _along(axes, stage, f"{stage.name}: each layer", "distance to the teacher's")
+    if len(layers) <= _NAMED:
+        axes.legend(title="layer", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.figure.colorbar(ScalarMappable(span, colours), ax=axes, label="layer")
 
 
 def _draw_speed(axes: Any, stage: Curves) -> None:
     axes.plot(*stage.curve("tokens_per_s"), color="tab:green")
-    axes.set(title=f"{stage.name}: tokens per second", xlabel=stage.axis)
-    axes.set_ylim(bottom=0)
+    _along(axes, stage, f"{stage.name}: throughput", "tokens per second")
+    axes.yaxis.set_major_formatter(plain)
+    axes.set_ylim(bottom=0, top=1.1 * max(stage.curve("tokens_per_s")[1], default=1.0))
 
 
 def draw(stages: Sequence[Curves], path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llamba.base.axes import scale_y
 from llamba.base.progress import progress
 from llamba.data.batches import Batch
 from llamba.models.convert import kept_layers
@@ -282,8 +283,11 @@ def save(ranking: Ranking, layers: list[int], path: Path, facts: dict[str, Any])
 
 
 def draw(ranking: Ranking, layers: list[int], path: Path) -> None:
-    """Bars per layer, those that keep attention in another colour; below them a map of the heads where they were scored."""
+    """Bars per layer on a scale that shows the small ones, those that keep attention in another colour; below them a map of the heads
+    where they were scored."""
     from matplotlib.figure import Figure  # half a second, and only for pictures
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     number = len(ranking.scores)
     rows = 1 if ranking.heads is None else 2
@@ -291,12 +295,19 @@ def draw(ranking: Ranking, layers: list[int], path: Path) -> None:
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     colours = ["tab:orange" if layer in layers else "tab:blue" for layer in range(number)]
     axes[0].bar(range(number), ranking.scores, color=colours)
+    scale_y(axes[0], ranking.scores)
+    if axes[0].get_yscale() == "log":
+        axes[0].set_ylim(bottom=min(ranking.scores) / 2)
     what = "KL saved by one layer's attention" if ranking.method == "restore" else "KL caused by one layer's mixer"
-    axes[0].set(title=f"{what} (orange: keeps attention)", xlabel="layer", ylabel="nats per token")
+    axes[0].set(title=what, xlabel="layer", ylabel="nats per target token")
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    kinds = [Patch(color="tab:orange", label="keeps attention"), Patch(color="tab:blue", label="gets a mixer")]
+    axes[0].legend(handles=kinds, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False)
     if ranking.heads is not None:
         image = axes[1].imshow(list(zip(*ranking.heads, strict=True)), aspect="auto", origin="lower")
+        axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].set(title="the same, head by head", xlabel="layer", ylabel="query head")
-        figure.colorbar(image, ax=axes[1])
+        figure.colorbar(image, ax=axes[1], label="nats per target token")
     figure.savefig(path, dpi=120)
 
 

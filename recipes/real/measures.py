@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from llamba.base.axes import plain, scale_y
 from llamba.base.folders import finished
 from llamba.eval.answerer import Answerer, Settings
 from llamba.eval.lengths import cache_bytes
@@ -96,7 +98,9 @@ def pictures(runs: dict[str, Path], starts: dict[str, float], ends: dict[str, fl
         axes.plot(*zip(*points, strict=True), color=colour, label=f"{name}, in training")
         axes.plot([0], [starts[name]], "o", color=colour, label=f"{name}, held out, untrained and trained")
         axes.plot([points[-1][0]], [ends[name]], "o", color=colour)
-    axes.set(xlabel="tokens distilled on", ylabel="KL to the teacher, nats per token", yscale="log")
+    axes.set(xlabel="tokens distilled on", ylabel="KL to the teacher, nats per token")
+    scale_y(axes, [float(value) for line in axes.lines for value in np.asarray(line.get_ydata())])
+    axes.xaxis.set_major_formatter(plain)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

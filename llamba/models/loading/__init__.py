@@ -6,15 +6,18 @@ whole: every tensor that config.json asks for, no other, all of them finite numb
 
 from llamba.models.loading.load import ends_of, has_tokenizer, load_config, load_generation_config, load_model, load_tokenizer, located
 from llamba.models.loading.teachers import (
+    SPANS_INSTEAD,
     load_teacher,
     require_alike,
     require_bitsandbytes,
     require_model,
     require_same_vocabulary,
     require_sound,
+    vocabularies_differ,
 )
 
 __all__ = [
+    "SPANS_INSTEAD",
     "ends_of",
     "has_tokenizer",
     "load_config",
@@ -28,4 +31,5 @@ __all__ = [
     "require_model",
     "require_same_vocabulary",
     "require_sound",
+    "vocabularies_differ",
 ]

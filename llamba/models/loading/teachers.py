@@ -79,18 +79,28 @@ def _tokens(name: str) -> dict[int, str] | None:
     return {number: token for token, number in load_tokenizer(name).get_vocab().items()} if has_tokenizer(name) else None
 
 
-def require_same_vocabulary(student: str, teacher: str) -> None:
-    """Raises ValueError where two models count different tokens, or where an id that both know means different ones."""
+SPANS_INSTEAD = "distill.match='spans' compares spans of text"  # where a teacher counts other tokens
+
+
+def vocabularies_differ(student: str, teacher: str) -> str | None:
+    """How the tokens of two models differ, None where they do not: another number, or an id that both know and that means two."""
     own, other = (load_config(name).vocab_size for name in (student, teacher))
     if own != other:
-        raise ValueError(f"student and teacher must share a vocabulary, got {own} tokens in {student} and {other} in {teacher}")
+        return f"{own} tokens in {student} and {other} in {teacher}"
     mine, theirs = _tokens(student), _tokens(teacher)
     if mine is None or theirs is None:
-        return
+        return None
     different = sorted(number for number in mine.keys() & theirs.keys() if mine[number] != theirs[number])
-    if different:
-        first = different[0]
-        raise ValueError(
-            f"student and teacher must share a vocabulary, got {len(different)} ids with different tokens: "
-            f"{first} is {mine[first]!r} in {student} and {theirs[first]!r} in {teacher}"
-        )
+    if not different:
+        return None
+    first = different[0]
+    return f"{len(different)} ids with different tokens: {first} is {mine[first]!r} in {student} and {theirs[first]!r} in {teacher}"
+
+
+def require_same_vocabulary(student: str, teacher: str, instead: str = "") -> None:
+    """Raises ValueError where two models count different tokens, or where an id that both know means different ones.
+
+    `instead`: what else may be done.
+    """
+    if got := vocabularies_differ(student, teacher):
+        raise ValueError(f"student and teacher must share a vocabulary, got {got}{instead and f'; {instead}'}")

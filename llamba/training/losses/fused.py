@@ -6,7 +6,7 @@ for cross-entropy). Letters: B batch, T time, D student width, D' teacher width,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def _chunk(mix: Mix, logits: Tensor, targets: Tensor, teacher: Teacher, part: sl
     return value * mix.temperature**2, ce, gradient if slope is None else gradient.add_(slope)
 
 
-class _Gradients:
+class Gradients:
     """Gradients of hidden states, head weight and head bias, filled chunk by chunk; None where not wanted."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
@@ -109,26 +109,35 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if lowered else weight.dtype
 
 
-def _sums(
-    mix: Mix, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, targets: Tensor, gradients: _Gradients | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mix, its D and its CE, summed over n tokens; fills `gradients`."""
+def chunks_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """A head's logits in chunks of tokens, without gradient: which tokens, their states [c, D] and the weight [V, D] as they are computed
+    with, and the logits [c, V], new, in fp32 or wider."""
     dtype = _compute_dtype(weight)
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(wide)
-    kl_sum, ce_sum = hidden.new_zeros(2, dtype=wide)
     size = logits_at_once(weight, len(weight))
-    for start in range(0, len(targets), size):
+    for start in range(0, len(hidden), size):
         part = slice(start, start + size)
-        states = hidden[part].detach().to(dtype)  # [c, D]
-        logits = _product(states, weight.t()).to(wide)
-        if bias is not None:
-            logits += bias
+        states = hidden[part].detach().to(dtype)
+        yield part, states, weight, _logits(states, weight, bias, wide)  # held by the caller alone
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    logits = _product(states, weight.t()).to(wide)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _sums(
+    mix: Mix, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, targets: Tensor, gradients: Gradients | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mix, its D and its CE, summed over n tokens; fills `gradients`."""
+    kl_sum, ce_sum = hidden.new_zeros(2, dtype=torch.promote_types(_compute_dtype(weight), torch.float32))
+    for part, states, lowered, logits in chunks_of_logits(hidden, weight, bias):
         kl, ce, gradient = _chunk(mix, logits, targets[part], teacher, part)
         del logits
         kl_sum, ce_sum = kl_sum + kl, ce_sum + ce
         if gradients is not None:
-            gradients.add(part, gradient, states, weight)
+            gradients.add(part, gradient, states, lowered)
     return mix.kl * kl_sum + mix.ce * ce_sum, kl_sum, ce_sum
 
 
@@ -144,7 +153,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mix: Mix, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher, targets: Tensor) -> Any:
         needed = ctx.needs_input_grad
-        gradients = _Gradients(hidden, weight, bias, (needed[1], needed[2], needed[3]))
+        gradients = Gradients(hidden, weight, bias, (needed[1], needed[2], needed[3]))
         sums = _sums(mix, hidden, weight, bias, teacher, targets, gradients)
         ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
