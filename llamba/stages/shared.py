@@ -49,6 +49,8 @@ def train_student(
     student_model, teacher_model = load()
     drop_window(student_model, stage.drop_window)
     args.use_cache = student_model.config.use_cache
-    trainer = DistillTrainer(student_model, teacher_model, objective, args, ordered, out / METRICS, other_rates(student_model, stage), mean_of_means)
+    trainer = DistillTrainer(
+        student_model, teacher_model, objective, args, ordered, out / METRICS, other_rates(student_model, stage), mean_of_means
+    )
     held_out = read("eval")
     return train_and_save(trainer, out, lambda: trainer.held_out(held_out) if held_out else {})

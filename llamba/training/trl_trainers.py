@@ -48,7 +48,8 @@ class Aligner(StageTrainer):
         Raises ValueError for LoRA on a model that is spread over several devices.
         """
         self.pop_callback(PrinterCallback)
-        self.source, self.student, self.rates = source, self.model, {} if stage.lora else other_rates(self.model, stage)
+        self.source, self.student = source, self.model
+        self.rates = {} if stage.lora else other_rates(self.student, stage)
         self.folder = Path(self.args.output_dir or "")
         self.train_dataset, self.eval_dataset = rows, held_out
         self.lora = stage.lora
