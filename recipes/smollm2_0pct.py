@@ -11,8 +11,19 @@ from llamba.recipes.smollm2_50pct import recipe as half
 recipe = replace(
     half,
     stages=[
-        half.stages[0],
-        Distill(tokens=4_000_000, kl=1.0, ce=0.0, targets="all", lr=1e-3, clip=1.0, warmup=0.02, batch=8, micro_batch=4),
+        Distill(
+            tokens=6_000_000,
+            kl=1.0,
+            ce=0.0,
+            targets="all",
+            lr=3e-3,
+            projection_lr=5e-5,
+            betas=(0.9, 0.95),
+            clip=1.0,
+            warmup=0.02,
+            batch=4,
+            micro_batch=4,
+        ),
     ],
     output="runs/smollm2_0pct",
 )

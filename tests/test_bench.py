@@ -75,6 +75,10 @@ def test_mixers_against_those_of_transformers(tmp_path, capsys, monkeypatch) -> 
     assert [(row["mixer"], row["work"]) for row in rows] == [(kind, what) for kind in ("mamba2", "gated_delta") for what in ops.WORK]
     assert all(row["theirs_in"] == "torch" and row["speedup"] > 0 for row in rows)
     assert "theirs: transformers' mixers in torch" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").unlink()
+    own = _rows("bench ops --shrink 64 --own", tmp_path)
+    assert [(row["work"], row["mixer"]) for row in own] == [(w, k) for w in ops.WORK for k in ("auto", "gated_delta", "kda", "mamba3")]
+    assert all(row["times_of_mamba2"] == row["ours_s"] / row["mamba2_s"] for row in own)
     cuda = ops.work_on("cuda", "auto", 1)
     assert (cuda.dtype, cuda.tokens, cuda.inner, cuda.groups) == (torch.bfloat16, 4096, 4096, 8)
 

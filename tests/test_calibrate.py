@@ -8,6 +8,7 @@ import torch
 from models import TEACHERS, ids, teacher
 from safetensors.torch import load_file
 
+from llamba.cli import main
 from llamba.models.calibrate import RIDGE
 from llamba.models.convert import convert
 from llamba.running import run
@@ -103,3 +104,18 @@ def test_a_run_fits_the_start_of_its_student_on_its_own_data(teacher_folder: Pat
     assert any(name.endswith("norm.weight") and "self_attn" in name and value.abs().max() > 0 for name, value in weights.items())
     with pytest.raises(ValueError, match="student.calibrate needs a source in data.train that no stage makes"):
         Recipe(str(teacher_folder), student, Data(train="stage:pseudo_label"), [], str(tmp_path / "other"))
+
+
+def test_the_command_fits_what_the_function_fits(teacher_folder: Path, chat_file: Path, tmp_path: Path, capsys) -> None:
+    options = ["--mixer", "mamba2", "--option", "window=4", "--attention", "0.5"]
+    main(["convert", str(teacher_folder), str(tmp_path / "out"), *options, "--calibrate", str(chat_file), "--tokens", "300"])
+    said = capsys.readouterr().out
+    assert "fitting joins to attention on 300 tokens" in said and "of attention's square left" in said
+    rows = run.calibration_rows(Data(train=str(chat_file), length=512, streaming=True), str(teacher_folder), 300)
+    expected = convert(str(teacher_folder), mixer="mamba2", options={"window": 4}, calibrate=rows).state_dict()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    fitted = [name for name in found if name.endswith("norm.weight") and ".self_attn." in name]
+    assert fitted and all(torch.equal(found[name], expected[name]) and found[name].any() for name in fitted)
+    with pytest.raises(SystemExit):
+        main(["convert", str(teacher_folder), str(tmp_path / "no"), "--calibrate", str(chat_file), "--tokens", "0"])
+    assert "--tokens must be at least 1, got 0" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from llamba.base.provenance import append_row
 from llamba.bench.memory import forget_peak, mib
 from llamba.kernels.choice import need
 from llamba.models.cache import RecurrentLayer
-from llamba.models.mixers import Recurrence, build_mixer, initialise, mixer_config
+from llamba.models.mixers import AUTO, Recurrence, build_mixer, initialise, mixer_config
 from llamba.models.mixers.delta import GatedDelta, written
 
 W = 4
@@ -69,8 +69,8 @@ def work_on(device: str, dtype: str, shrink: int) -> Work:
 class _Cache:
     """The part of a transformers cache that a mixer of ours asks for."""
 
-    def __init__(self) -> None:
-        self.layers = [RecurrentLayer({"conv_width": W})]
+    def __init__(self, mixer: Any) -> None:
+        self.layers = [RecurrentLayer(vars(mixer.config))]
 
 
 def _ours(kind: str, work: Work, compiled: bool = False) -> Any:
@@ -120,9 +120,9 @@ def _forward(mixer: nn.Module, own: bool, u: Tensor, cache: Any = None) -> Tenso
     return mixer(u, cache_params=cache)
 
 
-def _cache_for(own: bool, kind: str) -> Any:
+def _cache_for(mixer: Any, own: bool, kind: str) -> Any:
     if own:
-        return _Cache()
+        return _Cache(mixer.mixer if isinstance(mixer, Placed) else mixer)
     if kind in ("gated_delta", "kda"):
         return DynamicCache(config=Qwen3NextConfig(**ONE_LAYER, layer_types=["linear_attention"]))
     return DynamicCache(config=BambaConfig(**ONE_LAYER))
@@ -150,7 +150,7 @@ def _training_step(mixer: nn.Module, own: bool, kind: str, work: Work) -> Run:
 
 
 def _decode(mixer: nn.Module, own: bool, kind: str, work: Work, tokens: int = 50) -> Run:
-    u, cache = work.randn(1), _cache_for(own, kind)
+    u, cache = work.randn(1), _cache_for(mixer, own, kind)
     with torch.inference_mode():
         _forward(mixer.eval(), own, work.randn(16), cache)
 
@@ -224,6 +224,34 @@ def measure(kind: str, what: str, work: Work, repeats: int) -> dict[str, Any]:
     return row
 
 
+class Placed(nn.Module):
+    """A mixer of ours that is told positions, as it is in a model."""
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, u: Tensor, past_key_values: Any = None) -> Any:
+        """u [B, T, D] through the mixer; every token at position 0, which takes as long as any other."""
+        angle = u.new_zeros(1, u.shape[1], self.mixer.config.head_dim)
+        return self.mixer(u, past_key_values=past_key_values, position_embeddings=(angle + 1, angle))
+
+
+def measure_own(what: str, work: Work, repeats: int) -> list[dict[str, Any]]:
+    """A row for each other mixer of ours that reads whole heads: its median seconds beside plain Mamba-2's, all by turns."""
+    mixers = {kind: Placed(_ours(kind, work)) for kind in ("mamba2", AUTO, "gated_delta", "kda", "mamba3")}
+    runs = {kind: WORK[what](mixer, True, kind, work) for kind, mixer in mixers.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in runs}
+    for _ in range(repeats + 1):
+        for kind, run in runs.items():
+            times[kind].append(_seconds(run))
+    medians = {kind: statistics.median(found[1:]) for kind, found in times.items()}
+    shared = {"work": what, "mamba2_s": medians["mamba2"], "repeats": repeats}
+    return [
+        {"mixer": kind, "ours_s": s, "times_of_mamba2": s / medians["mamba2"]} | shared for kind, s in medians.items() if kind != "mamba2"
+    ]
+
+
 class NaiveDelta(GatedDelta):
     """Our mixer with flash-linear-attention's chunked form in plain PyTorch in place of our recurrence."""
 
@@ -269,6 +297,8 @@ def measure_compiled(kind: str, what: str, work: Work, repeats: int) -> dict[str
 def _line(row: dict[str, Any]) -> str:
     if "compiled_s" in row:
         text = f"ours {row['ours_s'] * 1e3:9.1f} ms   compiled {row['compiled_s'] * 1e3:9.1f} ms   x{row['compile_speedup']:.2f}"
+    elif "theirs_s" not in row and "fla_naive_s" not in row:
+        text = f"ours {row['ours_s'] * 1e3:9.1f} ms   {row['times_of_mamba2']:.2f} x our mamba2's {row['mamba2_s'] * 1e3:.1f} ms"
     elif "fla_naive_s" in row:
         text = f"ours {row['ours_s'] * 1e3:9.1f} ms   fla's naive form {row['fla_naive_s'] * 1e3:9.1f} ms   x{row['speedup']:.2f}"
         text += f"   {row['times_of_mamba2']:.2f} x our mamba2's {row['mamba2_s'] * 1e3:.1f} ms"
@@ -287,6 +317,10 @@ def main(args: argparse.Namespace) -> None:
     where = {"device": device, "dtype": str(work.dtype), "shrink": args.shrink, "theirs_in": their_kernels(work)}
     if args.fla:
         _report(measure_naive(work, args.repeats), args.out, where)
+        return
+    if args.own:
+        for row in (row for what in WORK for row in measure_own(what, work, args.repeats)):
+            _report(row, args.out, where)
         return
     print(f"theirs: transformers' mixers in {where['theirs_in']}")
     for kind in args.mixers:

@@ -141,6 +141,7 @@ def ops(argv: list[str]) -> None:
     kinds = ("mamba2", "mamba1", "gated_delta", "kda")
     parser.add_argument("--mixers", nargs="+", default=list(kinds), choices=kinds, help="default: all")
     parser.add_argument("--fla", action="store_true", help="the gated delta rule's training step beside flash-linear-attention's, alone")
+    parser.add_argument("--own", action="store_true", help="our other mixers, and the default one, beside our Mamba-2, alone")
     args = parser.read(argv)
     from llamba.bench.ops import main
 

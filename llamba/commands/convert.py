@@ -32,6 +32,19 @@ def _selected(teacher: str, attention: Any, args: Any, options: dict[str, Any], 
     return select(teacher, None, data, stage, out.with_name(out.name + ".layers.json"), args.mixer, args.seed, options)
 
 
+def _calibration(teacher: str, args: Any) -> list[Any] | None:
+    """Rows of token ids for --calibrate; none without it."""
+    if not args.calibrate:
+        return None
+    from llamba.running.run import calibration_rows
+    from llamba.settings import Data
+
+    if args.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {args.tokens}")
+    data = Data(train=args.calibrate, length=LENGTH, template=args.template, streaming=True)
+    return calibration_rows(data, teacher, args.tokens)
+
+
 def _warn_of_first(attention: Any) -> None:
     """Say it where a fraction, which looks at no layer, takes attention from the first one: by far the worst to replace."""
     if not isinstance(attention, list) and 0 < attention <= 0.5:
@@ -59,7 +72,12 @@ def convert(argv: list[str]) -> None:
         "it in those, as many as --attention says"
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=8, help="sequences to measure on, of up to 512 tokens (default 8)")
-    parser.add_argument("--template", help="chat template of the data for --select, where the model's own does not serve")
+    parser.add_argument(
+        "--calibrate", nargs="+", metavar="DATA", help="files, folders, hub sets: fit on them, without a gradient, how what a window sees "
+        "and what the recurrence adds are joined"
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=8192, help="of the data to --calibrate on (default 8192)")
+    parser.add_argument("--template", help="chat template of the data for --select and --calibrate, where the model's own does not serve")
     parser.add_argument("--init", default="attention", help="attention (default), paper, mohawk, random or linear_attention")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.read(argv)
@@ -74,7 +92,8 @@ def convert(argv: list[str]) -> None:
     attention: Any = _attention(args.attention)
     if args.select:
         attention = _selected(teacher, attention, args, options, out)
-    student = make(teacher, mixer=args.mixer, attention=attention, init=args.init, seed=args.seed, options=options)
+    rows = _calibration(teacher, args)
+    student = make(teacher, mixer=args.mixer, attention=attention, init=args.init, seed=args.seed, options=options, calibrate=rows)
     print(student.conversion)
     if not args.select:
         _warn_of_first(attention)

@@ -32,7 +32,7 @@ from llamba.data.batches import Rows
 from llamba.data.tokens import StageData
 from llamba.models.loading import load_tokenizer, located
 from llamba.running.inputs import STAGE, limit_of, other_teacher, pairing, sources_of, starts_of
-from llamba.settings import Attention, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
+from llamba.settings import Attention, Data, Dpo, Draft, PseudoLabel, Recipe, Select, Sft, TokenTraining, layers_of, overrides
 from llamba.settings.common import sources_at_hand
 from llamba.training import checkpoints
 
@@ -105,7 +105,11 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     choice = recipe.student
-    rows = _calibration(recipe, source, partial) if choice.calibrate and folder.name.startswith("0-") else None
+    rows = None
+    if choice.calibrate and folder.name.startswith("0-"):
+        found = sources_at_hand(recipe.data)
+        assert found is not None, "the recipe was checked"
+        rows = calibration_rows(found, source, choice.calibrate)
     student = convert(
         source, mixer=choice.mixer, attention=layers_of(attention), init=choice.init, seed=recipe.seed, options=choice.options,
         calibrate=rows,
@@ -120,14 +124,16 @@ def _convert(recipe: Recipe, attention: Attention, source: str, folder: Path) ->
     gc.collect()
 
 
-def _calibration(recipe: Recipe, source: str, folder: Path) -> list[Any]:
-    """Rows of token ids, `student.calibrate` tokens in all, from the data's own sources."""
-    found = sources_at_hand(recipe.data)
-    assert found is not None, "the recipe was checked"
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+def calibration_rows(found: Data, source: str, tokens: int) -> list[Any]:
+    """Rows of token ids, so many in all, as the model `source` counts them.
+
+    Raises ValueError for broken rows and where there are none.
+    """
+    with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "rows"
-        data.tokenize(found, load_tokenizer(source), "all", made, recipe.student.calibrate)
+        data.tokenize(found, load_tokenizer(source), "all", made, tokens)
         rows = Rows(made / "train")
+        print(f"fitting joins to attention on {tokens:,} tokens", flush=True)
         return [rows[index]["input_ids"] for index in range(len(rows))]
 
 

@@ -1,6 +1,6 @@
 """Which mixer should stand where attention stood: every kind on the embedded teacher, at equal tokens, with 50, 25 and 0% attention.
 
-python recipes/tiny/mixers.py [--steps 48] [--seeds 3] [--only NAME ...] [--attention 0.5 0.25 0] [--processes 2]
+python recipes/tiny/mixers.py [--steps 24] [--seeds 3] [--only NAME ...] [--attention 0.5 0.25 0] [--processes 2]
 
 Protocol: every arm distils from attention's weights by KL on all tokens, for the same number of steps of BATCH x LENGTH tokens. Its
 learning rate is the one of RATES whose run with TUNING_SEED at a quarter of attention has the lowest held-out KL; then it runs with other
@@ -12,13 +12,11 @@ Shapes: B conversations of T tokens, V vocabulary.
 import argparse
 import json
 import math
-import os
+import multiprocessing
 import random
 import statistics
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -210,38 +208,37 @@ def draw(out: Path, names: list[str], fractions: list[float], path: Path) -> Non
     figure.savefig(path, dpi=110)
 
 
-def _apart(one: Run, steps: int, out: Path) -> None:
-    name, attention, lr, seed = one
-    command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps), "--one", name, str(attention), str(lr), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{one}: {done.stderr[-2000:]}")
-    print(f"{name}, {attention:.0%}, lr {lr:g}, seed {seed}: KL {read(out, one)['on']['kl']:.3f}", flush=True)
+def _alone() -> None:
+    """What a process of the pool is told before its first run."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _all(pool: ProcessPoolExecutor, runs: list[Run], steps: int, out: Path) -> None:
+    """Do the runs, and say each one's distance."""
+    done = {pool.submit(do, one, steps, out): one for one in runs}
+    for future in as_completed(done):
+        future.result()
+        name, attention, lr, seed = done[future]
+        print(f"{name}, {attention:.0%}, lr {lr:g}, seed {seed}: KL {read(out, done[future])['on']['kl']:.3f}", flush=True)
 
 
 def main() -> None:
     """Do what is missing, each run in a process of its own, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/mixers"))
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(ARMS), choices=list(ARMS), metavar="NAME")
     parser.add_argument("--attention", nargs="*", type=float, default=list(FRACTIONS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--one", nargs=4, metavar=("NAME", "ATTENTION", "LR", "SEED"), help="do one run and print nothing")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if args.one:
-        name, attention, lr, seed = args.one
-        return do((name, float(attention), float(lr), int(seed)), args.steps, args.out)
     write_conversations(args.out / "train.jsonl", args.steps * BATCH, LENGTH)
-    with ThreadPoolExecutor(args.processes) as pool:
-        tuning: list[Run] = [(name, TUNING_FRACTION, lr, TUNING_SEED) for name in args.only for lr in RATES]
-        list(pool.map(lambda one: _apart(one, args.steps, args.out), tuning))
-        rates = {name: best_rate(args.out, name) for name in args.only}
-        jobs: list[Run] = [(n, attention, rates[n], seed) for seed in range(args.seeds) for attention in args.attention for n in args.only]
-        list(pool.map(lambda one: _apart(one, args.steps, args.out), jobs))
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), _alone) as pool:
+        _all(pool, [(name, TUNING_FRACTION, lr, TUNING_SEED) for name in args.only for lr in RATES], args.steps, args.out)
+        runs = [(name, share, best_rate(args.out, name)) for share in args.attention for name in args.only]
+        _all(pool, [(*one, seed) for seed in range(args.seeds) for one in runs], args.steps, args.out)
     table = report(args.out, args.only, args.attention, args.seeds)
     (args.out / "table.md").write_text(table)
     draw(args.out, args.only, args.attention, args.out / "kl.png")
