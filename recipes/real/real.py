@@ -35,13 +35,13 @@ LENGTH = 512
 ANSWERED = 32  # conversations that the teacher answers
 SELECT_ROWS = 8  # sequences that the layers are ranked on
 HEAD = 8192  # tokens that the draft can propose: the most frequent ones
-DRAFT_TOKENS = 200_000  # that the draft learns on
+DRAFT_TOKENS = 80_000  # that the draft learns on
 HELD_OUT = 12  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 RATE, PROJECTION_RATE = 3e-3, 5e-5  # what is new learns fast, what the teacher knew slowly: at one rate of 3e-4 for both the KL rises
 CALIBRATED = 8192  # tokens that the joins are fitted on
-TOKENS_A_MINUTE = {"half": 15_000, "none": 10_000}  # on two cores with bf16 products
-SHARES = {"half": 0.4, "none": 0.6}  # of the minutes
+TOKENS_A_MINUTE = {"half": 12_500, "none": 10_000}  # on two cores with bf16 products
+SHARES = {"half": 0.27, "none": 0.73}  # of the minutes
 QUESTIONS = (
     "What is the capital of France?",
     "Name three things that one can do on a rainy day.",
