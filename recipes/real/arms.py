@@ -1,0 +1,228 @@
+"""The arms of `recipes/study.py` as values: what the teacher becomes, where it starts, and what trains it; and the recipe of each.
+
+All arms that start alike share that start: every layer converted and aligned once a seed (`hidden`), attention given back where an arm
+keeps it. Those that start from the teacher, without alignment, distil as many tokens more.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamba import Data, Distill, Dpo, Hidden, Recipe, Select, Sft, Student, convert, run
+from llamba.base.folders import DONE
+from llamba.models.convert import kept_layers
+from llamba.models.loading import load_config, load_model, load_tokenizer, located
+from llamba.settings import Stage
+from llamba.training.layer_ranking import restore
+
+TEACHER, ALIGNED, SELECTED = "teacher", "aligned", "selected"  # starts that are no arms
+RATE, HIDDEN_RATE, REST_RATE = 1e-3, 3e-3, 1e-4  # of mixers; of mixers in alignment; of all else where it has a rate of its own
+SFT_RATE, DPO_RATE = 1e-4, 5e-6
+PARTS = 8  # a seed reads every so manyth training row
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an arm may read: `tokens` distilled behind `aligned` of alignment, or both numbers together without; `pairs` of DPO.
+
+    `batch` sequences of `length` tokens make a step.
+    """
+
+    tokens: int
+    aligned: int
+    pairs: int
+    batch: int = 2
+    length: int = 512
+
+    @property
+    def whole(self) -> int:
+        """Tokens of an arm that has one stage, or parts of it."""
+        return self.tokens + self.aligned
+
+
+def _common(budget: Budget) -> dict[str, Any]:
+    return dict(clip=1.0, warmup=0.05, floor=0.05, batch=budget.batch, micro_batch=budget.batch, save_every=10**6, log_every=5)
+
+
+def _distill(budget: Budget, tokens: int, **more: Any) -> Distill:
+    values: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "targets": "all", "lr": RATE, "betas": (0.9, 0.95), "tokens": tokens}
+    return Distill(**values | _common(budget) | more)
+
+
+def _hidden(budget: Budget, tokens: int) -> Hidden:
+    return Hidden(lr=HIDDEN_RATE, tokens=tokens, **_common(budget))
+
+
+def _rest(budget: Budget) -> list[Stage]:
+    return [_distill(budget, budget.tokens)]
+
+
+def _alone(budget: Budget) -> list[Stage]:
+    return [_distill(budget, budget.whole)]
+
+
+def _by_steps(budget: Budget) -> list[Stage]:
+    return [_distill(budget, budget.whole // 2), _distill(budget, budget.whole // 2, attention=0.25)]
+
+
+def _sft(budget: Budget) -> list[Stage]:
+    return [Sft(lr=SFT_RATE, tokens=budget.tokens // 2, **_common(budget))]
+
+
+def _dpo(budget: Budget) -> list[Stage]:
+    size = 2 * budget.batch
+    return [Dpo(**{**_common(budget), "lr": DPO_RATE, "batch": size, "steps": max(1, budget.pairs // size)})]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`attention` is the part of layers that keep it; `start` one of TEACHER, ALIGNED, SELECTED or another arm; `stages` of a budget.
+
+    `student` are values of the recipe's student, where the arm starts from the teacher. `window`: it is scored with the recurrence off,
+    too.
+    """
+
+    attention: float
+    stages: Callable[[Budget], list[Stage]]
+    start: str = ALIGNED
+    student: dict[str, Any] = field(default_factory=dict)
+    window: bool = False
+
+
+ARMS = {
+    "50%": Arm(0.5, _rest, window=True),
+    "25%": Arm(0.25, _rest),
+    "12.5%": Arm(0.125, _rest),
+    "0%": Arm(0.0, _rest, window=True),
+    "25%, selected layers": Arm(0.25, _rest, start=SELECTED),
+    "50%, no alignment": Arm(0.5, _alone, start=TEACHER),
+    "50%, no alignment, random weights": Arm(0.5, _alone, start=TEACHER, student={"init": "random"}),
+    "0%, no alignment": Arm(0.0, _alone, start=TEACHER),
+    "0%, alignment alone": Arm(0.0, lambda budget: [_hidden(budget, budget.whole)], start=TEACHER),
+    "50%, all trained": Arm(0.5, lambda budget: [_distill(budget, budget.tokens, train="all")]),
+    "50%, all trained, two rates": Arm(0.5, lambda budget: [_distill(budget, budget.tokens, train="all", rest_lr=REST_RATE)]),
+    "50%, no mixers, all trained": Arm(
+        0.5, lambda budget: [_distill(budget, budget.whole, train="all", lr=REST_RATE)], start=TEACHER,
+        student={"mixer": "none"},
+    ),
+    "25%, no alignment": Arm(0.25, _alone, start=TEACHER),
+    "25%, no alignment, by steps": Arm(0.5, _by_steps, start=TEACHER),
+    "50% + SFT": Arm(0.5, _sft, start="50%"),
+    "50% + DPO": Arm(0.5, _dpo, start="50%"),
+    "50% + SFT + DPO": Arm(0.5, _dpo, start="50% + SFT"),
+}  # fmt: skip
+
+
+def slug(name: str) -> str:
+    """An arm's name as a file's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all arms share: the teacher, the mixer, rows of chats, of SFT and of DPO, the budget, and the folder of runs."""
+
+    teacher: str
+    budget: Budget
+    chats: str
+    sft: str
+    pairs: str
+    folder: Path
+    mixer: str = "auto"
+
+    def _data(self, stage: Stage | None, seed: int) -> Data:
+        if isinstance(stage, Dpo):
+            return Data(train=self.pairs, length=self.budget.length)
+        source = self.sft if isinstance(stage, Sft) else self.chats
+        part = (seed % PARTS, PARTS) if source == self.chats else None
+        return Data(train=source, length=self.budget.length, packing=True, streaming=True, part=part)
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        """Where an arm's run lies."""
+        return self.folder / f"{slug(name)}-{seed}"
+
+    def recipe(self, name: str, seed: int) -> Recipe:
+        """An arm's recipe; what it starts from is made where it is not there."""
+        arm = ARMS[name]
+        stages = [self._placed(stage, seed) for stage in arm.stages(self.budget)]
+        if arm.start == TEACHER:
+            own: dict[str, Any] = {"mixer": self.mixer, "attention": arm.attention}
+            student, teacher = Student(**own | arm.student), self.teacher
+        else:
+            student, teacher = Student(mixer="auto", attention=1.0), str(self.start(arm, seed))
+        return Recipe(teacher, student, self._data(None, seed), stages, str(self.run_folder(name, seed)), seed)
+
+    def _placed(self, stage: Stage, seed: int) -> Stage:
+        """A stage with its data and, where it has one, the study's teacher: the recipe's may be the arm's start."""
+        values = vars(stage) | {"data": self._data(stage, seed)}
+        return type(stage)(**values | ({"teacher": self.teacher} if "teacher" in values else {}))
+
+    def aligned(self, seed: int) -> Recipe:
+        """Every layer converted and aligned; then, to choose from, attention back in a quarter of them."""
+        stages = [
+            _hidden(self.budget, self.budget.aligned),
+            Select(keep=0.25, method="swap", rows=4, micro_batch=2, targets="all"),
+        ]
+        student = Student(mixer=self.mixer, attention=0)
+        return Recipe(self.teacher, student, self._data(None, seed), stages, str(self.run_folder(ALIGNED, seed)), seed)
+
+    def start(self, arm: Arm, seed: int) -> Path:
+        """The model folder that an arm starts from, made where it is not there."""
+        if arm.start in ARMS:
+            return self.trained(arm.start, seed)
+        selected = _run(self.aligned(seed))
+        if arm.start == SELECTED:
+            return selected
+        hidden = selected.with_name("1-hidden")
+        if not arm.attention:
+            return hidden
+        layers = kept_layers(arm.attention, load_config(located(self.teacher)).num_hidden_layers)
+        return restored(hidden, self.teacher, layers, self.run_folder(f"start {arm.attention:g}", seed))
+
+    def trained(self, name: str, seed: int) -> Path:
+        """An arm's last model folder, trained where it is not there. Raises ValueError as `run`."""
+        return _run(self.recipe(name, seed))
+
+    def finish(self, seed: int, left: Collection[str]) -> None:
+        """Delete the weights of a seed that no arm of those `left` starts from."""
+        needed = {start for name in left for start in starts(name)}
+        for name in (*ARMS, ALIGNED):
+            if name not in needed and not (name == ALIGNED and SELECTED in needed):
+                for path in self.run_folder(name, seed).glob("**/*.safetensors"):
+                    path.unlink()
+        if ALIGNED not in needed:
+            for folder in self.folder.glob(f"start-*-{seed}"):
+                shutil.rmtree(folder)
+
+
+def starts(name: str) -> list[str]:
+    """What an arm starts from, and that from, and so on."""
+    start = ARMS[name].start
+    return [start, *(starts(start) if start in ARMS else [])]
+
+
+def _run(recipe: Recipe) -> Path:
+    """A run's last model folder; a run that is done, and whose weights were deleted, is done again."""
+    folder = Path(recipe.output)
+    if list(folder.glob(f"*/{DONE}")) and not list(folder.glob("*/*.safetensors")):
+        shutil.rmtree(folder)
+    return run(recipe)
+
+
+def restored(hidden: Path, teacher: str, layers: Sequence[int], folder: Path) -> Path:
+    """A model folder: the aligned student with the teacher's attention back in `layers`."""
+    if not folder.exists():
+        student: Any = load_model(str(hidden), torch.float32)
+        restore(student, convert(located(teacher), mixer=student.config.mixer["kind"], attention=1.0).float(), layers)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        student.save_pretrained(partial)
+        load_tokenizer(str(hidden)).save_pretrained(partial)
+        os.replace(partial, folder)
+    return folder

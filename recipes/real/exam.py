@@ -1,0 +1,132 @@
+"""What `recipes/study.py` asks of every model, in bf16: distance to the teacher on held-out chats and text, recall, right answers.
+
+Shapes: T tokens of a window, V vocabulary, n tokens of an answer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamba.eval import zero_shot
+from llamba.eval.answerer import Answerer, Settings
+from llamba.eval.recall import Options, measure
+from llamba.eval.scores import model_name, read_scores
+from llamba.models.mixers import without_recurrence
+from llamba.recipes.real.questions import Messages, Question
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked: windows of chats and text of `length` tokens, questions, `trials` for each size of phone book."""
+
+    chats: int = 8
+    text: int = 4
+    length: int = 512
+    questions: int = 24
+    names: tuple[int, ...] = (4, 8)
+    trials: int = 20
+    new_tokens: int = 32
+    reasoning: int = 200  # tokens of an answer to a question of GSM8K
+
+
+def _tokens(tokenizer: Any, messages: Messages, opened: bool = False) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=opened)
+    return ids
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+@torch.inference_mode()
+def likelihoods(model: Any, tokenizer: Any, question: Question, length: int) -> list[float]:
+    """Mean log-likelihood a token of each answer, in a window of `length` tokens of which the conversation before it has at most half."""
+    opened, found = _tokens(tokenizer, question.prompt, opened=True), list[float]()
+    for answer in question.answers:
+        whole = _tokens(tokenizer, [*question.prompt, {"role": "assistant", "content": answer}])
+        start = _shared(opened, whole)
+        begin = max(0, start - length // 2)
+        window = whole[begin : begin + length]
+        logits = model(torch.tensor([window[:-1]]), use_cache=False).logits[0, start - begin - 1 :].float()  # [n, V]
+        target = torch.tensor(window[start - begin :])
+        found.append(float(logits.log_softmax(-1).gather(1, target[:, None]).mean()))
+    return found
+
+
+def right(model: Any, tokenizer: Any, asked: Sequence[Question], length: int) -> float:
+    """Per cent of questions whose first answer is the likeliest."""
+    best = [max(range(len(found)), key=found.__getitem__) for found in (likelihoods(model, tokenizer, q, length) for q in asked)]
+    return 100 * sum(place == 0 for place in best) / len(best)
+
+
+@torch.inference_mode()
+def _log_probs(model: Any, window: Sequence[int]) -> Tensor:
+    """Log-probabilities [T - 1, V] of a window's next tokens."""
+    logits: Tensor = model(torch.tensor([window[:-1]]), use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+class Exam:
+    """The questions of a study, the teacher's log-probabilities on its windows (fp16), and a model's scores.
+
+    `windows`: equally long windows of tokens by what they are of ("chat", "text"); `asked`: questions by what is counted.
+    """
+
+    def __init__(
+        self, teacher: str, windows: dict[str, list[list[int]]], asked: dict[str, list[Question]], size: Size, math_file: Path | None
+    ) -> None:
+        self.windows, self.asked, self.size, self.math_file = windows, asked, size, math_file
+        self.teacher = teacher
+        model = Answerer(teacher, Settings(dtype="float32")).model
+        self.wanted = {name: [_log_probs(model, window).half() for window in found] for name, found in windows.items()}
+
+    def _distances(self, model: Any) -> dict[str, float]:
+        """KL(teacher || model) in nats a token, over all of a window and over its second half, and perplexity, of each kind of windows."""
+        found: dict[str, float] = {}
+        for name, windows in self.windows.items():
+            kl, nll, late = [], [], []
+            for window, half in zip(windows, self.wanted[name], strict=True):
+                own, wanted = _log_probs(model, window), half.float()
+                divergence = (wanted.exp() * (wanted - own)).sum(-1)
+                kl.append(float(divergence.mean()))
+                late.append(float(divergence[len(divergence) // 2 :].mean()))
+                nll.append(float(-own.gather(1, torch.tensor(window[1:])[:, None]).mean()))
+            found |= {f"{name} KL": _mean(kl), f"{name} KL, second half": _mean(late), f"{name} perplexity": math.exp(_mean(nll))}
+        return found
+
+    def scores(self, folder: str) -> dict[str, float]:
+        """Everything of a model folder."""
+        answerer = self._answerer(folder, self.size.new_tokens)
+        found = self._distances(answerer.model)
+        options = Options(tasks=("phone",), names=self.size.names, trials=self.size.trials)
+        said = [one.value for trials in measure(answerer, options)["phone"].values() for trial in trials for one in trial]
+        found["phone numbers, %"] = _mean(said)
+        for name, asked in self.asked.items():
+            found[name] = right(answerer.model, answerer.tokenizer, asked, self.size.length)
+        return found
+
+    def window_alone(self, folder: str) -> dict[str, float]:
+        """The distances with the recurrence off."""
+        model = self._answerer(folder, 1).model
+        with without_recurrence(model):
+            return self._distances(model)
+
+    def gsm8k(self, folder: str, out: Path, limit: int) -> float:
+        """Per cent of so many questions of GSM8K that are answered rightly."""
+        assert self.math_file is not None
+        settings = Settings(batch=10, max_new_tokens=self.size.reasoning, dtype="bfloat16")
+        zero_shot.run(folder, out, settings, zero_shot.Options("gsm8k", str(self.math_file.parents[1]), limit))
+        rows = [row for row in read_scores(out) if row["model"] == model_name(folder)]
+        return float(rows[-1]["value"])
+
+    def _answerer(self, folder: str, new_tokens: int) -> Answerer:
+        return Answerer(folder, Settings(batch=self.size.trials, max_new_tokens=new_tokens, dtype="bfloat16"))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
