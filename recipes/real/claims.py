@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llamba.recipes.real.exam import DIGITS, PHONE, PREFERRED
+
 AGREES, DISAGREES, UNKNOWN, MISSING = "agrees", "disagrees", "cannot tell", "not measured"
 LEAST = 0.03  # of a distance
 OFF = ", recurrence off"
 DISTANCES = ("chat KL", "text KL")
 LATE = ("chat KL, second half",)
-SHARES = ("phone numbers, %", "right reply, %")
-ALIGNED = (*SHARES, "preferred answer, %")
+SHARES = (PHONE, DIGITS)
+ALIGNED = (*SHARES, PREFERRED)
 MADE_OF = "Mamba-in-Llama (2408.15237)"
 
 Scores = dict[str, float]  # of one seed, by what was measured

@@ -1,11 +1,13 @@
-"""What `recipes/study.py` asks of every model, in bf16: distance to the teacher on held-out chats and text, recall, right answers.
+"""What `recipes/study.py` asks of every model, in bf16: distance to the teacher on held-out chats and text, recall, the better answer.
 
 Shapes: T tokens of a window, V vocabulary, n tokens of an answer.
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor
 
 from llamba.eval import zero_shot
 from llamba.eval.answerer import Answerer, Settings
-from llamba.eval.recall import Options, measure
+from llamba.eval.recall import Options, measure, phone_book
 from llamba.eval.scores import model_name, read_scores
 from llamba.models.mixers import without_recurrence
 from llamba.recipes.real.questions import Messages, Question
+
+PHONE, DIGITS, PREFERRED = "phone numbers, %", "digits of them, %", "better answer, %"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Size:
     chats: int = 8
     text: int = 4
     length: int = 512
-    questions: int = 24
+    questions: int = 40
     names: tuple[int, ...] = (4, 8)
     trials: int = 20
     new_tokens: int = 32
@@ -58,10 +62,29 @@ def likelihoods(model: Any, tokenizer: Any, question: Question, length: int) -> 
     return found
 
 
-def right(model: Any, tokenizer: Any, asked: Sequence[Question], length: int) -> float:
+def preferred(model: Any, tokenizer: Any, asked: Sequence[Question], length: int) -> float:
     """Per cent of questions whose first answer is the likeliest."""
     best = [max(range(len(found)), key=found.__getitem__) for found in (likelihoods(model, tokenizer, q, length) for q in asked)]
     return 100 * sum(place == 0 for place in best) / len(best)
+
+
+@torch.inference_mode()
+def digits(model: Any, tokenizer: Any, names: Sequence[int], trials: int) -> float:
+    """Per cent of the tokens of phone numbers that are the likeliest ones, where the answer has been begun and is right so far.
+
+    A short answer by likelihood: it counts what is nearly recalled, which an exact answer does not.
+    """
+    found = []
+    for count, trial in product(names, range(trials)):
+        question, number = phone_book(count, random.Random(f"digits/{count}/{trial}"))
+        who = question.rpartition("number of ")[2].partition("?")[0]
+        begun = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        begun += f"The number of {who} is "
+        before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (begun, begun + number))
+        start = _shared(before, whole)
+        likeliest = model(torch.tensor([whole[:-1]]), use_cache=False).logits[0, start - 1 :].argmax(-1)  # [n]
+        found.append(float((likeliest == torch.tensor(whole[start:])).float().mean()))
+    return 100 * _mean(found)
 
 
 @torch.inference_mode()
@@ -74,14 +97,13 @@ def _log_probs(model: Any, window: Sequence[int]) -> Tensor:
 class Exam:
     """The questions of a study, the teacher's log-probabilities on its windows (fp16), and a model's scores.
 
-    `windows`: equally long windows of tokens by what they are of ("chat", "text"); `asked`: questions by what is counted.
+    `windows`: equally long windows of tokens by what they are of ("chat", "text"); `asked`: questions with a better and a worse answer.
     """
 
     def __init__(
-        self, teacher: str, windows: dict[str, list[list[int]]], asked: dict[str, list[Question]], size: Size, math_file: Path | None
+        self, teacher: str, windows: dict[str, list[list[int]]], asked: Sequence[Question], size: Size, math_file: Path | None
     ) -> None:
         self.windows, self.asked, self.size, self.math_file = windows, asked, size, math_file
-        self.teacher = teacher
         model = Answerer(teacher, Settings(dtype="float32")).model
         self.wanted = {name: [_log_probs(model, window).half() for window in found] for name, found in windows.items()}
 
@@ -105,10 +127,15 @@ class Exam:
         found = self._distances(answerer.model)
         options = Options(tasks=("phone",), names=self.size.names, trials=self.size.trials)
         said = [one.value for trials in measure(answerer, options)["phone"].values() for trial in trials for one in trial]
-        found["phone numbers, %"] = _mean(said)
-        for name, asked in self.asked.items():
-            found[name] = right(answerer.model, answerer.tokenizer, asked, self.size.length)
+        found[PHONE] = _mean(said)
+        found[DIGITS] = digits(answerer.model, answerer.tokenizer, self.size.names, self.size.trials)
+        found[PREFERRED] = preferred(answerer.model, answerer.tokenizer, self.asked, self.size.length)
         return found
+
+    def counts(self) -> dict[str, int]:
+        """Questions behind each share."""
+        book = len(self.size.names) * self.size.trials
+        return {PHONE: book, DIGITS: book, PREFERRED: len(self.asked)}
 
     def window_alone(self, folder: str) -> dict[str, float]:
         """The distances with the recurrence off."""

@@ -1,4 +1,4 @@
-"""Questions with answers of which one is right, out of conversations or preference pairs; and pairs to train on, as rows."""
+"""Questions with two answers of which the first is better, out of conversations or preference pairs; and such pairs as rows to train on."""
 
 import json
 from collections.abc import Sequence
@@ -9,21 +9,20 @@ from typing import Any
 from llamba.data import sources
 
 Messages = list[dict[str, str]]
-CHOICES = 4  # answers of a question
 TURN = 3  # the message of a conversation that is asked for, where there are so many
 HELD_OUT = 5  # one pair of so many is held out
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation, and answers to it of which the first is the right one."""
+    """A conversation, and answers to it of which the first is the better one."""
 
     prompt: Messages
     answers: list[str]
 
 
-def questions(path: Path, answers: int = CHOICES, most: int = 2_000) -> list[Question]:
-    """A question a conversation: its second answer (or its first), and those of the conversations behind it."""
+def questions(path: Path, most: int = 2_000) -> list[Question]:
+    """A question a conversation: its second answer (or its first), and that of the conversation behind it."""
     asked: list[tuple[Messages, str]] = []
     for _, row in sources.rows(str(path)):
         messages = sources.messages(row)
@@ -32,15 +31,12 @@ def questions(path: Path, answers: int = CHOICES, most: int = 2_000) -> list[Que
             asked.append((messages[:turn], messages[turn]["content"]))
         if len(asked) == most:
             break
-    found = []
-    for place, (prompt, answer) in enumerate(asked):
-        wrong = [asked[(place + step) % len(asked)][1] for step in range(1, answers)]
-        found.append(Question(prompt, [answer, *wrong]))
-    return found
+    behind = [answer for _, answer in [*asked[1:], *asked[:1]]]
+    return [Question(prompt, [answer, other]) for (prompt, answer), other in zip(asked, behind, strict=True)]
 
 
 def pairs(path: Path) -> list[Question]:
-    """A question a preference pair: the answer that was chosen is the right one. Raises ValueError for rows that are no pairs."""
+    """A question a preference pair: the answer that was chosen is the better one. Raises ValueError for rows that are no pairs."""
     found = []
     for where, row in sources.rows(str(path)):
         if "chosen" not in row:
@@ -52,7 +48,7 @@ def pairs(path: Path) -> list[Question]:
 def split_pairs(source: str, train: Path, held: Path) -> tuple[list[Question], list[Question]]:
     """Pairs to train on and pairs held out: of the file `source`, or where it is empty of conversations, with another one's answer."""
     if not source:
-        return questions(train, 2), questions(held, 2)
+        return questions(train), questions(held)
     found = pairs(Path(source))
     return [pair for place, pair in enumerate(found) if place % HELD_OUT], found[::HELD_OUT]
 
