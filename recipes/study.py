@@ -4,8 +4,9 @@
 
 The teacher is SmolLM2-135M-Instruct from a package, the chats are the chitchat package's (MIT licence), the text is GSM8K's from a
 package; files of yours may stand for all three. Every arm takes the same tokens, all its stages together, and the same rates, which
-are not tuned arm by arm. `minutes` is what all arms and seeds take on two idle cores, scores included; `mixer=mamba2` is the papers' own,
-without a window. `only` names arms as in `recipes/real/arms.py`, in small letters with - between words.
+are not tuned arm by arm. `minutes` is what all arms and seeds take, scores included: the teacher's speed on this machine is measured, and
+says how many tokens that are. `mixer=mamba2` is the papers' own, without a window. `only` names arms as in `recipes/real/arms.py`, in small
+letters, with - between words.
 
 A row for every finished arm and seed goes to `results`, the table to `output`/table.md after each of them. What is finished is kept: after
 an interruption the same command goes on.
@@ -27,21 +28,19 @@ from llamba.base.packages import carried_file, is_carried
 from llamba.base.progress import quiet_libraries
 from llamba.eval.texts import windows_of
 from llamba.models.loading import load_tokenizer
+from llamba.recipes.real import pace
 from llamba.recipes.real.arms import ARMS, Budget, Study, slug
 from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats
 from llamba.recipes.real.choices import read
-from llamba.recipes.real.claims import LEAST, OFF, Scores, arms_table, claims_table
-from llamba.recipes.real.exam import Exam, Size
+from llamba.recipes.real.claims import CLAIMS, LEAST, OFF, Scores, arms_table, claims_table
+from llamba.recipes.real.exam import PREFERRED, Exam, Size
 from llamba.recipes.real.measures import save
 from llamba.recipes.real.questions import split_pairs, spread, write_pairs
 from llamba.settings import require
 
 TEACHER_ARM = "teacher"
 SOLVED = (TEACHER_ARM, "50%")  # answer GSM8K
-TOKENS_A_SECOND = 900  # of training, on two cores with bf16 products
-SECONDS_AN_ARM = 35  # of loading, saving and scoring
-TOKENS_OF_ALL = 21  # of a seed's arms, in those distilled by one that starts from aligned layers
-ALIGNED = 0.75  # of those tokens: the alignment's
+PREFERRING = {arm for claim in CLAIMS if PREFERRED in claim.by for arm in (claim.better, claim.worse)}
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Choices:
     def __post_init__(self) -> None:
         require(1 <= self.seeds <= 100, "seeds", "a number from 1 to 100", self.seeds)
         require(0 <= self.questions <= 1319, "questions", "a number from 0 to 1,319", self.questions)
-        least = self.seeds * (len(ARMS) + 1) * SECONDS_AN_ARM / 60 + 2
-        require(least <= self.minutes <= 100_000, "minutes", f"at least {least:.0f} for {self.seeds} seeds", self.minutes)
+        require(1 <= self.minutes <= 100_000, "minutes", "a number from 1 to 100,000", self.minutes)
 
     def arms(self) -> list[str]:
         """The arms to do. Raises ValueError for a name that none has."""
@@ -75,12 +73,6 @@ class Choices:
         for name in asked:
             require(name in known, "only", f"of {', '.join(known)}", name)
         return [known[name] for name in asked]
-
-    def budget(self) -> Budget:
-        """Tokens of an arm, such that all of them take so many minutes."""
-        seconds = self.minutes * 60 / self.seeds - (len(ARMS) + 1) * SECONDS_AN_ARM
-        tokens = max(2_048, int(seconds * TOKENS_A_SECOND / TOKENS_OF_ALL) // 1_024 * 1_024)
-        return Budget(tokens=tokens, aligned=int(ALIGNED * tokens), pairs=max(8, tokens // 250))
 
 
 def _math(choices: Choices) -> Path | None:
@@ -121,7 +113,7 @@ def scored(study: Study, exam: Exam, choices: Choices, name: str, seed: int) -> 
     started, begun = time.time(), time.process_time()
     folder = study.teacher if name == TEACHER_ARM else str(study.trained(name, seed))
     trained = time.time()
-    scores = {name: exam.scores(folder)}
+    scores = {name: exam.scores(folder, name in PREFERRING)}
     if name in ARMS and ARMS[name].window and choices.mixer == "auto":
         scores[name + OFF] = exam.window_alone(folder)
     if name in SOLVED and seed == 0 and choices.questions:
@@ -131,21 +123,22 @@ def scored(study: Study, exam: Exam, choices: Choices, name: str, seed: int) -> 
     return {"benchmark": "claims", "arm": name, "seed": seed, "scores": scores, "seconds": seconds, "cpu_seconds": cpu}
 
 
-def _settings(choices: Choices, study: Study) -> dict[str, Any]:
-    given = {key: value for key, value in asdict(choices).items() if key not in ("only", "output", "results", "minutes", "seeds")}
-    return given | asdict(study.budget)
+def settled(choices: Choices, budget: Budget | None) -> tuple[Budget, dict[str, Any]]:
+    """The budget, measured where none is given, and all that scores depend on; both stay with the output folder.
 
-
-def claim_folder(choices: Choices, settings: dict[str, Any]) -> None:
-    """Make the output folder this study's own. Raises ValueError where it holds one with other settings."""
+    Raises ValueError where that holds a study with other settings.
+    """
     path = Path(choices.output) / "study.json"
+    given = {key: value for key, value in asdict(choices).items() if key not in ("only", "output", "results", "seeds")}
     if not path.exists():
+        made = budget or pace.budget(choices.minutes, choices.seeds, pace.forward_rate(choices.teacher))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, settings)
+        save(path, {"choices": given, "budget": asdict(made)})
     there = json.loads(path.read_text())
-    other = [f"{key}={there.get(key)}, not {value}" for key, value in settings.items() if there.get(key) != value]
+    other = [f"{key}={there['choices'].get(key)}, not {value}" for key, value in given.items() if there["choices"].get(key) != value]
     if other:
         raise ValueError(f"{choices.output} holds a study with {'; '.join(other)}; give the old values, or another output")
+    return Budget(**there["budget"]), there["choices"] | there["budget"]
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
@@ -177,12 +170,11 @@ def report(folder: Path, settings: dict[str, Any], counts: dict[str, int]) -> st
     return text
 
 
-def do(choices: Choices, budget: Budget, size: Size) -> str:
-    """Everything that is left of a study, seed by seed; returns its tables. Raises ValueError as `run` and `prepare`."""
+def do(choices: Choices, size: Size, budget: Budget | None = None) -> str:
+    """Everything that is left of a study, seed by seed; returns its tables. Raises ValueError as `run`, `settled` and `prepare`."""
     names, folder = choices.arms(), Path(choices.output)
-    study, exam = prepare(choices, budget, size)
-    settings = _settings(choices, study)
-    claim_folder(choices, settings)
+    found, settings = settled(choices, budget)
+    study, exam = prepare(choices, found, size)
     (folder / "done").mkdir(exist_ok=True)
     for seed in range(choices.seeds):
         for name in names if seed == 0 else [name for name in names if name != TEACHER_ARM]:
@@ -203,7 +195,7 @@ def main() -> None:
     """Read the command line, do what is left, and print the tables."""
     choices = read(Choices, sys.argv[1:])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(do(choices, choices.budget(), Size()))
+    print(do(choices, Size()))
     print(f"tables: {choices.output}/table.md; rows: {choices.results}")
 
 

@@ -22,8 +22,9 @@ from llamba.settings import Stage
 from llamba.training.layer_ranking import restore
 
 TEACHER, ALIGNED, SELECTED = "teacher", "aligned", "selected"  # starts that are no arms
-RATE, HIDDEN_RATE, REST_RATE = 1e-3, 3e-3, 1e-4  # of mixers; of mixers in alignment; of all else where it has a rate of its own
-SFT_RATE, DPO_RATE = 1e-4, 5e-6
+RATE, REST_RATE = 3e-4, 3e-5  # of what is trained; of all but the mixers where that has a rate of its own
+SFT_RATE, DPO_RATE = 3e-5, 5e-6
+KEPT = 64  # tokens a target, of which the teacher's logits are kept, once for all arms of a seed
 PARTS = 8  # a seed reads every so manyth training row
 
 
@@ -47,16 +48,16 @@ class Budget:
 
 
 def _common(budget: Budget) -> dict[str, Any]:
-    return dict(clip=1.0, warmup=0.05, floor=0.05, batch=budget.batch, micro_batch=budget.batch, save_every=10**6, log_every=5)
+    return dict(clip=1.0, warmup=0.1, floor=0.05, batch=budget.batch, micro_batch=budget.batch, save_every=10**6, log_every=5)
 
 
 def _distill(budget: Budget, tokens: int, **more: Any) -> Distill:
-    values: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "targets": "all", "lr": RATE, "betas": (0.9, 0.95), "tokens": tokens}
+    values: dict[str, Any] = {"kl": 1.0, "ce": 0.0, "targets": "all", "lr": RATE, "betas": (0.9, 0.95), "tokens": tokens, "offline": KEPT}
     return Distill(**values | _common(budget) | more)
 
 
 def _hidden(budget: Budget, tokens: int) -> Hidden:
-    return Hidden(lr=HIDDEN_RATE, tokens=tokens, **_common(budget))
+    return Hidden(lr=RATE, tokens=tokens, **_common(budget))
 
 
 def _rest(budget: Budget) -> list[Stage]:
@@ -104,12 +105,10 @@ ARMS = {
     "50%, no alignment": Arm(0.5, _alone, start=TEACHER),
     "50%, no alignment, random weights": Arm(0.5, _alone, start=TEACHER, student={"init": "random"}),
     "0%, no alignment": Arm(0.0, _alone, start=TEACHER),
-    "0%, alignment alone": Arm(0.0, lambda budget: [_hidden(budget, budget.whole)], start=TEACHER),
     "50%, all trained": Arm(0.5, lambda budget: [_distill(budget, budget.tokens, train="all")]),
     "50%, all trained, two rates": Arm(0.5, lambda budget: [_distill(budget, budget.tokens, train="all", rest_lr=REST_RATE)]),
     "50%, no mixers, all trained": Arm(
-        0.5, lambda budget: [_distill(budget, budget.whole, train="all", lr=REST_RATE)], start=TEACHER,
-        student={"mixer": "none"},
+        0.5, lambda budget: [_distill(budget, budget.whole, train="all")], start=TEACHER, student={"mixer": "none"}
     ),
     "25%, no alignment": Arm(0.25, _alone, start=TEACHER),
     "25%, no alignment, by steps": Arm(0.5, _by_steps, start=TEACHER),
@@ -161,7 +160,8 @@ class Study:
     def _placed(self, stage: Stage, seed: int) -> Stage:
         """A stage with its data and, where it has one, the study's teacher: the recipe's may be the arm's start."""
         values = vars(stage) | {"data": self._data(stage, seed)}
-        return type(stage)(**values | ({"teacher": self.teacher} if "teacher" in values else {}))
+        more = {"teacher": self.teacher, "offline_folder": str(self.folder / "logits")}
+        return type(stage)(**values | {key: value for key, value in more.items() if key in values})
 
     def aligned(self, seed: int) -> Recipe:
         """Every layer converted and aligned; then, to choose from, attention back in a quarter of them."""

@@ -28,12 +28,12 @@ PHONE, DIGITS, PREFERRED = "phone numbers, %", "digits of them, %", "better answ
 class Size:
     """How much is asked: windows of chats and text of `length` tokens, questions, `trials` for each size of phone book."""
 
-    chats: int = 8
-    text: int = 4
+    chats: int = 6
+    text: int = 3
     length: int = 512
     questions: int = 40
     names: tuple[int, ...] = (4, 8)
-    trials: int = 20
+    trials: int = 12
     new_tokens: int = 32
     reasoning: int = 200  # tokens of an answer to a question of GSM8K
 
@@ -121,15 +121,16 @@ class Exam:
             found |= {f"{name} KL": _mean(kl), f"{name} KL, second half": _mean(late), f"{name} perplexity": math.exp(_mean(nll))}
         return found
 
-    def scores(self, folder: str) -> dict[str, float]:
-        """Everything of a model folder."""
+    def scores(self, folder: str, better: bool) -> dict[str, float]:
+        """Everything of a model folder; which answer it finds `better` where that is asked for."""
         answerer = self._answerer(folder, self.size.new_tokens)
         found = self._distances(answerer.model)
         options = Options(tasks=("phone",), names=self.size.names, trials=self.size.trials)
         said = [one.value for trials in measure(answerer, options)["phone"].values() for trial in trials for one in trial]
         found[PHONE] = _mean(said)
         found[DIGITS] = digits(answerer.model, answerer.tokenizer, self.size.names, self.size.trials)
-        found[PREFERRED] = preferred(answerer.model, answerer.tokenizer, self.asked, self.size.length)
+        if better:
+            found[PREFERRED] = preferred(answerer.model, answerer.tokenizer, self.asked, self.size.length)
         return found
 
     def counts(self) -> dict[str, int]:
