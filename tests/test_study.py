@@ -28,7 +28,7 @@ import language  # noqa: E402
 
 LENGTH = 128  # the window sees half of it
 BUDGET = Budget(tokens=4 * LENGTH, aligned=4 * LENGTH, pairs=8, batch=2, length=LENGTH)  # two steps a stage
-SIZE = Size(chats=4, text=2, length=LENGTH, questions=3, names=(2,), trials=2, new_tokens=4, reasoning=4)
+SIZE = Size(chats=4, text=1, length=LENGTH, questions=2, names=(2,), trials=1, new_tokens=4, reasoning=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def choices(given: dict[str, str], out: Path, **more) -> study.Choices:
 
 
 def weights(folder: Path) -> set[str]:
-    return {path.relative_to(folder).parts[0] for path in folder.rglob("*.safetensors")}
+    return {path.relative_to(folder).parts[0] for path in folder.rglob("model.safetensors")}
 
 
 def test_two_steps_of_the_whole_path(given, tmp_path: Path, capsys) -> None:
     """Every kind of start and of stage; rows, table, weights that go; and a second call that trains nothing."""
-    asked = choices(given, tmp_path, only="teacher,50,25-selected-layers,50-no-mixers-all-trained,25-no-alignment-by-steps,50-sft,50-dpo")
+    asked = choices(given, tmp_path, only="teacher,50,25-selected-layers,50-no-mixers-all-trained,50-sft,50-dpo")
     table = study.do(asked, SIZE, BUDGET)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == asked.arms() and all(row["hardware"] and row["settings"]["tokens"] == 512 for row in rows)

@@ -25,6 +25,7 @@ TEACHER, ALIGNED, SELECTED = "teacher", "aligned", "selected"  # starts that are
 RATE, REST_RATE = 3e-4, 3e-5  # of what is trained; of all but the mixers where that has a rate of its own
 SFT_RATE, DPO_RATE = 3e-5, 5e-6
 KEPT = 64  # tokens a target, of which the teacher's logits are kept, once for all arms of a seed
+PAIRS = 4  # of a step of DPO
 PARTS = 8  # a seed reads every so manyth training row
 
 
@@ -38,7 +39,7 @@ class Budget:
     tokens: int
     aligned: int
     pairs: int
-    batch: int = 2
+    batch: int = 1
     length: int = 512
 
     @property
@@ -77,8 +78,7 @@ def _sft(budget: Budget) -> list[Stage]:
 
 
 def _dpo(budget: Budget) -> list[Stage]:
-    size = 2 * budget.batch
-    return [Dpo(**{**_common(budget), "lr": DPO_RATE, "batch": size, "steps": max(1, budget.pairs // size)})]
+    return [Dpo(**{**_common(budget), "lr": DPO_RATE, "batch": PAIRS, "micro_batch": PAIRS, "steps": max(1, budget.pairs // PAIRS)})]
 
 
 @dataclass(frozen=True)
