@@ -1,10 +1,10 @@
 """The papers' claims tried on a real chat model: every arm converted, trained and scored alike, and whether each claim holds here.
 
-    python recipes/study.py [tokens=4096] [seeds=2] [only=50,25-selected-layers] [mixer=auto] [data=FILE] [text=FILE] [questions=50]
+    python recipes/study.py [tokens=2048] [seeds=2] [only=50,25-selected-layers] [mixer=auto] [data=FILE] [text=FILE] [questions=50]
 
 The teacher is SmolLM2-135M-Instruct from a package, the chats are the chitchat package's (MIT licence), the text is GSM8K's from a
 package; files of yours may stand for chats and text. Every arm takes the same tokens, all its stages together, and the same rates, which
-are not tuned arm by arm; `tokens=4096` takes some 40 minutes of one CPU core for two seeds. A seed says which chats are read, and draws
+are not tuned arm by arm; `tokens=2048` takes some 30 minutes of one CPU core for two seeds. A seed says which chats are read, and draws
 what starts at random. `mixer=mamba2` is the papers' own, without a window. `only` names arms as in `recipes/real/arms.py`, in small
 letters, with - between words.
 

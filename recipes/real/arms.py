@@ -22,7 +22,7 @@ from llamba.settings import Stage
 from llamba.training.layer_ranking import restore
 
 TEACHER, FITTED, SELECTED = "teacher", "fitted", "selected"  # starts that are no arms
-RATE, REST_RATE = 5e-4, 3e-5  # of what is trained; of all but the mixers where that has a rate of its own
+RATE, REST_RATE = 1e-4, 1e-5  # of what is trained; of all but the mixers where that has a rate of its own
 SFT_RATE, DPO_RATE = 3e-5, 5e-6
 KEPT = 64  # tokens a target, of which the teacher's logits are kept, once for all arms of a seed
 PAIRS = 2  # of a step of DPO
@@ -36,7 +36,7 @@ class Budget:
     `batch` sequences of `length` tokens make a step; joins are fitted on `calibrate` tokens.
     """
 
-    tokens: int = 4_096
+    tokens: int = 2_048
     calibrate: int = 4_096
     pairs: int = 8
     batch: int = 1

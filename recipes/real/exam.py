@@ -33,9 +33,9 @@ class Size:
     chats: int = 4
     text: int = 2
     length: int = 512
-    questions: int = 20
+    questions: int = 16
     names: tuple[int, ...] = (4, 8)
-    trials: int = 8
+    trials: int = 6
     reasoning: int = 128  # tokens of an answer to a question of GSM8K
 
 
