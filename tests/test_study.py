@@ -171,14 +171,17 @@ def test_questions_have_the_answer_behind_as_the_worse_one(tmp_path: Path) -> No
     [
         ([0.10, 0.10], [0.20, 0.20], 0.05, False, "agrees"),  # ln 2 = 0.69 against 2 * 0.05
         ([0.20, 0.20], [0.10, 0.10], 0.05, False, "disagrees"),
-        ([0.10, 0.10], [0.11, 0.11], 0.05, False, "cannot tell"),  # ln 1.1 = 0.095 against 0.1
-        ([0.10, 0.10], [0.112, 0.112], 0.05, False, "agrees"),  # ln 1.12 = 0.113
+        ([0.10, 0.10], [0.115, 0.115], 0.08, False, "cannot tell"),  # ln 1.15 = 0.140 against 0.16
+        ([0.10, 0.10], [0.12, 0.12], 0.08, False, "agrees"),  # ln 1.2 = 0.182
         ([0.08, 0.13], [0.16, 0.16], 0.05, False, "cannot tell"),  # own spread: 0.343 / 2 ** 0.5 = 0.243, ln 1.57 = 0.45 against 0.49
-        ([0.10, 0.10], [0.102, 0.102], 0.0, False, "cannot tell"),  # no noise at all, and less than 3%
+        ([0.10, 0.10], [0.109, 0.109], 0.0, False, "cannot tell"),  # no noise at all, and less than 10%
+        ([0.10], [0.112], 0.0, False, "agrees"),
+        ([0.10], [0.20], 0.2, False, "agrees"),  # one seed each: ln 2 = 0.69 against 0.4 * 2 ** 0.5 = 0.57
         ([0.10], [0.20], math.inf, False, "cannot tell"),  # one seed
         ([0.101, 0.101], [0.10, 0.10], 0.001, True, "agrees"),
         ([0.15, 0.15], [0.10, 0.10], 0.05, True, "disagrees"),
-        ([0.108, 0.108], [0.10, 0.10], 0.05, True, "cannot tell"),
+        ([0.105], [0.10], 0.0, True, "cannot tell"),  # less than 10%, more than 3%
+        ([0.115, 0.115], [0.10, 0.10], 0.08, True, "cannot tell"),
     ],
 )
 def test_verdicts_by_distance(better, worse, typical: float, equal: bool, want: str) -> None:

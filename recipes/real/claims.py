@@ -1,7 +1,8 @@
 """What the papers claim of conversions, and whether a study's scores agree: claims as values, verdicts by margins, tables in Markdown.
 
 A score that is a distance is compared by its ratio, a share of questions by its difference. The margin is two standard errors of that
-difference: of distances by the spread over seeds, of shares by the number of questions. A ratio closer to 1 than LEAST decides nothing.
+difference: of distances by the spread over seeds, of shares by the number of questions. A ratio closer to 1 than LEAST decides nothing;
+what should be as good may lose EQUAL.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from llamba.recipes.real.exam import DIGITS, PHONE, PREFERRED
 
 AGREES, DISAGREES, UNKNOWN, MISSING = "agrees", "disagrees", "cannot tell", "not measured"
-LEAST = 0.03  # of a distance
+LEAST, EQUAL = 0.1, 0.03  # of a distance: a smaller difference is none that can be told; a smaller loss is none
 OFF = ", recurrence off"
 DISTANCES = ("chat KL", "text KL")
 LATE = ("chat KL, second half",)
@@ -21,9 +22,10 @@ SHARES = (PHONE, DIGITS)
 ALIGNED = (*SHARES, PREFERRED)
 MADE_OF = "Mamba-in-Llama (2408.15237)"
 RULE = (
-    f"Mean ± standard deviation over seeds; KL in nats per token. A verdict needs two standard errors of the difference: of a distance by "
-    f"the spread over seeds (the larger of both arms' own and the median of all arms), and at least {LEAST:.0%} of it; of a share by the "
-    "number of questions. Where several scores judge a claim, those that can tell must say the same."
+    "Mean ± standard deviation over seeds; KL in nats per token. A verdict needs two standard errors of the difference: of a distance by "
+    f"the spread over seeds (the larger of both arms' own and the median of all arms that have two), and at least {LEAST:.0%} of it, since "
+    f"all arms have the same few windows; of a share by the number of questions. As good is what loses less than {EQUAL:.0%}. Where "
+    "several scores judge a claim, those that can tell must say the same."
 )
 
 Scores = dict[str, float]  # of one seed, by what was measured
@@ -94,7 +96,7 @@ def by_distance(better: Sequence[float], worse: Sequence[float], typical: float,
     own = math.sqrt((_spread(better) ** 2 + _spread(worse) ** 2) / 2)
     margin = max(math.log1p(LEAST), 2 * max(own, typical) * math.sqrt(1 / len(better) + 1 / len(worse)))
     if equal:
-        return DISAGREES if gain < -margin else AGREES if margin < math.inf and gain >= -math.log1p(LEAST) else UNKNOWN
+        return DISAGREES if gain < -margin else AGREES if margin < math.inf and gain >= -math.log1p(EQUAL) else UNKNOWN
     return AGREES if gain > margin else DISAGREES if gain < -margin else UNKNOWN
 
 
