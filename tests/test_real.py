@@ -49,5 +49,5 @@ def test_from_chats_to_the_table_and_again_from_what_is_there(chats: Path, tmp_p
     weights = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
     real.main()
     assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")) == weights, "nothing is trained twice"
-    with pytest.raises(ValueError, match="minutes must be from 1 to 10,000, got 0"):
-        real.read(["minutes=0"])
+    with pytest.raises(ValueError, match="minutes must be a number from 1 to 10,000, got 0"):
+        real.read(real.Choices, ["minutes=0"])

