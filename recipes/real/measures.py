@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llamba.base.axes import plain, scale_y
 from llamba.base.folders import finished
@@ -36,13 +37,31 @@ class Distance:
     late: float
 
 
+class Reference(NamedTuple):
+    """A chat, and what the teacher expects of each next token."""
+
+    tokens: Tensor  # [1, T]
+    expected: Tensor  # logarithms of probabilities, [T - 1, V]
+
+
 @torch.inference_mode()
-def distance(model: Any, teacher: Any, chats: Sequence[list[int]]) -> Distance:
+def expected(model: Any, tokens: Tensor) -> Tensor:
+    """Logarithms of a model's probabilities of each next token [T - 1, V], for tokens [1, T]."""
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits[0, :-1].float().log_softmax(-1)
+
+
+def references(teacher: Any, chats: Sequence[list[int]]) -> list[Reference]:
+    """The teacher's side of `distance`, which is computed once for all students: T x V numbers a chat."""
+    return [Reference(tokens, expected(teacher, tokens)) for tokens in (torch.tensor([ids]) for ids in chats)]
+
+
+@torch.inference_mode()
+def distance(model: Any, chats: Sequence[Reference]) -> Distance:
     """How far a model is from its teacher on chats of equal length T."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for ids in chats:
-        tokens = torch.tensor([ids])
-        own, theirs = (m(tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (model, teacher))  # [T - 1, V]
+    for tokens, theirs in chats:
+        own = expected(model, tokens)
         kl = (theirs.exp() * (theirs - own)).sum(-1)
         nll = -own.gather(1, tokens[0, 1:, None]).mean()
         sums += torch.stack((nll, kl.mean(), kl[LATE:].mean())).double()

@@ -2,11 +2,12 @@
 
     python recipes/real/real.py [minutes=15] [data=FILE or ORG/SET:SPLIT] [output=runs/real]        (`make real` runs this)
 
-Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted once, and their
-joins fitted to attention; the first student gets attention back in the layers that need it most (`select`); both are distilled by KL,
-the mixers alone trained. `minutes` is the training time of both together on two idle cores; with more of them the runs that are there go
-on. Chats are the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every
-twentieth row is held out. Everything that is finished is kept: after an interruption the same command goes on.
+Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted, and their joins
+fitted to attention; the first student gets attention back in the layers that need it most (`select`) and is distilled by KL, the mixers
+alone trained. The second goes on from it: the rest of its layers are converted and fitted, and it is distilled from the teacher in turn.
+`minutes` is the training time of both together on two idle cores; with more of them the runs that are there go on. Chats are the chitchat
+package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is held out.
+Everything that is finished is kept: after an interruption the same command goes on.
 """
 
 import copy
@@ -29,7 +30,7 @@ from llamba.chat.conversation import Chat, Sampling, load, load_draft
 from llamba.models.mixers import without_recurrence
 from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats, write_prompts
 from llamba.recipes.real.choices import read
-from llamba.recipes.real.measures import CONTEXTS, LATE, cache_mib, distance, pictures, recalled, save, speed, table
+from llamba.recipes.real.measures import CONTEXTS, LATE, Reference, cache_mib, distance, pictures, recalled, references, save, speed, table
 from llamba.settings import require
 
 TEACHER = "package:smollm2-135m-instruct"
@@ -38,7 +39,7 @@ ANSWERED = 32  # conversations that the teacher answers
 SELECT_ROWS = 8  # sequences that the layers are ranked on
 HEAD = 8192  # tokens that the draft can propose: the most frequent ones
 DRAFT_TOKENS = 80_000  # that the draft learns on
-HELD_OUT = 12  # chats that the distance to the teacher is measured on
+HELD_OUT = 8  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 RATE, PROJECTION_RATE = 3e-3, 5e-5  # what is new learns fast, what the teacher knew slowly: at one rate of 3e-4 for both the KL rises
 CALIBRATED = 8192  # tokens that the joins are fitted on
@@ -93,7 +94,7 @@ def _draft(minutes: float) -> Draft:
 
 
 def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
-    """The runs: with attention in half of the layers, and, from the same converted layers, without any."""
+    """The runs: with attention in half of the layers, and, from that student, without any."""
     first = min(choices.minutes, FIRST_MINUTES)
     prompts = Data(train=str(train), length=LENGTH)
     asked_about = Data(train=str(write_prompts(train, ANSWERED, turns=3)), length=LENGTH)
@@ -107,7 +108,7 @@ def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
     )  # fmt: skip
     made = replace(data, train=[str(train), f"{choices.output}/1-pseudo_label/rows"])
     none = Recipe(
-        teacher=f"{choices.output}/0-convert", student=Student(mixer="auto", attention=0), data=made,
+        teacher=f"{choices.output}/3-distill", student=Student(mixer="auto", attention=0, calibrate=CALIBRATED), data=made,
         stages=[replace(stage, teacher=choices.teacher) for stage in distillations("none", choices.minutes)],
         output=f"{choices.output}-0pct",
     )  # fmt: skip
@@ -119,11 +120,11 @@ def asked(model: Any, tokenizer: Any) -> dict[str, str]:
     return {question: Chat(model, tokenizer, Sampling(max_new_tokens=60)).answer(question, io.StringIO()) for question in QUESTIONS}
 
 
-def distances(model: Any, teacher: Any, chats: list[list[int]]) -> dict[str, float]:
+def distances(model: Any, chats: list[Reference]) -> dict[str, float]:
     """A student's distance to its teacher, with the recurrence and without."""
-    found = distance(model, teacher, chats)
+    found = distance(model, chats)
     with without_recurrence(model):
-        window = distance(model, teacher, chats)
+        window = distance(model, chats)
     return {
         "perplexity, held-out chats": math.exp(found.nll),
         "KL to the teacher": found.kl,
@@ -149,19 +150,19 @@ def used(folder: str, model: Any, tokenizer: Any, draft: Any) -> dict[str, float
 def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[str, Any]]:
     """All models' numbers and answers."""
     teacher, tokenizer = load(choices.teacher)
-    chats = held_out_windows(held, tokenizer, LENGTH, HELD_OUT)
+    chats = references(teacher, held_out_windows(held, tokenizer, LENGTH, HELD_OUT))
     found: dict[str, dict[str, Any]] = {
-        "teacher": {"perplexity, held-out chats": math.exp(distance(teacher, teacher, chats).nll)}
+        "teacher": {"perplexity, held-out chats": math.exp(distance(teacher, chats).nll)}
         | used(choices.teacher, teacher, tokenizer, None)
         | {"answers": asked(teacher, tokenizer)}
     }
     for name, folder, kept in (("50%", choices.output, layers), ("0%", f"{choices.output}-0pct", [])):
         untrained = convert(teacher, mixer="auto", attention=kept)
-        found[f"{name}, untrained"] = distances(untrained, teacher, chats) | {"answers": asked(untrained, tokenizer)}
+        found[f"{name}, untrained"] = distances(untrained, chats) | {"answers": asked(untrained, tokenizer)}
         del untrained
         model, _ = load(folder)
         draft = load_draft(choices.output, model) if name == "50%" else None
-        found[name] = distances(model, teacher, chats) | used(folder, model, tokenizer, draft) | {"answers": asked(model, tokenizer)}
+        found[name] = distances(model, chats) | used(folder, model, tokenizer, draft) | {"answers": asked(model, tokenizer)}
     return found
 
 

@@ -18,7 +18,7 @@ from llamba.base.progress import quiet_libraries
 from llamba.base.provenance import append_row
 from llamba.chat.conversation import load
 from llamba.recipes.real.chats import CHITCHAT, held_out_windows, write_chats
-from llamba.recipes.real.measures import LATE, distance
+from llamba.recipes.real.measures import LATE, distance, references
 
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH, HELD_OUT = 512, 8
@@ -36,12 +36,12 @@ def main(given: dict[str, str]) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     teacher, tokenizer = load(given.get("teacher", TEACHER))
     train, held = write_chats(given.get("data", CHITCHAT), Path("runs/real-data"))
-    chats, tokens = held_out_windows(held, tokenizer, LENGTH, HELD_OUT), int(given.get("tokens", "8192"))
+    chats, tokens = references(teacher, held_out_windows(held, tokenizer, LENGTH, HELD_OUT)), int(given.get("tokens", "8192"))
     rows = held_out_windows(train, tokenizer, LENGTH, tokens // LENGTH)
     for name, kept in students(teacher.config.num_hidden_layers).items():
         row: dict[str, Any] = {"measured": "start", "teacher": given.get("teacher", TEACHER), "replaced": name, "tokens": tokens}
         for start, calibrate in (("0", None), ("fitted", rows)):
-            found = distance(convert(teacher, attention=kept, calibrate=calibrate), teacher, chats)
+            found = distance(convert(teacher, attention=kept, calibrate=calibrate), chats)
             row[start] = {"kl": found.kl, "late": found.late}
             print(f"{name} of the layers, joins {start}: KL {found.kl:.4f}, behind token {LATE} {found.late:.4f}", flush=True)
         append_row(RESULTS, row)
