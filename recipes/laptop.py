@@ -6,27 +6,16 @@ machine, and `stages.distill.tokens=...` changes it. Half of the layers keep att
 chooses them by measurement.
 """
 
-from llamba import Data, Distill, Recipe, Student, launch
+from dataclasses import replace
+
+from llamba import Data, Recipe, Student, launch
+from llamba.recipes.smollm2_50pct import distilled
 
 recipe = Recipe(
     teacher="package:smollm2-135m-instruct",
     student=Student(mixer="auto", attention=0.5, calibrate=4096),
     data=Data(train="HuggingFaceTB/smol-smoltalk:train", length=512, packing=True),
-    stages=[
-        Distill(
-            tokens=200_000,
-            kl=1.0,
-            ce=0.0,
-            targets="all",
-            lr=3e-3,
-            projection_lr=5e-5,
-            betas=(0.9, 0.95),
-            clip=1.0,
-            warmup=0.1,
-            batch=2,
-            micro_batch=2,
-        ),
-    ],
+    stages=[replace(distilled, tokens=200_000, warmup=0.1, batch=2, micro_batch=2)],
     output="runs/laptop",
 )
 

@@ -5,26 +5,13 @@ No paper. As `smollm2_50pct.py`, without giving attention back: memory by contex
 
 from dataclasses import replace
 
-from llamba import Distill, launch
+from llamba import launch
+from llamba.recipes.smollm2_50pct import distilled
 from llamba.recipes.smollm2_50pct import recipe as half
 
 recipe = replace(
     half,
-    stages=[
-        Distill(
-            tokens=6_000_000,
-            kl=1.0,
-            ce=0.0,
-            targets="all",
-            lr=3e-3,
-            projection_lr=5e-5,
-            betas=(0.9, 0.95),
-            clip=1.0,
-            warmup=0.02,
-            batch=4,
-            micro_batch=4,
-        ),
-    ],
+    stages=[replace(distilled, tokens=6_000_000)],
     output="runs/smollm2_0pct",
 )
 

@@ -10,25 +10,27 @@ Without a hub: `teacher=package:smollm2-135m-instruct` takes the weights from a 
 
 from llamba import Data, Distill, Recipe, Select, Student, launch
 
+distilled = Distill(
+    tokens=4_000_000,
+    kl=1.0,
+    ce=0.0,
+    targets="all",
+    lr=3e-3,
+    projection_lr=5e-5,
+    betas=(0.9, 0.95),
+    clip=1.0,
+    warmup=0.02,
+    batch=4,
+    micro_batch=4,
+)
+
 recipe = Recipe(
     teacher="HuggingFaceTB/SmolLM2-135M-Instruct",
     student=Student(mixer="auto", attention=0, calibrate=8192),
     data=Data(train="HuggingFaceTB/smol-smoltalk:train", length=512, packing=True, streaming=True),
     stages=[
         Select(keep=0.5, method="swap", rows=16, targets="all"),
-        Distill(
-            tokens=4_000_000,
-            kl=1.0,
-            ce=0.0,
-            targets="all",
-            lr=3e-3,
-            projection_lr=5e-5,
-            betas=(0.9, 0.95),
-            clip=1.0,
-            warmup=0.02,
-            batch=4,
-            micro_batch=4,
-        ),
+        distilled,
     ],
     output="runs/smollm2_50pct",
 )

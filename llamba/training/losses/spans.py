@@ -55,6 +55,7 @@ class _OfLikelihoods(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss_of: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> Any:
+        """hidden [n, D], weight [V, D], bias [V], targets [n]; what `loss_of` makes of the likelihoods [n], the gradients kept."""
         likelihoods = _log_likelihoods(hidden, weight, bias, targets).requires_grad_()
         with torch.enable_grad():
             sums = loss_of(likelihoods)
