@@ -304,6 +304,7 @@ def test_several_losses_are_weighted(tmp_path, preferred, student):
         ({"loss": ["sft", "hinge"], "loss_weights": [1.0]}, "dpo.loss_weights must be one number per loss"),
         ({"loss": "exo_pair"}, "label_smoothing must be greater than 0 for exo_pair"),
         ({"lora": Lora(), "rest_lr": 1e-5}, "dpo: lora has one learning rate, got rest_lr=1e-05"),
+        ({"lora": Lora(), "join_lr": 1e-2}, "dpo: lora has one learning rate, got join_lr=0.01"),
     ],
 )
 def test_settings_that_cannot_be(values, message):

@@ -20,13 +20,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from llamba.base.folders import resolve_model
 from llamba.data.batches import Ordered, Rows, collate
 from llamba.data.tokens import StageData, tokenize
+from llamba.models.convert import convert
 from llamba.running import run
 from llamba.settings import Data, Distill, Recipe, Student, layers_of
 from llamba.stages import distill
 from llamba.training import checkpoints
 from llamba.training.losses import IGNORE
 from llamba.training.metrics import METRICS, read_metrics
-from llamba.training.trainer import DistillTrainer, accumulation, freeze, mixer_names, place_teacher, run_as_forward, training_arguments
+from llamba.training.trainer import (
+    DistillTrainer,
+    accumulation,
+    freeze,
+    join_names,
+    mixer_names,
+    place_teacher,
+    run_as_forward,
+    training_arguments,
+)
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)
@@ -448,6 +458,18 @@ def test_projections_have_a_learning_rate_of_their_own(tmp_path, data, student_f
         assert distance <= 1.01 * (1e-4 if projection and own else 1e-3 if own else 1e-5), name
     assert max(value for name, value in moved.items() if "in_proj" in name) > 9e-5
     assert max(value for name, value in moved.items() if "A_log" in name) > 9e-4
+
+
+@pytest.mark.parametrize("mixer, join", [("mamba2", "norm.weight"), ("discrete_mamba2", "join")])
+def test_joins_have_a_learning_rate_of_their_own(tmp_path, data, teacher_folder, mixer, join):
+    """They start at 0, where no gradient of the recurrence's other weights is, and go further than those in the same steps."""
+    student = convert(str(teacher_folder), mixer=mixer, attention=0.5, options={"window": 4, "sinks": 1})
+    student.save_pretrained(tmp_path / "student")
+    stage = Distill(**{**SHORT, "lr": 1e-4, "warmup": 0, "schedule": "constant"}, steps=1, join_lr=1e-2)
+    distill.run(stage, str(tmp_path / "student"), str(teacher_folder), data, tmp_path / "out")
+    after = {name: weight.abs().max().item() for name, weight in weights_of(tmp_path / "out").items() if name.endswith(f"self_attn.{join}")}
+    assert set(after) == join_names(student) and len(after) == len(student.config.layer_types) // 2
+    assert all(9e-3 < distance <= 1.01e-2 for distance in after.values()), after
 
 
 def test_everything_but_mlps(tmp_path, data, student_folder, teacher_folder):

@@ -15,7 +15,7 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, 
     (B, T, H, P), (G, S) = q.shape, keys.shape[1:3]
     R = H // G
     together = q.reshape(B * G, R, P) if T == 1 else q.reshape(B, T, G, R, P).permute(0, 2, 3, 1, 4).reshape(B * G, R * T, P)
-    scores = torch.bmm(together * scale, keys.view(B * G, S, P).transpose(1, 2))  # [B G, R T, S]
+    scores = torch.baddbmm(q.new_empty(()), together, keys.view(B * G, S, P).transpose(1, 2), beta=0, alpha=scale)  # [B G, R T, S]
     if added is not None:
         scores = (scores.view(B, G, R, T, S) + added[:, None, None]).view(B * G, R * T, S)
     y = torch.bmm(scores.softmax(-1), values.view(B * G, S, P))

@@ -38,7 +38,7 @@ class Aligning(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rest_lr", "projection_lr"):
+        for key in ("rest_lr", "projection_lr", "join_lr"):
             if self.lora is not None and getattr(self, key) is not None:
                 raise ValueError(f"{self.name}: lora has one learning rate, got {key}={getattr(self, key)} too; give one of the two")
 

@@ -116,8 +116,9 @@ class Training(Stage):
     """What every stage that trains may say.
 
     `train` names what is trained: the mixers of converted layers, everything, or everything but the MLPs. `lr` is the
-    mixers' learning rate, `projection_lr` that of their input and output projections, which hold what the teacher knew, and
-    `rest_lr` that of all else (default of both: `lr`). The length of the stage is `steps` (optimizer steps) or `tokens`,
+    mixers' learning rate, `projection_lr` that of their input and output projections, which hold what the teacher knew,
+    `join_lr` that of the weights by which the recurrence counts beside a window, which start at 0, and `rest_lr` that of all
+    else (default of the three: `lr`). The length of the stage is `steps` (optimizer steps) or `tokens`,
     else `epochs`. The schedule `wsd` warms up, stays, and falls linearly over the last part `decay` of the steps; `floor` is
     the part of the learning rate at which `cosine` and `wsd` end.
     """
@@ -125,6 +126,7 @@ class Training(Stage):
     train: Literal["mixers", "all", "all_but_mlps"] = "mixers"
     lr: float = 8e-5
     projection_lr: float | None = None
+    join_lr: float | None = None
     rest_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
@@ -148,7 +150,8 @@ class Training(Stage):
         object.__setattr__(self, "betas", tuple(self.betas) if isinstance(self.betas, list) else self.betas)
         super().__post_init__()
         self._not_negative("weight_decay", "clip", "warmup")
-        self._positive("lr", "projection_lr", "rest_lr", "epochs", "batch", "micro_batch", "save_every", "log_every", "steps", "tokens")
+        self._positive("lr", "projection_lr", "join_lr", "rest_lr", "epochs", "batch", "micro_batch", "save_every", "log_every", "steps")
+        self._positive("tokens")
         for key, largest in (("steps", 10**9), ("tokens", 10**15), ("batch", 10**7), ("micro_batch", 10**7), ("epochs", 10**6)):
             value = getattr(self, key)
             require(value is None or value <= largest, f"{self.name}.{key}", f"at most {largest:,}", value)

@@ -18,6 +18,7 @@ from llamba.base.devices import on_cpu, processes
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.models.documents import attend_by_document
 from llamba.models.hybrid import mixer_layers
+from llamba.models.mixers import Mixer
 from llamba.settings import Training
 from llamba.training import checkpoints, frozen
 from llamba.training.layer_distances import Distances
@@ -106,6 +107,12 @@ def mixer_names(student: PreTrainedModel) -> set[str]:
     return {name for name, _ in student.named_parameters() if converted and name.partition(".")[2].startswith(converted)}
 
 
+def join_names(student: PreTrainedModel) -> set[str]:
+    """Names of the weights by which recurrences count beside what windows and sinks see: those that start at 0."""
+    beside = [(place, module) for place, module in student.named_modules() if isinstance(module, Mixer) and module.sight is not None]
+    return {f"{place}.{'join' if module.norm is None else 'norm.weight'}" for place, module in beside}
+
+
 def freeze(student: PreTrainedModel, train: str) -> None:
     """Leave trainable what `train` names: "mixers" (of the converted layers), "all", or "all_but_mlps".
 
@@ -182,11 +189,18 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrai
 
 
 def other_rates(student: PreTrainedModel, stage: Training) -> dict[str, float]:
-    """Learning rates, by parameter, of what does not learn at the stage's `lr`: the mixers' projections, and all but the mixers."""
-    mixers = mixer_names(student)
-    rates = {name: stage.projection_lr if name in mixers else stage.rest_lr for name, _ in student.named_parameters()}
-    found = {name: rate for name, rate in rates.items() if name not in mixers or PROJECTION.search(name)}
-    return {name: rate for name, rate in found.items() if rate is not None}
+    """Learning rates, by parameter, of what does not learn at the stage's `lr`: mixers' projections and joins, and all but the mixers."""
+    mixers, joins = mixer_names(student), join_names(student)
+
+    def rate(name: str) -> float | None:
+        if name not in mixers:
+            return stage.rest_lr
+        if name in joins:
+            return stage.join_lr
+        return stage.projection_lr if PROJECTION.search(name) else None
+
+    rates = {name: rate(name) for name, _ in student.named_parameters()}
+    return {name: value for name, value in rates.items() if value is not None}
 
 
 def _split(group: dict[str, Any], rates: dict[int, float]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 CONVERSATIONS = 2560
 LENGTH = 512
 LATE = 256  # tokens behind this position are shown apart
+JOIN_RATE = 0.1  # of what the recurrence counts beside its window: from 0 to about 1
 HELD_OUT = 12  # conversations that the distance to the teacher is measured on
 
 recipe = Recipe(
@@ -38,8 +39,8 @@ recipe = Recipe(
     student=Student(mixer="mamba2", attention=0.5, options={"window": 16, "sinks": 4, "rotary": True}),
     data=Data(train="runs/demo-data/train.jsonl", length=LENGTH),
     stages=[
-        Distill(kl=1.0, ce=0.0, targets="all", lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=30, batch=8, micro_batch=8, steps=120,
-                save_every=60, log_every=10),
+        Distill(kl=1.0, ce=0.0, targets="all", lr=3e-3, join_lr=JOIN_RATE, betas=(0.9, 0.98), clip=1.0, warmup=30,
+                batch=8, micro_batch=8, steps=120, save_every=60, log_every=10),
     ],
     output="runs/demo",
 )  # fmt: skip

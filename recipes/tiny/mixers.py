@@ -4,8 +4,9 @@ python recipes/tiny/mixers.py [--steps 24] [--seeds 3] [--only NAME ...] [--atte
 
 Protocol: every arm distils from attention's weights by KL on all tokens, for the same number of steps of BATCH x LENGTH tokens. Its
 learning rate is the one of RATES whose run with TUNING_SEED at a quarter of attention has the lowest held-out KL; then it runs with other
-seeds. Held-out conversations have HELD_LENGTH tokens. A mixer that sees beyond its state is measured with the recurrence off too. Runs are
-kept in --out, and the same command goes on with what is missing; at the end table.md and two pictures stand there.
+seeds. What a recurrence counts beside a window has the demo's rate, JOIN_RATE. Held-out conversations have HELD_LENGTH tokens. A mixer
+that sees beyond its state is measured with the recurrence off too. Runs are kept in --out, and the same command goes on with what is
+missing; at the end table.md and two pictures stand there.
 Shapes: B conversations of T tokens, V vocabulary.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import HERE, LATE, held_out, mean, score, write_conversations
+from demo import HERE, JOIN_RATE, LATE, held_out, mean, score, write_conversations
 from language import exam, grade
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -114,8 +115,8 @@ def do(one: Run, steps: int, out: Path) -> None:
     if (folder / "scores.json").exists():
         return
     kind, options = ARMS[name]
-    stage = Distill(kl=1.0, ce=0.0, targets="all", lr=lr, betas=(0.9, 0.98), clip=1.0, warmup=6, batch=BATCH, micro_batch=BATCH,
-                    steps=steps, save_every=10**6, log_every=4, precision="fp32")  # fmt: skip
+    stage = Distill(kl=1.0, ce=0.0, targets="all", lr=lr, join_lr=JOIN_RATE, betas=(0.9, 0.98), clip=1.0, warmup=6, batch=BATCH,
+                    micro_batch=BATCH, steps=steps, save_every=10**6, log_every=4, precision="fp32")  # fmt: skip
     student = Student(mixer=kind, attention=attention, options=options)
     data = Data(train=str(out / "train.jsonl"), length=LENGTH)
     last = run(Recipe(teacher=str(HERE / "teacher"), student=student, data=data, stages=[stage], output=str(folder), seed=seed))

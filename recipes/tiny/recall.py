@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo import CONVERSATIONS, HERE, LENGTH, write_conversations
+from demo import CONVERSATIONS, HERE, JOIN_RATE, LENGTH, write_conversations
 from demo import recipe as demo
 from language import FACT_COUNTS, Message, exam, grade, state_facts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,8 +44,8 @@ Exam = tuple[list[Message], str]
 
 def further(start: Path, attention: float, output: Path) -> Path:
     """A student with fewer attention layers, distilled a little more; its folder. Continues or skips what is there."""
-    stage = Distill(teacher=str(HERE / "teacher"), kl=1.0, ce=0.1, lr=3e-3, betas=(0.9, 0.98), clip=1.0, warmup=20, batch=8, micro_batch=8,
-                    steps=STEPS, save_every=STEPS, log_every=20)  # fmt: skip
+    stage = Distill(teacher=str(HERE / "teacher"), kl=1.0, ce=0.1, lr=3e-3, join_lr=JOIN_RATE, betas=(0.9, 0.98), clip=1.0, warmup=20,
+                    batch=8, micro_batch=8, steps=STEPS, save_every=STEPS, log_every=20)  # fmt: skip
     return run(
         Recipe(
             teacher=str(start),

@@ -442,6 +442,8 @@ class Mixer(nn.Module):
         if not self.config.rotary:
             return x, b, c
         cos, sin = parts["cos"], parts["sin"]
+        if b.ndim == 3:  # for one token a call costs more than its arithmetic
+            return x, *turned(torch.cat((b, c), -2), cos, sin).split([b.shape[-2], c.shape[-2]], -2)
         return x, turned(b, cos, sin), turned(c, cos, sin)
 
     def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
