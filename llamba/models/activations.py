@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llamba.models.mixers import Mixing, Recurrence
-from llamba.models.mixers.base import at_least_fp32
+from llamba.models.mixers.parts import at_least_fp32
 
 CAPTURED = "llamba_captured"  # the name of sdpa with a callback, among transformers' implementations of attention
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.models.mixers import AUTO, BEST, MIXERS, Mixer, Origin
-from llamba.models.mixers.base import at_least_fp32
+from llamba.models.mixers.parts import at_least_fp32
 
 RIDGE = 1e-2  # of the mean square of what a coefficient stands before
 Rows = Sequence[Sequence[int]] | Tensor

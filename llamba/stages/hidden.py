@@ -17,7 +17,7 @@ from llamba.models.activations import capture
 from llamba.models.documents import by_document
 from llamba.models.hybrid import mixer_layers
 from llamba.models.loading import located
-from llamba.models.mixers.base import at_least_fp32
+from llamba.models.mixers.parts import at_least_fp32
 from llamba.settings import Hidden
 from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
 from llamba.stages.shared import Pair, train_student

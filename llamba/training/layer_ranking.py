@@ -25,7 +25,7 @@ from llamba.models.convert import kept_layers
 from llamba.models.documents import by_document
 from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT
-from llamba.models.mixers.base import at_least_fp32
+from llamba.models.mixers.parts import at_least_fp32
 from llamba.training.losses.fused import logits_at_once
 from llamba.training.trainer import model_inputs
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
-from llamba.models.mixers.base import AttentionWeights, Mixer, MixerConfig, Mixing, Recurrence, drop_window, without_recurrence
+from llamba.models.mixers.base import Mixer, Mixing, Recurrence, drop_window, without_recurrence
+from llamba.models.mixers.config import AttentionWeights, MixerConfig
 from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1

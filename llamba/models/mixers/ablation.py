@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from llamba.kernels.common import documents, traced
 from llamba.models.cache import RecurrentLayer
-from llamba.models.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
+from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.config import MixerConfig
 from llamba.models.mixers.mamba2 import Mamba2
+from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.tree import Tree
 
 ROWS_AT_ONCE = 256  # of a Toeplitz matrix

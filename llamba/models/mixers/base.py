@@ -1,4 +1,4 @@
-"""What every mixer shares: its configuration, the teacher's weights that it takes, and the way through it.
+"""What every mixer shares: the way through it, with a cache and without.
 
 Shapes: B batch, T time, D model width, H query heads, G key/value heads, P head width, N state width, W convolution width.
 A mixer stands where `self_attn` stood: V -> x, K -> B, Q -> C, O -> out_proj (Mamba-in-Llama, arXiv 2408.15237, Algorithm 1).
@@ -6,10 +6,8 @@ A mixer stands where `self_attn` stood: V -> x, K -> B, Q -> C, O -> out_proj (M
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from functools import partial
-from types import NoneType
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,110 +17,12 @@ from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv
 from llamba.kernels.gated_norm import gated_head_norm
 from llamba.kernels.window import Sight, turned, window_attention, window_rows
 from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
+from llamba.models.mixers.config import MixerConfig, sight_of
+from llamba.models.mixers.parts import CausalConv, GatedHeadNorm, QKNorm
 from llamba.models.tree import Tree
 
 OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
 FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta_log")
-NAMES: dict[Any, str] = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", NoneType: "null"
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """Shape and variant of a mixer; the values are stored in the model's `config.mixer`.
-
-    `kind` is a key of `llamba.models.mixers.MIXERS`. `state` is N (None: P for the Mamba-2 kinds, 16 for Mamba-1). `conv_activation`
-    None leaves the convolution linear. `conv_after_repeat`, `double_dt_bias` and `block_gqa` reproduce published weights: the
-    convolution behind the GQA repeat, the step bias added twice, and key/value heads expanded in blocks of N coordinates.
-    `layers` lists the layers of a student whose mixer is attention again; `layer_types` cannot tell them.
-    Beside the recurrence, softmax attention reads the last `window` tokens (the token itself included) and the first `sinks` ones of
-    the document; in the layers `sliding_layers` nothing `sliding_window` tokens back or further, as there in the teacher. `rotary`: the
-    recurrence reads and writes by keys and queries that are turned by their positions. Mamba-3 turns `angles` pairs of coordinates by
-    angles of its own, and its rate of decay is at least `rate_floor`.
-    """
-
-    kind: str
-    hidden_size: int
-    heads: int
-    groups: int
-    head_dim: int
-    state: int
-    conv_width: int = 4
-    conv_activation: str | None = "silu"
-    out_norm: bool = False
-    norm_eps: float = 1e-5
-    proj_bias: bool = True
-    out_bias: bool = False
-    qk_norm: str | None = None
-    qk_norm_eps: float = 1e-6
-    dt_rank: int = 0
-    conv_after_repeat: bool = False
-    double_dt_bias: bool = False
-    block_gqa: bool = False
-    layers: list[int] | None = None
-    window: int = 0
-    sinks: int = 0
-    rotary: bool = False
-    sliding_window: int | None = None
-    sliding_layers: list[int] | None = None
-    angles: int = 0
-    rate_floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("window", "sinks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"mixer.{name} must be at least 0; got {getattr(self, name)}")
-        if self.sinks and not self.window:
-            object.__setattr__(self, "window", 1)  # a token sees itself
-        if self.groups < 1 or self.heads % self.groups:
-            raise ValueError(f"mixer.heads must be a multiple of mixer.groups; got {self.heads} heads and {self.groups} groups")
-        if self.conv_activation not in ("silu", None):
-            raise ValueError(f'mixer.conv_activation must be "silu" or null; got {self.conv_activation!r}')
-        if self.qk_norm not in ("rms", "layer", None):
-            raise ValueError(f'mixer.qk_norm must be "rms", "layer" or null; got {self.qk_norm!r}')
-        if self.conv_width < 1:
-            raise ValueError(f"mixer.conv_width must be at least 1; got {self.conv_width}")
-
-    def stored(self) -> dict[str, Any]:
-        """The values as `config.mixer` has them: of the options beside the recurrence, those that are on."""
-        beside = ("window", "sinks", "rotary", "sliding_window", "sliding_layers")
-        return {name: value for name, value in vars(self).items() if value or name not in beside}
-
-    @property
-    def inner(self) -> int:
-        """Width of the mixer's output before out_proj, H * P."""
-        return self.heads * self.head_dim
-
-    @property
-    def shared(self) -> int:
-        """Width of x (and of B where N = P) before the GQA repeat, G * P."""
-        return self.groups * self.head_dim
-
-
-def _check_types(config: MixerConfig) -> None:
-    for entry in fields(config):
-        value, kinds = getattr(config, entry.name), [get_origin(kind) or kind for kind in get_args(entry.type) or (entry.type,)]
-        if type(value) not in (*kinds, *((int,) if float in kinds else ())):
-            needed = " or ".join(NAMES[kind] for kind in kinds)
-            raise ValueError(f"mixer.{entry.name} must be {needed}; got {value!r}")
-
-
-@dataclass
-class AttentionWeights:
-    """What a mixer takes from attention. Weights as `nn.Linear` stores them: q [H P, D], k and v [G P, D], o [D, H P]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    frequencies: Tensor | None = None  # radians a token by which RoPE turns the coordinates i and i + S [S]
-    norms: dict[str, Tensor] = field(default_factory=dict)  # "q_norm.weight", "k_norm.weight" and, for LayerNorm, the biases
 
 
 class Recurrence(NamedTuple):
@@ -136,14 +36,6 @@ class Recurrence(NamedTuple):
     tree: Tree | None = None
 
 
-def sight_of(config: MixerConfig, layer: int) -> Sight | None:
-    """What the mixer of a layer sees beside its recurrence; None: nothing."""
-    if not config.window:
-        return None
-    reach = config.sliding_window if layer in (config.sliding_layers or ()) else None
-    return Sight(config.window if reach is None else min(config.window, reach), config.sinks, reach)
-
-
 class Mixing(NamedTuple):
     """A mixing matrix M (y = M x for each head) that is not written out.
 
@@ -155,61 +47,12 @@ class Mixing(NamedTuple):
     rows: Callable[[Sequence[Tensor], slice | Tensor], Tensor]
 
 
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is where it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _both_rows(
     own: Callable[[Sequence[Tensor], slice | Tensor], Tensor], sight: Sight, scale: float, rec: Recurrence, inputs: Sequence[Tensor],
     rows: slice | Tensor,
 ) -> Tensor:  # fmt: skip
     q, k = (heads.transpose(1, 2) for heads in inputs[:2])
     return own(inputs[2:], rows) + window_rows(q, k, sight, scale, rec.seq_idx, rec.mask, rows)
-
-
-class QKNorm(nn.Module):
-    """The teacher's norm over each query or key head: RMSNorm ("rms") or LayerNorm ("layer"), in at least fp32."""
-
-    def __init__(self, kind: str, width: int, eps: float):
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer" else None
-
-    def forward(self, heads: Tensor) -> Tensor:  # [..., P]
-        wide = at_least_fp32(heads)
-        if self.kind == "layer":
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
-        return (wide if self.bias is None else wide + self.bias).to(heads.dtype)
-
-
-class GatedHeadNorm(nn.Module):
-    """Gate, then RMSNorm over each head; see `llamba.kernels.gated_norm`."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:  # [..., H, P], [..., H P]
-        return gated_head_norm(y, z, self.weight, self.eps)
-
-
-class CausalConv(nn.Module):
-    """The weights of a mixer's convolution, [C, 1, W] and [C] as an `nn.Conv1d` stores them, and the call that reads them.
-
-    No `nn.Conv1d`, so that adapters for that, which would neither look back alone nor keep a window, refuse it.
-    """
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(channels, 1, width)), nn.Parameter(torch.empty(channels))
-
-    def forward(self, x: Tensor, operation: Callable[..., Any], **how: Any) -> Any:
-        """An operation of `llamba.kernels.conv1d` on x with these weights."""
-        return operation(x, self.weight.squeeze(1), self.bias, **how)
 
 
 class Mixer(nn.Module):

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from llamba.kernels.delta import delta_fold, delta_matrix, delta_resume, delta_rule, delta_step
 from llamba.models.cache import RecurrentLayer, write
-from llamba.models.mixers.base import Mixer, MixerConfig, Mixing, Recurrence, at_least_fp32
+from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.config import MixerConfig
+from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.tree import Tree
 
 SHORTEST = 1e-24  # added to |k|^2: the direction of no key is no direction

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import initialization
 
-from llamba.models.mixers.base import OPEN_GATE, AttentionWeights, Mixer, at_least_fp32
+from llamba.models.mixers.base import OPEN_GATE, Mixer
+from llamba.models.mixers.config import AttentionWeights
+from llamba.models.mixers.parts import at_least_fp32
 
 NO_DECAY = -40.0
 AT_ONCE = 6.0  # bias of the share of a write that comes at once
