@@ -19,6 +19,7 @@ import torch
 from llamba.base.axes import plain
 from llamba.chat.conversation import load
 from llamba.eval.scores import model_name, save, score
+from llamba.models.cache import RecurrentLayer
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Measured:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache's layers hold."""
-    held = [value for layer in cache.layers for value in vars(layer).values()]
+    """Bytes of all tensors that a cache's layers hold, keys and values of windows among them."""
+    rings = [layer.ring for layer in cache.layers if isinstance(layer, RecurrentLayer) and layer.ring is not None]
+    held = [value for part in (*cache.layers, *rings) for value in vars(part).values()]
     tensors = [t for value in held for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, torch.Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in tensors}.values())
 

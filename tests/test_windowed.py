@@ -9,6 +9,7 @@ from test_mixers import exact_norm, linear_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llamba.eval.lengths import cache_bytes
 from llamba.models.convert import convert
 from llamba.models.families import family_of
 
@@ -46,6 +47,18 @@ def test_with_a_window_as_long_as_the_text_a_student_is_its_teacher(name: str, m
     assert rms_error(logits(made, tokens, **padded)[mask > 0], logits(source, tokens, **padded)[mask > 0]) < 1e-9
     packed = {"position_ids": torch.cat((torch.arange(25), torch.arange(15)))[None].expand(2, -1)}
     assert rms_error(logits(made, tokens, **packed), logits(source, tokens, **packed)) < 1e-9
+
+
+def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:
+    source = teacher("llama-3.2")
+
+    def measured(**options: Any) -> int:
+        made = convert(source, mixer="mamba2", attention=0.0, options=options)
+        return cache_bytes(made(ids(1, 20), use_cache=True).past_key_values)
+
+    c = source.config
+    slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * source.dtype.itemsize
+    assert measured(window=6, sinks=3) - measured() == 9 * slot
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "mistral", "phi", "qwen3"])

@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROWS = Path(__file__).parents[2] / "eval" / "results" / "recall_embedded.jsonl"
-STYLES = {"teacher, 100%": ("--", "#333333"), "50%": ("-", "#5b8e7d"), "25%": ("-", "#f4a259"), "0%": ("-", "#bc4b51")}
+STYLES = {"teacher, 100%": ("--", "#333333"), "50%": ("-", "#5b8e7d"), "25%": ("-", "#f4a259"), "0%": ("-", "#bc4b51"),
+          "0%, recurrence off": (":", "#bc4b51")}  # fmt: skip
 matplotlib.rcParams |= {"svg.hashsalt": "llamba", "font.size": 10}
 
 

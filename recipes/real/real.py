@@ -44,7 +44,7 @@ FIRST_MINUTES = 15.0
 RATE, PROJECTION_RATE = 3e-3, 5e-5  # what is new learns fast, what the teacher knew slowly: at one rate of 3e-4 for both the KL rises
 CALIBRATED = 8192  # tokens that the joins are fitted on
 TOKENS_A_MINUTE = {"half": 12_500, "none": 10_000}  # on two cores with bf16 products
-SHARES = {"half": 0.27, "none": 0.73}  # of the minutes
+SHARES = {"half": 0.15, "none": 0.85}  # of the minutes: half of the attention needs few
 QUESTIONS = (
     "What is the capital of France?",
     "Name three things that one can do on a rainy day.",

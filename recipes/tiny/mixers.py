@@ -102,10 +102,11 @@ def _costs(folder: Path) -> dict[str, float]:
     """Bytes of the cache behind HELD_LENGTH tokens, and tokens per second of greedy decoding, batch 1."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = model(torch.zeros(1, HELD_LENGTH, dtype=torch.long), use_cache=True, logits_to_keep=1)
-    start, cache, token = time.perf_counter(), out.past_key_values, torch.zeros(1, 1, dtype=torch.long)
+    cache, token = out.past_key_values, torch.zeros(1, 1, dtype=torch.long)
+    size, start = cache_bytes(cache), time.perf_counter()
     for _ in range(64):
         model(token, past_key_values=cache, use_cache=True)
-    return {"bytes": cache_bytes(cache), "decode": 64 / (time.perf_counter() - start)}
+    return {"bytes": size, "decode": 64 / (time.perf_counter() - start)}
 
 
 def do(one: Run, steps: int, out: Path) -> None:
@@ -192,11 +193,12 @@ def report(out: Path, names: list[str], fractions: list[float], seeds: int) -> s
 
 def draw(out: Path, names: list[str], fractions: list[float], path: Path) -> None:
     """KL in training against tokens, a line per arm, a panel per share of attention."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(fractions), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(fractions) + 2, 4), layout="constrained")
     panels = figure.subplots(1, len(fractions), sharey=True, squeeze=False)[0]
-    colours = [f"C{index % 10}" for index in range(len(names))]
+    colours = colormaps["tab20"](range(len(names)))
     for axes, attention in zip(panels, fractions, strict=True):
         for name, colour in zip(names, colours, strict=True):
             folder = _folder(out, (name, attention, best_rate(out, name), 0))
@@ -205,7 +207,7 @@ def draw(out: Path, names: list[str], fractions: list[float], path: Path) -> Non
             axes.plot([line["tokens"] for line in lines], [line["kl"] for line in lines], style, color=colour, label=name)
         axes.set(title=f"{attention:.0%} attention", xlabel="tokens", yscale="log")
     panels[0].set_ylabel("KL to the teacher, nats per token")
-    panels[-1].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 
 
