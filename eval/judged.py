@@ -91,7 +91,7 @@ def _judge(args: argparse.Namespace) -> Any:
     if name is None:
         raise ValueError("--judge NAME is needed (a model of the endpoint), or --judge-url local:FOLDER; --help tells more")
     price = None if args.price is None else (args.price[0], args.price[1])
-    return Judge(name, args.judge_url, args.key_env, args.judgeparameters_of, args.concurrency, args.retries, 120.0, price, args.max_cost)
+    return Judge(name, args.judge_url, args.key_env, args.judge_parameters, args.concurrency, args.retries, 120.0, price, args.max_cost)
 
 
 def mt_bench(argv: list[str]) -> None:
