@@ -1,10 +1,11 @@
 """The commands whose scores a judge gives: MT-Bench, AlpacaEval, and judgments that exist already."""
 
 import argparse
+import json
 from typing import Any
 
 from llamba.base.arguments import Parser
-from llamba.eval.options import answer_options, parameters_of, settings_of
+from llamba.eval.options import answer_options, settings_of
 
 JUDGE_HELP = """
 the judge:
@@ -69,12 +70,22 @@ what is left where (OUT is MODEL/eval for a run folder, else runs/eval/NAME):
 """
 
 
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"temperature\": null}}', got {text}")
+    return found
+
+
 def _judge_options(parser: Parser) -> None:
     parser.add_argument("--judge", help="the judge's model name, as its endpoint knows it")
     parser.add_argument("--judge-url", default="https://api.openai.com/v1", help="its endpoint, or local:FOLDER (default OpenAI)")
     parser.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the key (default OPENAI_API_KEY)")
     parser.add_argument(
-        "--judge-parameters", type=parameters_of, default={}, metavar="JSON", help="override request parameters; null removes"
+        "--judge-parameters", type=_parameters, default={}, metavar="JSON", help="override request parameters; null removes"
     )
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default 8)")
     parser.add_argument("--retries", type=int, default=10, help="tries of one request after 429, 5xx or a lost connection (default 10)")

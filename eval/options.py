@@ -1,29 +1,20 @@
 """What the commands that have a model answer questions share: their options, and the settings these make."""
 
 import argparse
-import json
 from typing import Any
 
 from llamba.base.arguments import Parser, decoding_options
 
 
 def count(text: str) -> int:
+    """An option's whole number of at least 1. Raises argparse.ArgumentTypeError for what is none."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
 
 
-def parameters_of(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"temperature\": null}}', got {text}")
-    return found
-
-
 def answer_options(parser: Parser, batch: int, most: int, questions: bool = True) -> None:
+    """Give a parser the model and how it answers, with these defaults; `questions`: those of a benchmark, which has files of its own."""
     parser.add_argument("model", metavar="MODEL", help="run folder (its last finished stage), model folder, or hub name")
     parser.add_argument("--out", help="where everything goes (default: MODEL/eval, or runs/eval/NAME)")
     parser.add_argument(
@@ -42,6 +33,7 @@ def answer_options(parser: Parser, batch: int, most: int, questions: bool = True
 
 
 def settings_of(args: argparse.Namespace) -> Any:
+    """How a model answers, as the options of `answer_options` say."""
     from llamba.eval.answerer import Settings
 
     return Settings(args.batch, args.max_new_tokens, args.seed, args.dtype, args.device, args.draft, args.system, args.bits)

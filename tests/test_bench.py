@@ -14,7 +14,7 @@ from llamba.bench.shapes import shrunk
 from llamba.cli import main
 from llamba.models.convert import student_config
 from llamba.models.published import teacher_config
-from llamba.training.trainer import freeze
+from llamba.training.learnable import freeze
 
 SMALL = "--device cpu --dtype float32".split()
 

@@ -16,7 +16,8 @@ from llamba.models.documents import BY_DOCUMENT, attend_by_document, by_document
 from llamba.settings import Distill
 from llamba.stages import distill
 from llamba.training import frozen
-from llamba.training.trainer import DistillTrainer, freeze, training_arguments
+from llamba.training.learnable import freeze
+from llamba.training.trainer import DistillTrainer, training_arguments
 
 from .models import TEACHERS, ids, rms_error, teacher
 

@@ -27,9 +27,10 @@ from llamba.models.mixers import Recurrence
 from llamba.settings import Data, Distill, Hidden, Matrix, TokenTraining
 from llamba.stages import STAGES, hidden, matrix
 from llamba.training import checkpoints
+from llamba.training.learnable import train_only
 from llamba.training.losses import IGNORE
 from llamba.training.metrics import METRICS, read_metrics
-from llamba.training.trainer import DistillTrainer, train_only
+from llamba.training.trainer import DistillTrainer
 from llamba.training.wrapped_forward import run_as_forward
 
 TEACHER = Path(__file__).parent.parent / "recipes" / "tiny" / "teacher"

@@ -25,18 +25,10 @@ from llamba.running import run
 from llamba.settings import Data, Distill, Recipe, Student, layers_of
 from llamba.stages import distill
 from llamba.training import checkpoints
+from llamba.training.learnable import freeze, join_names, mixer_names
 from llamba.training.losses import IGNORE
 from llamba.training.metrics import METRICS, read_metrics
-from llamba.training.trainer import (
-    DistillTrainer,
-    accumulation,
-    freeze,
-    join_names,
-    mixer_names,
-    place_teacher,
-    run_as_forward,
-    training_arguments,
-)
+from llamba.training.trainer import DistillTrainer, accumulation, place_teacher, run_as_forward, training_arguments
 
 ROOT = Path(__file__).parent.parent
 SHORT = dict(batch=8, micro_batch=4, precision="fp32", lr=5e-3, warmup=0, kl=1.0, ce=0.5, log_every=1, save_every=4, clip=1.0)

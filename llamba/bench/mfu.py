@@ -28,7 +28,7 @@ from llamba.models.hybrid import RECURRENT
 from llamba.models.published import teacher_config
 from llamba.settings import Distill
 from llamba.stages.distill import objective
-from llamba.training.trainer import freeze
+from llamba.training.learnable import freeze
 
 SHAPE, MIXER, ATTENTION, T = "meta-llama-3-8b", "mamba2", 0.5, 2048
 

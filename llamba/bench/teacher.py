@@ -33,7 +33,7 @@ from llamba.models.loading import load_model
 from llamba.models.published import teacher_config
 from llamba.settings import Distill, Hidden
 from llamba.stages import distill, hidden
-from llamba.training.trainer import freeze
+from llamba.training.learnable import freeze
 
 SHAPE, MODEL, ROWS = "smollm2-135m", "teacher.gguf", "rows"  # the model's shape; the files of a pack
 ALIGNING = 0.3  # of the time

@@ -64,7 +64,7 @@ class JoinFit:
                 diagonal += RIDGE * diagonal.mean() + torch.finfo(torch.float64).smallest_normal if len(diagonal) else 0.0
             solved.append(torch.linalg.solve(ridged, product))
         found = torch.stack(solved)  # [H, D + P]
-        name, gain = ("join", self.mixer.join) if self.mixer.norm is None else ("norm.weight", self.mixer.norm.weight)
+        name, gain = self.mixer.gain
         names = []
         if gain is not None:
             gain.copy_(found[:, self.width :].flatten())

@@ -21,8 +21,9 @@ from llamba.settings import Distill
 from llamba.stages.shared import train_student
 from llamba.training import stored_logits as offline
 from llamba.training.frozen import shared_layers
+from llamba.training.learnable import freeze
 from llamba.training.losses import Aligned, Sums, TopK, head_sums, span_sums
-from llamba.training.trainer import freeze, model_inputs
+from llamba.training.trainer import model_inputs
 
 
 def _hidden(model: PreTrainedModel, batch: Batch, padded: bool, **more: Any) -> Tensor:

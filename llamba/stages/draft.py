@@ -19,8 +19,9 @@ from llamba.models.hybrid import PrunedHead
 from llamba.models.loading import load_model
 from llamba.settings import Draft
 from llamba.stages.shared import load_pair, train_student
+from llamba.training.learnable import freeze
 from llamba.training.losses import IGNORE, Sums, head_sums
-from llamba.training.trainer import freeze, model_inputs
+from llamba.training.trainer import model_inputs
 
 MADE = "untrained"
 _WAIT_SECONDS = 3600  # for the one process that makes the draft

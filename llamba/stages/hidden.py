@@ -22,7 +22,8 @@ from llamba.settings import Hidden
 from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
 from llamba.stages.shared import Pair, train_student
 from llamba.training.layer_distances import Distances, Part, one_graph_at_a_time
-from llamba.training.trainer import model_inputs, train_only
+from llamba.training.learnable import train_only
+from llamba.training.trainer import model_inputs
 from llamba.training.wrapped_forward import run_as_forward
 
 

@@ -21,7 +21,8 @@ from llamba.settings import Matrix
 from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
 from llamba.stages.shared import Pair, train_student
 from llamba.training.layer_distances import Distances, Part, norm, one_graph_at_a_time, squared_distance
-from llamba.training.trainer import model_inputs, train_only
+from llamba.training.learnable import train_only
+from llamba.training.trainer import model_inputs
 from llamba.training.wrapped_forward import run_as_forward
 
 _ATTENTION_PARTS = ("q_", "k_")  # q_proj, k_proj and their norms, in every family

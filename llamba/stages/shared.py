@@ -11,8 +11,9 @@ from llamba.data.tokens import StageData
 from llamba.models.loading import load_model, load_teacher
 from llamba.models.mixers import drop_window
 from llamba.settings import TokenTraining
+from llamba.training.learnable import other_rates
 from llamba.training.metrics import METRICS
-from llamba.training.trainer import DistillTrainer, Objective, other_rates, train_and_save, training_arguments
+from llamba.training.trainer import DistillTrainer, Objective, train_and_save, training_arguments
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 

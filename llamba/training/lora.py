@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from llamba.base.devices import on_cpu
 from llamba.models.loading import load_model
 from llamba.settings import Lora
-from llamba.training.trainer import mixer_names
+from llamba.training.learnable import mixer_names
 
 _NEEDS = {"peft": "peft: pip install 'llamba[lora]'", "bitsandbytes": "bitsandbytes: pip install 'llamba[qlora]'"}
 
@@ -45,7 +45,7 @@ def load_frozen(folder: str, lora: Lora, precision: str) -> PreTrainedModel:
 
 
 def targets(student: PreTrainedModel, train: str) -> list[str]:
-    """Names of the projections in the student's layers that `train` (as in `llamba.training.trainer.freeze`) lets change."""
+    """Names of the projections in the student's layers that `train` (as in `llamba.training.learnable.freeze`) lets change."""
     mixers = {name.rpartition(".")[0] for name in mixer_names(student)}
     projections = [name for name, module in student.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
     return [name for name in projections if train == "all" or (name in mixers if train == "mixers" else ".mlp." not in name)]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -17,11 +16,10 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from llamba.base.devices import on_cpu, processes
 from llamba.data.batches import Batch, Ordered, Rows, collate
 from llamba.models.documents import attend_by_document
-from llamba.models.hybrid import mixer_layers
-from llamba.models.mixers import Mixer
 from llamba.settings import Training
 from llamba.training import checkpoints, frozen
 from llamba.training.layer_distances import Distances
+from llamba.training.learnable import by_rate
 from llamba.training.losses import IGNORE, Sums
 from llamba.training.metrics import LAYERS, METRICS, Metrics, append_metrics, read_metrics
 from llamba.training.reporters import reporters
@@ -34,7 +32,6 @@ CALMER = "lower lr or clip, or use precision=fp32, with a new output folder"
 CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 )
-PROJECTION = re.compile(r"\.self_attn\.(in|out)_proj\.(weight|bias)$")
 _NO_DECAY = ("A_log", "D", "dt_bias", "bias")
 
 
@@ -101,42 +98,6 @@ def training_arguments(
     return args
 
 
-def mixer_names(student: PreTrainedModel) -> set[str]:
-    """Names of the parameters of converted layers' mixers."""
-    converted = tuple(f"layers.{number}.self_attn." for number in mixer_layers(student.config))
-    return {name for name, _ in student.named_parameters() if converted and name.partition(".")[2].startswith(converted)}
-
-
-def join_names(student: PreTrainedModel) -> set[str]:
-    """Names of the weights by which recurrences count beside what windows and sinks see: those that start at 0."""
-    beside = [(place, module) for place, module in student.named_modules() if isinstance(module, Mixer) and module.sight is not None]
-    return {f"{place}.{'join' if module.norm is None else 'norm.weight'}" for place, module in beside}
-
-
-def freeze(student: PreTrainedModel, train: str) -> None:
-    """Leave trainable what `train` names: "mixers" (of the converted layers), "all", or "all_but_mlps".
-
-    Raises ValueError where mixers alone are to be trained and the student has no converted layer.
-    """
-    mixers = mixer_names(student)
-    if train == "mixers" and not mixers:
-        raise ValueError(
-            "train='mixers' needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
-        )
-    for name, weight in student.named_parameters():
-        weight.requires_grad_(name in mixers if train == "mixers" else train == "all" or ".mlp." not in name)
-
-
-def train_only(student: PreTrainedModel, names: set[str]) -> None:
-    """Leave trainable only the base model's parameters of these names. Raises ValueError where there are none."""
-    if not names:
-        raise ValueError(f"nothing to train: the mixer {student.config.mixer['kind']!r} has no weights; leave the stage out")
-    for weight in student.parameters():
-        weight.requires_grad_(False)
-    for name in names:
-        student.base_model.get_parameter(name).requires_grad_(True)
-
-
 def model_inputs(batch: Batch) -> Batch:
     """What a model's forward pass takes of a batch."""
     return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
@@ -188,29 +149,6 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> PreTrai
     return teacher.to(accelerator.device)
 
 
-def other_rates(student: PreTrainedModel, stage: Training) -> dict[str, float]:
-    """Learning rates, by parameter, of what does not learn at the stage's `lr`: mixers' projections and joins, and all but the mixers."""
-    mixers, joins = mixer_names(student), join_names(student)
-
-    def rate(name: str) -> float | None:
-        if name not in mixers:
-            return stage.rest_lr
-        if name in joins:
-            return stage.join_lr
-        return stage.projection_lr if PROJECTION.search(name) else None
-
-    rates = {name: rate(name) for name, _ in student.named_parameters()}
-    return {name: value for name, value in rates.items() if value is not None}
-
-
-def _split(group: dict[str, Any], rates: dict[int, float]) -> list[dict[str, Any]]:
-    """An optimizer's group as one for each learning rate; weights that `rates` does not name keep the group's."""
-    parts: dict[float, list[Tensor]] = {}
-    for weight in group["params"]:
-        parts.setdefault(rates.get(id(weight), group["lr"]), []).append(weight)
-    return [{**group, "params": weights, "lr": rate} for rate, weights in parts.items()]
-
-
 class StageTrainer(Trainer):
     """The Trainer of every stage: decays matrices only, and leaves complete checkpoints with finite weights.
 
@@ -234,7 +172,7 @@ class StageTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if new and self.rates:
             rates = {id(weight): self.rates[name] for name, weight in self.student.named_parameters() if name in self.rates}
-            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in _split(group, rates)]
+            optimizer.param_groups[:] = [part for group in optimizer.param_groups for part in by_rate(group, rates)]
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

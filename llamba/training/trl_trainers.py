@@ -14,7 +14,8 @@ from llamba.data.batches import Ordered
 from llamba.models.loading import load_model
 from llamba.settings import Aligning
 from llamba.training import checkpoints, lora
-from llamba.training.trainer import CALMER, StageTrainer, freeze, other_rates
+from llamba.training.learnable import freeze, other_rates
+from llamba.training.trainer import CALMER, StageTrainer
 
 
 def load_student(stage: Aligning, folder: str) -> tuple[PreTrainedModel, Any]:

@@ -6,7 +6,7 @@ Protocol: every arm distils from attention's weights by KL on all tokens, for th
 learning rate is the one of RATES whose run with TUNING_SEED at a quarter of attention has the lowest held-out KL; then it runs with other
 seeds. What a recurrence counts beside a window has the demo's rate, JOIN_RATE. Held-out conversations have HELD_LENGTH tokens. A mixer
 that sees beyond its state is measured with the recurrence off too. Runs are kept in --out, and the same command goes on with what is
-missing; at the end table.md and two pictures stand there.
+missing; at the end table.md and kl.png stand there.
 Shapes: B conversations of T tokens, V vocabulary.
 """
 

@@ -109,6 +109,11 @@ class Mixer(nn.Module):
             self.q_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
             self.k_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
 
+    @property
+    def gain(self) -> tuple[str, nn.Parameter | None]:
+        """What the recurrence's channels count behind the gate: the parameter's name, and itself where the mixer has it."""
+        return ("join", self.join) if self.norm is None else ("norm.weight", self.norm.weight)
+
     def rows(self) -> dict[str, int]:
         """Rows of in_proj by name, in order; "x", "B" and "C" hold the teacher's V, K and Q."""
         raise NotImplementedError

@@ -74,7 +74,7 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
 
 def _join(mixer: Mixer) -> list[Origin]:
     """What the recurrence's channels count behind the gate: 1, and beside a window 0, where attention alone starts as it was."""
-    name, weight = ("join", mixer.join) if mixer.norm is None else ("norm.weight", mixer.norm.weight)
+    name, weight = mixer.gain
     if weight is None:
         return []
     value = 0.0 if mixer.sight else 1.0
