@@ -13,7 +13,7 @@ from ..choice import choose
 from ..common import check_rank, check_shape, documents, no_autocast
 from .blocked import attend, blocked
 from .reference import dense
-from .rotation import turned
+from .rotation import turned, turned_each
 from .sight import Past, Sight, sees
 from .slots import attend_slots
 from .steps import places_in, slot_of, steps_in_torch
@@ -27,6 +27,7 @@ __all__ = [
     "sees",
     "slot_of",
     "turned",
+    "turned_each",
     "window_attention",
     "window_rows",
     "window_steps",

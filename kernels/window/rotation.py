@@ -9,8 +9,13 @@ from torch import Tensor
 
 def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads [..., H, P] with the first Q coordinates turned by the angles whose cosines and sines are cos and sin [..., Q]."""
+    return turned_each(heads, cos.unsqueeze(-2), sin.unsqueeze(-2))
+
+
+def turned_each(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`turned` by cos and sin [..., H or 1, Q], which may differ between heads."""
     width = cos.shape[-1]
     if width < heads.shape[-1]:
-        return torch.cat((turned(heads[..., :width], cos, sin), heads[..., width:]), -1)
+        return torch.cat((turned_each(heads[..., :width], cos, sin), heads[..., width:]), -1)
     first, second = heads.chunk(2, -1)
-    return torch.addcmul(heads * cos[..., None, :], torch.cat((-second, first), -1), sin[..., None, :])
+    return torch.addcmul(heads * cos, torch.cat((-second, first), -1), sin)

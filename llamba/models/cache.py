@@ -164,6 +164,12 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.ring.spare_more(SLOTS)
         return self.ring.look(q, k, v, scale, mask, tree)
 
+    def look_once(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> Tensor:
+        """`look` of one token, given without the time axis: q [B, H, P], k and v [B, G, P] -> [B, 1, H, P]. Nothing is recorded."""
+        if self.ring is None or torch.is_grad_enabled():
+            return self.look(q[:, None], k[:, None], v[:, None], sight, scale)
+        return self.ring.look_once(q, k, v, scale)
+
     def skip(self, real: Tensor) -> None:
         """Of the tokens held last, those that are absent (real [B, T] False) were put behind the others: forget them."""
         tokens = real.shape[1]

@@ -76,14 +76,9 @@ class KeyRing:
 
     def __init__(self, sight: Sight, spare: int, keys: Tensor, values: Tensor):
         """Empty, for heads like keys and values [B, T, G, P]; `spare` tokens can be taken back."""
-        self.sight, self.spare = sight, spare
+        self.sight, self.spare, self.slots = sight, spare, Slots(sight.sinks, sight.window + spare)
         self.lengths = [0] * len(keys)
         self._make(keys.transpose(1, 2), values.transpose(1, 2))
-
-    @property
-    def slots(self) -> Slots:
-        """The slots of a row."""
-        return Slots(self.sight.sinks, self.sight.window + self.spare)
 
     @property
     def sees_all(self) -> bool:
@@ -104,10 +99,7 @@ class KeyRing:
             return self._look_from_tree(q, k, v, scale, tree)
         if mask is None and T <= self.spare + 1 and not torch.is_grad_enabled():  # what they see is not overwritten
             self._append(k, v)
-            if self.sees_all:
-                return attend_slots(q, self.keys, self.values, None, scale)
-            added = _mask(tuple(self.lengths), T, self.sight, self.slots, q.dtype, q.device)
-            return attend_slots(q, self.keys, self.values, added, scale)
+            return attend_slots(q, self.keys, self.values, self._added(q, T), scale)
         past = self._past(self.lengths) if any(self.lengths) else None
         y = window_attention(q, k, v, self.sight, scale=scale, mask=mask, past=past)
         if mask is None and T <= self.slots.turns:
@@ -118,6 +110,17 @@ class KeyRing:
             order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
             self._append_some(k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v)), mask.sum(1).tolist())
         return y
+
+    def look_once(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`look` of one token, given without the time axis, without gradient: q [B, H, P], k and v [B, G, P] -> [B, 1, H, P]."""
+        self._append_once(k, v)
+        return attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale)
+
+    def _added(self, q: Tensor, tokens: int) -> Tensor | None:
+        """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""
+        if self.sees_all:
+            return None
+        return _mask(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
 
     def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> Tensor:
         T, M = q.shape[1], len(tree)
@@ -139,14 +142,25 @@ class KeyRing:
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         """Store T tokens of each row, each in a slot of its own."""
-        if k.shape[1] == 1 and min(self.lengths) == max(self.lengths):
-            n, slots = self.lengths[0], self.slots
-            slot = n if n < slots.sinks else slots.sinks + (n - slots.sinks) % slots.turns
-            self.keys[:, :, slot], self.values[:, :, slot] = k.detach()[:, 0], v.detach()[:, 0]
-        else:
-            rows, index = _new(tuple(self.lengths), k.shape[1], self.slots, k.device)
-            self.keys[rows, :, index], self.values[rows, :, index] = k.detach().to(self.keys.dtype), v.detach().to(self.values.dtype)
+        if k.shape[1] == 1:
+            self._append_once(k.detach()[:, 0], v.detach()[:, 0])
+            return
+        rows, index = _new(tuple(self.lengths), k.shape[1], self.slots, k.device)
+        self.keys[rows, :, index], self.values[rows, :, index] = k.detach().to(self.keys.dtype), v.detach().to(self.values.dtype)
         self.lengths = [length + k.shape[1] for length in self.lengths]
+
+    def _append_once(self, k: Tensor, v: Tensor) -> None:
+        """Store one token of each row: [B, G, P]."""
+        n, (sinks, turns) = self.lengths[0], self.slots
+        if self.lengths.count(n) == len(self.lengths):
+            slot = n if n < sinks else sinks + (n - sinks) % turns
+            self.keys.select(2, slot).copy_(k)
+            self.values.select(2, slot).copy_(v)
+        else:
+            rows, index = _new(tuple(self.lengths), 1, self.slots, k.device)
+            self.keys[rows[:, 0], :, index[:, 0]] = k.to(self.keys.dtype)
+            self.values[rows[:, 0], :, index[:, 0]] = v.to(self.values.dtype)
+        self.lengths = [length + 1 for length in self.lengths]
 
     def _append_some(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
         """Store the first counts[b] of each row's tokens; of those that share a slot, the last."""
@@ -183,7 +197,7 @@ class KeyRing:
         shape = *self.keys.shape[:2], sum(more), self.keys.shape[3]
         keys, values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
         self.copy(keys, values)
-        self.keys, self.values, self.spare = keys, values, max(spare, self.spare)
+        self.keys, self.values, self.spare, self.slots = keys, values, max(spare, self.spare), more
 
     def copy(self, keys: Tensor, values: Tensor) -> None:
         """Put what can be seen into other keys and values [B or more, G, S, P], whose slots may be more."""

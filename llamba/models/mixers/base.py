@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llamba.kernels.conv1d import causal_conv1d, causal_conv1d_span, causal_conv1d_step
 from llamba.kernels.gated_norm import gated_head_norm
-from llamba.kernels.window import Sight, turned, window_attention, window_rows
+from llamba.kernels.window import Sight, turned, turned_each, window_attention, window_rows
 from llamba.models.cache import KEPT, RecurrentLayer, SteppedLayer, columns, write
 from llamba.models.mixers.config import MixerConfig, sight_of
 from llamba.models.mixers.parts import CausalConv, GatedHeadNorm, QKNorm
@@ -172,15 +172,16 @@ class Mixer(nn.Module):
             return self.out_proj(layer.run(self, hidden_states)), None
         rec = attention_mask or Recurrence()
         parts = self._project(hidden_states) | self._angles(position_embeddings, *hidden_states.shape[:2])
+        seen = None
         if layer is None:
             y, _, _ = self._run(parts, rec, None, None)
-        elif hidden_states.shape[1] == 1 and rec.mask is None:
-            y = self._cached_step(parts, rec, layer)
+        elif hidden_states.shape[1] == 1 and rec.mask is None and layer.state is not None and not layer.is_recording:
+            y, seen = self._cached_step(parts, layer)
         else:
             y = self._cached_run(parts, rec, layer)
         y = self._gated(y, parts["z"])
         if self.sight is not None:
-            y = self._joined(y, self._look(parts, rec, layer), parts["mass"])
+            y = self._joined(y, self._look(parts, rec, layer) if seen is None else seen, parts["mass"])
         elif self.recurrence_off:
             y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None
@@ -211,7 +212,7 @@ class Mixer(nn.Module):
         """
         if self.recurrence_off:
             return seen.flatten(-2)
-        seen = torch.addcmul(seen, seen, mass[..., None], value=-1).flatten(-2)
+        seen = torch.addcmul(seen, seen, mass.unsqueeze(-1), value=-1).flatten(-2)
         if self.training and self.drop_window:
             kept = torch.rand(len(seen), 1, 1, device=seen.device) >= self.drop_window
             seen = seen * kept.to(seen.dtype)
@@ -225,19 +226,21 @@ class Mixer(nn.Module):
             raise ValueError(
                 "a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none"
             )
-        return {name: part.expand(rows, tokens, -1) for name, part in zip(("cos", "sin"), given, strict=True)}
+        turns = zip(("cos", "sin"), given, strict=True)
+        return {name: part if len(part) == rows else part.expand(rows, tokens, -1) for name, part in turns}
 
     def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's queries [B, T, H, P], keys and values [B, T, G, P], the first two turned: the rows before the convolution."""
-        c, cos, sin = self.config, parts["cos"], parts["sin"]
-        if self.conv_rows() == ("x", "B", "C"):  # one after the other
-            heads = parts["conv"].unflatten(-1, (-1, c.head_dim))
-            turned_heads = turned(heads[..., c.groups :, :], cos, sin).to(heads.dtype)  # under autocast the angles are wider
-            k, q = turned_heads.split([c.groups, c.heads], -2)
-            return q, k, heads[..., : c.groups, :]
-        rows = self._split(parts)
-        q, k, v = (rows[name].unflatten(-1, (-1, c.head_dim)) for name in ("C", "B", "x"))
-        return turned(q, cos, sin).to(v.dtype), turned(k, cos, sin).to(v.dtype), v
+        v, both = self._attention_rows(parts["conv"])
+        k, q = turned(both, parts["cos"], parts["sin"]).to(v.dtype).split_with_sizes([self.config.groups, self.config.heads], -2)
+        return q, k, v  # under autocast the angles are wider
+
+    def _attention_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [..., G, P], and keys and queries [..., G + H, P], of the rows that pass the convolution."""
+        assert self.conv_rows() == ("x", "B", "C"), "of a mixer that reads whole heads"
+        c = self.config
+        v, both = rows.view(*rows.shape[:-1], -1, c.head_dim).split_with_sizes([c.groups, c.groups + c.heads], -2)
+        return v, both
 
     def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
         """What attention sees [B, T, H, P] of the last tokens and the first ones."""
@@ -262,7 +265,7 @@ class Mixer(nn.Module):
         for name, count in self.layout().items():
             key = "conv" if name in self.conv_rows() else name
             merged[key] = merged.get(key, 0) + count
-        parts = dict(zip(merged, self.in_proj(hidden_states).split(list(merged.values()), -1), strict=True))
+        parts = dict(zip(merged, self.in_proj(hidden_states).split_with_sizes(list(merged.values()), -1), strict=True))
         return parts if self.config.qk_norm is None else self._normalise(parts)
 
     def _split(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,13 +288,11 @@ class Mixer(nn.Module):
         return self.conv1d(self._conv_in(parts), causal_conv1d, activation=self.config.conv_activation, **how)
 
     def _turned_heads(self, conv_out: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """`heads_of`, B and C turned by their positions where the mixer says so; with or without the time axis."""
+        """`heads_of`, B and C turned by their positions where the mixer says so."""
         x, b, c = self.heads_of(conv_out, parts)
         if not self.config.rotary:
             return x, b, c
         cos, sin = parts["cos"], parts["sin"]
-        if b.ndim == 3:  # for one token a call costs more than its arithmetic
-            return x, *turned(torch.cat((b, c), -2), cos, sin).split([b.shape[-2], c.shape[-2]], -2)
         return x, turned(b, cos, sin), turned(c, cos, sin)
 
     def _run(self, parts: dict[str, Tensor], rec: Recurrence, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,17 +370,37 @@ class Mixer(nn.Module):
             outputs.append(y)
         return torch.stack(outputs[-c.shape[1] :], 1)
 
-    def _cached_step(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer) -> Tensor:
-        if layer.state is None or layer.is_recording:
-            return self._cached_run(parts, rec, layer)
+    def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> tuple[Tensor, Tensor | None]:
+        """Of one token: the recurrence's output, and what attention sees where there is a window; both [B, 1, H, P]."""
         window = layer.window()
-        assert window is not None, "a layer with a state has a window"
-        fresh = self._conv_in(parts)[:, 0]
-        conv_out, window = self.conv1d(fresh, causal_conv1d_step, activation=self.config.conv_activation, state=window)
-        x, b, c = self._turned_heads(conv_out, {name: part[:, 0] for name, part in parts.items()})
-        y, state = self.step(x, b, c, parts["dt"][:, 0], layer.state)
+        assert window is not None and layer.state is not None, "a layer with a state has a window"
+        rest = {name: part.select(1, 0) for name, part in parts.items() if name not in ("z", "mass", "cos", "sin")}
+        conv_out, window = self.conv1d(self._conv_in(rest), causal_conv1d_step, activation=self.config.conv_activation, state=window)
+        x, b, c = self.heads_of(conv_out, rest)
+        b, c, seen = self._step_heads(b, c, rest["conv"], parts, layer)
+        y, state = self.step(x, b, c, rest["dt"], layer.state)
         layer.set_state(window, state, 1)
-        return y.unsqueeze(1)
+        return y.unsqueeze(1), seen
+
+    def _step_heads(
+        self, b: Tensor, c: Tensor, rows: Tensor, parts: dict[str, Tensor], layer: RecurrentLayer
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """B and C of one token turned, and what its attention sees [B, 1, H, P]: in one turn, as a call costs more than its arithmetic.
+
+        `rows`: those before the convolution, without the time axis.
+        """
+        parted, seen = [b, c] if self.config.rotary else [], None
+        if self.sight is not None:
+            v, both = self._attention_rows(rows)
+            parted.append(both)
+        if not parted:
+            return b, c, None
+        every = turned_each(torch.cat(parted, 1), parts["cos"], parts["sin"])  # [B, 1, Q]
+        made = every.split_with_sizes([heads.shape[1] for heads in parted], 1)
+        if self.sight is not None:
+            k, q = made[-1].to(v.dtype).split_with_sizes([self.config.groups, self.config.heads], 1)
+            seen = layer.look_once(q, k, v, self.sight, self.config.head_dim**-0.5)
+        return (made[0], made[1], seen) if self.config.rotary else (b, c, seen)
 
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
         x, b, dt = inputs
