@@ -45,6 +45,7 @@ def test_recall_asks_for_a_fact_that_was_stated_in_an_earlier_turn(count: int) -
     assert len(stated) == len({line.split()[0] for line in stated}) == count
     assert answer in stated and messages[-1]["content"].endswith(answer.split()[0])
     assert not messages[-3]["content"].startswith("Note:")
+    assert len(language.exam("recall", random.Random(count), count, between=5)[0]) == len(messages) + 2 * 4
 
 
 def test_exams_are_unseen_in_training() -> None:

@@ -139,17 +139,17 @@ def ask_recall(rng: random.Random, facts: dict[str, str], most: int = 1) -> tupl
     return "What of\n" + "\n".join(names), "\n".join(f"{name} {facts[name]}" for name in names)
 
 
-def exam(skill: str, rng: random.Random, facts: int | None = None) -> tuple[list[Message], str]:
+def exam(skill: str, rng: random.Random, facts: int | None = None, between: int = 1) -> tuple[list[Message], str]:
     """A held-out prompt (messages ending with the user's question) and its one right answer.
 
-    For `recall`, `facts` sets how many facts are stated before (default: drawn from FACT_COUNTS); an unrelated
-    question stands between the facts and the question about them.
+    For `recall`, `facts` sets how many facts are stated before (default: drawn from FACT_COUNTS); `between` unrelated
+    questions and their answers stand between the facts and the question about them.
     """
     if skill != "recall":
         question, answer = ask(skill, rng, held_out=True)
         return [{"role": "user", "content": question}], answer
     turns, known = state_facts(rng, facts or rng.choice(FACT_COUNTS))
-    turns.append(_turn(*ask(rng.choice(list(QUESTIONS)), rng)))
+    turns += [_turn(*ask(rng.choice(list(QUESTIONS)), rng)) for _ in range(between)]
     question, answer = ask_recall(rng, known)
     return [*sum(turns, []), {"role": "user", "content": question}], answer
 
