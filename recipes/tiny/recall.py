@@ -33,7 +33,7 @@ from llamba.running.run import run
 from llamba.settings import Distill, Recipe
 
 OUT = Path("runs/demo-recall")
-STEPS = {0.25: 160, 0.0: 800}  # by the share of attention that is left: the last layers are the hard ones
+STEPS = {0.25: 80, 0.0: 880}  # by the share of attention that is left: the last layers are the hard ones
 TRIALS = 40
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NEEDLE_FACTS, NEEDLE_TRIALS = (8, 16, 32, 64), 20
