@@ -44,7 +44,7 @@ def draw(path: Path) -> None:
     left, right = figure.subplots(1, 2)
     panel(left, rows, "facts", "facts stated before")
     panel(right, rows, "apart", "tokens between four facts and the question")
-    left.legend(title="layers with attention", frameon=False, loc="lower left", fontsize="small")
+    right.legend(title="layers with attention", frameon=False, loc="center", fontsize="small")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

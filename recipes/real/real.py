@@ -76,7 +76,7 @@ def distillations(part: str, minutes: float) -> list[Distill]:
     """The first minutes' stage and, where there are more of them, one that goes on."""
     common = Distill(
         kl=1.0, ce=0.0, targets="all", lr=RATE, projection_lr=PROJECTION_RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1, floor=0.05,
-        batch=2, micro_batch=2, save_every=50, log_every=5,
+        batch=1, micro_batch=1, save_every=100, log_every=10,
     )  # fmt: skip
     first = min(minutes, FIRST_MINUTES)
     more = (
@@ -120,11 +120,12 @@ def asked(model: Any, tokenizer: Any) -> dict[str, str]:
     return {question: Chat(model, tokenizer, Sampling(max_new_tokens=60)).answer(question, io.StringIO()) for question in QUESTIONS}
 
 
-def distances(model: Any, chats: list[Reference]) -> dict[str, float]:
-    """A student's distance to its teacher, with the recurrence and without."""
-    found = distance(model, chats)
-    with without_recurrence(model):
-        window = distance(model, chats)
+def distances(model: Any, chats: list[Reference], untrained: bool = False) -> dict[str, float]:
+    """A student's distance to its teacher, with the recurrence and without, which is the same while the recurrence counts nothing."""
+    window = found = distance(model, chats)
+    if not untrained:
+        with without_recurrence(model):
+            window = distance(model, chats)
     return {
         "perplexity, held-out chats": math.exp(found.nll),
         "KL to the teacher": found.kl,
@@ -158,7 +159,7 @@ def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[
     }
     for name, folder, kept in (("50%", choices.output, layers), ("0%", f"{choices.output}-0pct", [])):
         untrained = convert(teacher, mixer="auto", attention=kept)
-        found[f"{name}, untrained"] = distances(untrained, chats) | {"answers": asked(untrained, tokenizer)}
+        found[f"{name}, untrained"] = distances(untrained, chats, untrained=True) | {"answers": asked(untrained, tokenizer)}
         del untrained
         model, _ = load(folder)
         draft = load_draft(choices.output, model) if name == "50%" else None
