@@ -1,5 +1,6 @@
-"""What becomes of recall as attention is taken away: teacher, 50%, 25% and 0%, by how many facts there are and how far away. `make demo-recall`
-runs this.
+"""What becomes of recall as attention is taken away: teacher, 50%, 25% and 0%, by how many facts there are and how far away.
+
+`make demo-recall` runs this.
 
 python recipes/tiny/recall.py        (after recipes/tiny/demo.py, whose student it goes on from)
 
