@@ -562,7 +562,7 @@ def kill_and_rerun(arguments: list[str], times: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_rerun_gives_the_same_rows(public_data: Path, tmp_path: Path) -> None:
-    with fake_judge(delay=0.05) as (url, state):
+    with fake_judge(delay=1.0) as (url, state):
         main([*arguments(public_data, tmp_path / "whole", url), "--concurrency", "2"])
         asked = state.served
         kill_and_rerun([*arguments(public_data, tmp_path / "killed", url), "--concurrency", "2"], times=5, seed=0)

@@ -227,7 +227,7 @@ class Mixer(nn.Module):
                 "a mixer with window, sinks or rotary needs position_embeddings, as the model's own layers pass them; got none"
             )
         turns = zip(("cos", "sin"), given, strict=True)
-        return {name: part if len(part) == rows else part.expand(rows, tokens, -1) for name, part in turns}
+        return {name: part if part.shape[0] == rows else part.expand(rows, tokens, -1) for name, part in turns}
 
     def attention_heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's queries [B, T, H, P], keys and values [B, T, G, P], the first two turned: the rows before the convolution."""
