@@ -23,7 +23,7 @@ KEPT = {f"self_attn.{name}_proj" for name in "qkvo"}
 MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 
 
-@pytest.fixture(scope="module", params=["mamba2", "mamba1"])
+@pytest.fixture(scope="module", params=["mamba2", "mamba1", "auto", "gated_delta", "kda", "mamba3"])
 def student(request, tmp_path_factory, teacher_folder, tokenizer) -> str:
     folder = tmp_path_factory.mktemp("student")
     convert(str(teacher_folder), mixer=request.param, init="paper").save_pretrained(folder)
@@ -40,7 +40,7 @@ def chats(tmp_path_factory, chat_file, tokenizer) -> StageData:
 
 def test_projections_of_every_kind_are_changed(student):
     model = AutoModelForCausalLM.from_pretrained(student)
-    mixer = {"self_attn.in_proj", "self_attn.out_proj"} | ({"self_attn.dt_proj"} if model.config.mixer["kind"] == "mamba1" else set())
+    mixer = {"self_attn.in_proj", "self_attn.out_proj"} | ({"self_attn.dt_proj"} if model.config.mixer["kind"] in ("mamba1", "kda") else set())
     found = {train: set(lora.targets(model, train)) for train in ("all", "all_but_mlps", "mixers")}
     layers = {number: {name.split(".", 3)[3] for name in found["all"] if name.startswith(f"model.layers.{number}.")} for number in range(4)}
     assert layers == {0: mixer | MLP, 1: KEPT | MLP, 2: mixer | MLP, 3: KEPT | MLP}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llamba.data.batches import Rows, collate
 from llamba.data.tokens import tokenize
+from llamba.models.convert import convert
 from llamba.settings import Data, Distill
 from llamba.stages import distill
 from llamba.training.losses import IGNORE
@@ -94,7 +95,10 @@ def train(stage: Distill, student_model, teacher_hidden, rows: Rows, rank: int, 
 
 
 @pytest.mark.slow
-def test_two_fsdp2_processes_train_as_one_and_save_one_model(tmp_path, student_folder, teacher_folder, chat_file, tokenizer) -> None:
+@pytest.mark.parametrize("mixer", ["mamba2", "auto", "gated_delta", "kda", "mamba3"])
+def test_two_fsdp2_processes_train_as_one_and_save_one_model(tmp_path, mixer, teacher_folder, chat_file, tokenizer) -> None:
+    student_folder = str(tmp_path / "student")
+    convert(str(teacher_folder), mixer=mixer).save_pretrained(student_folder)
     tokenize(Data(train=str(chat_file), length=48), tokenizer, "assistant", tmp_path / "data")
     rows = tmp_path / "data" / "train"
     stage = Distill(**STEPS)
