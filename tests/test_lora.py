@@ -40,7 +40,9 @@ def chats(tmp_path_factory, chat_file, tokenizer) -> StageData:
 
 def test_projections_of_every_kind_are_changed(student):
     model = AutoModelForCausalLM.from_pretrained(student)
-    mixer = {"self_attn.in_proj", "self_attn.out_proj"} | ({"self_attn.dt_proj"} if model.config.mixer["kind"] in ("mamba1", "kda") else set())
+    mixer = {"self_attn.in_proj", "self_attn.out_proj"} | (
+        {"self_attn.dt_proj"} if model.config.mixer["kind"] in ("mamba1", "kda") else set()
+    )
     found = {train: set(lora.targets(model, train)) for train in ("all", "all_but_mlps", "mixers")}
     layers = {number: {name.split(".", 3)[3] for name in found["all"] if name.startswith(f"model.layers.{number}.")} for number in range(4)}
     assert layers == {0: mixer | MLP, 1: KEPT | MLP, 2: mixer | MLP, 3: KEPT | MLP}
