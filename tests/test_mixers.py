@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llamba.models.convert import convert
 from llamba.models.families import family_of
 from llamba.models.mixers import INITS, MixerConfig, build_mixer, initialise
-from llamba.models.mixers.base import OPEN_GATE
+from llamba.models.mixers.initial import OPEN_GATE
 
 
 def exact_norm(norm: nn.Module, heads: Tensor) -> Tensor:

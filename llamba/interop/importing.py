@@ -14,7 +14,7 @@ from llamba.interop.folders import Weights, check_names, copy_tokenizer, whole_f
 from llamba.interop.published import Published, Shapes
 from llamba.interop.students import expected_tensors, write_student
 from llamba.models.loading import load_generation_config
-from llamba.models.mixers.base import FP32_PARAMETERS
+from llamba.models.mixers.outline import FP32_PARAMETERS
 
 Describe = Callable[[Path, Shapes], Published]
 KNOWN = "MambaInLlama and M1 (mamba_config.json), Phi-Mamba and Hybrid-Phi-Mamba, Cartesia's Llamba"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.models.mixers import Mixer, Origin
-from llamba.models.mixers.base import OPEN_GATE
+from llamba.models.mixers.initial import OPEN_GATE
 
 TEXTS, LENGTH = 8, 128
 RIDGE = 1e-2  # of the mean square of an input's coordinate

@@ -24,7 +24,7 @@ from llamba.models.cache import KEPT, RecurrentLayer
 from llamba.models.hybrid_cache import RECURRENT, as_hybrid_cache, check_rows, new_hybrid_cache
 from llamba.models.masks import Said, said
 from llamba.models.mixers import Mixer, Recurrence, build_mixer, initialise
-from llamba.models.mixers.base import FP32_PARAMETERS
+from llamba.models.mixers.outline import FP32_PARAMETERS
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 

@@ -81,6 +81,11 @@ class KeyRing:
         self._make(keys.transpose(1, 2), values.transpose(1, 2))
 
     @property
+    def is_even(self) -> bool:
+        """Whether all rows have as many tokens."""
+        return self.lengths.count(self.lengths[0]) == len(self.lengths)
+
+    @property
     def sees_all(self) -> bool:
         """Whether every slot holds a token that the last one sees."""
         return not self.spare and self.sight.reach is None and min(self.lengths) >= sum(self.slots)
@@ -113,7 +118,10 @@ class KeyRing:
 
     def look_once(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """`look` of one token, given without the time axis, without gradient: q [B, H, P], k and v [B, G, P] -> [B, 1, H, P]."""
-        self._append_once(k, v)
+        if self.is_even:
+            self._append_once(k, v)
+        else:
+            self._append(k.unsqueeze(1), v.unsqueeze(1))
         return attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale)
 
     def _added(self, q: Tensor, tokens: int) -> Tensor | None:
@@ -142,7 +150,7 @@ class KeyRing:
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         """Store T tokens of each row, each in a slot of its own."""
-        if k.shape[1] == 1:
+        if k.shape[1] == 1 and self.is_even:
             self._append_once(k.detach()[:, 0], v.detach()[:, 0])
             return
         rows, index = _new(tuple(self.lengths), k.shape[1], self.slots, k.device)
@@ -150,17 +158,12 @@ class KeyRing:
         self.lengths = [length + k.shape[1] for length in self.lengths]
 
     def _append_once(self, k: Tensor, v: Tensor) -> None:
-        """Store one token of each row: [B, G, P]."""
+        """Store one token of each row, [B, G, P], where all have as many."""
         n, (sinks, turns) = self.lengths[0], self.slots
-        if self.lengths.count(n) == len(self.lengths):
-            slot = n if n < sinks else sinks + (n - sinks) % turns
-            self.keys.select(2, slot).copy_(k)
-            self.values.select(2, slot).copy_(v)
-        else:
-            rows, index = _new(tuple(self.lengths), 1, self.slots, k.device)
-            self.keys[rows[:, 0], :, index[:, 0]] = k.to(self.keys.dtype)
-            self.values[rows[:, 0], :, index[:, 0]] = v.to(self.values.dtype)
-        self.lengths = [length + 1 for length in self.lengths]
+        slot = n if n < sinks else sinks + (n - sinks) % turns
+        self.keys.select(2, slot).copy_(k)
+        self.values.select(2, slot).copy_(v)
+        self.lengths = [n + 1] * len(self.lengths)
 
     def _append_some(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
         """Store the first counts[b] of each row's tokens; of those that share a slot, the last."""

@@ -77,11 +77,11 @@ def needle(facts: int, depth: float, rng: random.Random) -> Exam:
 
 
 @torch.inference_mode()
-def right(model, tokenizer, exams: list[Exam]) -> list[float]:
+def right(model, tokenizer, asked: list[Exam]) -> list[float]:
     """100 or 0 for each exam: greedy, exact match."""
     found: list[float] = []
-    for start in range(0, len(exams), 20):
-        prompts, answers = zip(*exams[start : start + 20], strict=True)
+    for start in range(0, len(asked), 20):
+        prompts, answers = zip(*asked[start : start + 20], strict=True)
         texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
         batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
         out = model.generate(**batch, max_new_tokens=12, do_sample=False)

@@ -3,13 +3,14 @@
 from typing import Any
 
 from llamba.models.mixers.ablation import LowRank, NoMixer, Toeplitz
-from llamba.models.mixers.base import Mixer, Mixing, Recurrence, drop_window, without_recurrence
+from llamba.models.mixers.base import Mixer, drop_window, without_recurrence
 from llamba.models.mixers.config import AttentionWeights, MixerConfig
 from llamba.models.mixers.delta import GatedDelta, KimiDelta
 from llamba.models.mixers.initial import INITS, Origin, initialise
 from llamba.models.mixers.mamba1 import Mamba1
 from llamba.models.mixers.mamba2 import DiscreteMamba2, Mamba2
 from llamba.models.mixers.mamba3 import Mamba3
+from llamba.models.mixers.outline import Mixing, Recurrence
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1, "mamba2": Mamba2, "discrete_mamba2": DiscreteMamba2, "gated_delta": GatedDelta, "kda": KimiDelta,

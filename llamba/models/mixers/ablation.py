@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from llamba.kernels.common import documents, traced
 from llamba.models.cache import RecurrentLayer
-from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import MixerConfig
 from llamba.models.mixers.mamba2 import Mamba2
+from llamba.models.mixers.outline import Mixing, Recurrence
 from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.tree import Tree
 

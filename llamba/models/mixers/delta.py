@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from llamba.kernels.delta import delta_fold, delta_matrix, delta_resume, delta_rule, delta_step
 from llamba.models.cache import RecurrentLayer, write
-from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import MixerConfig
+from llamba.models.mixers.outline import Mixing, Recurrence
 from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.tree import Tree
 

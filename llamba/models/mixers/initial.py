@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import initialization
 
-from llamba.models.mixers.base import OPEN_GATE, Mixer
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import AttentionWeights
 from llamba.models.mixers.parts import at_least_fp32
 
+OPEN_GATE = 1.2784645427610738  # SiLU(OPEN_GATE) = 1
 NO_DECAY = -40.0
 AT_ONCE = 6.0  # bias of the share of a write that comes at once
 ERASED = 0.3  # of what stands under a key when it is written to, at the start

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamba.kernels.selective_scan import selective_scan, selective_scan_step
-from llamba.models.mixers.base import Mixer, Recurrence
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import MixerConfig
+from llamba.models.mixers.outline import Recurrence
 from llamba.models.mixers.parts import at_least_fp32
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamba.kernels.ssd import ssd, ssd_fold, ssd_matrix, ssd_resume, ssd_step
-from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import MixerConfig
+from llamba.models.mixers.outline import Mixing, Recurrence
 from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.tree import Tree
 

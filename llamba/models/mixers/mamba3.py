@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llamba.kernels.mamba3 import mamba3_matrix, mamba3_scan, mamba3_step
-from llamba.models.mixers.base import Mixer, Mixing, Recurrence
+from llamba.models.mixers.base import Mixer
 from llamba.models.mixers.config import MixerConfig
+from llamba.models.mixers.outline import Mixing, Recurrence
 from llamba.models.mixers.parts import QKNorm, at_least_fp32
 
 NOTHING = -40.0  # log of an angle that is none
