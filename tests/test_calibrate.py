@@ -9,7 +9,7 @@ from models import TEACHERS, ids, teacher
 from safetensors.torch import load_file
 
 from llamba.cli import main
-from llamba.models.calibrate import RIDGE
+from llamba.models.calibrate import PROJECTION_RIDGE, RIDGE
 from llamba.models.convert import convert
 from llamba.running import run
 from llamba.settings import Data, Recipe, Student
@@ -18,11 +18,13 @@ NEAR = {"window": 4, "sinks": 1, "rotary": True}
 
 
 def of_layer(model, rows, index: int):
-    """Inputs and angles of a teacher's attention, row by row."""
+    """Inputs, angles and outputs of a layer's attention, row by row."""
     caught = []
-    hook = model.base_model.layers[index].self_attn.register_forward_pre_hook(
-        lambda module, positional, named: caught.append((named["hidden_states"], named["position_embeddings"])), with_kwargs=True
-    )
+
+    def keep(module, positional, named, output) -> None:
+        caught.append((named["hidden_states"], named["position_embeddings"], output[0]))
+
+    hook = model.base_model.layers[index].self_attn.register_forward_hook(keep, with_kwargs=True)
     with torch.no_grad():
         for row in rows:
             model(row[None])
@@ -31,18 +33,22 @@ def of_layer(model, rows, index: int):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("index", [1, 3])
 @pytest.mark.parametrize("mixer", ["mamba2", "gated_delta", "discrete_mamba2"])
-def test_the_joins_are_those_of_one_least_squares_fit(mixer: str) -> None:
+def test_the_joins_are_those_of_one_least_squares_fit(mixer: str, index: int) -> None:
+    """To what the teacher's layer does, on what the student's layers below make, the fitted ones among them."""
     source, rows = teacher(), ids(3, 40)
     made = convert(source, mixer=mixer, attention=[0], options=NEAR, calibrate=rows)
-    one = made.base_model.layers[1].self_attn
-    c = one.config
-    sides = [(hidden[0], *(side[0] for side in one.sides(hidden, angles))) for hidden, angles in of_layer(source, rows, 1)]
-    hidden, seen, recurrent, whole = (torch.cat(parts).double() for parts in zip(*sides, strict=True))
+    one = made.base_model.layers[index].self_attn
+    c, sight = one.config, NEAR["window"] + NEAR["sinks"]
+    sides = [(hidden[0], *(side[0] for side in one.sides(hidden, angles))) for hidden, angles, _ in of_layer(made, rows, index)]
+    wholes = [one.whole(hidden, angles)[0] for hidden, angles, _ in of_layer(source, rows, index)]
+    hidden, seen, recurrent = (torch.cat([part[sight:] for part in parts]).double() for parts in zip(*sides, strict=True))
+    missing = torch.cat([whole[sight:] for whole in wholes]).double() - seen
     gain = (one.join if one.norm is None else one.norm.weight).double().view(c.heads, c.head_dim)
     mass = one.in_proj.weight[-c.heads :].double()
     for head in range(c.heads):
-        s, n, y = seen[:, head], recurrent[:, head], (whole - seen)[:, head]  # [T, P]
+        s, n, y = seen[:, head], recurrent[:, head], missing[:, head]  # [T, P]
         own = torch.eye(c.head_dim, dtype=torch.float64) * n[:, :, None]  # [T, P, P]
         design = torch.cat((-s[:, :, None] * hidden[:, None], own), -1).flatten(0, 1)  # [T P, D + P]
         square = design.T @ design
@@ -50,7 +56,29 @@ def test_the_joins_are_those_of_one_least_squares_fit(mixer: str) -> None:
             square.diagonal()[part].add_(RIDGE * square.diagonal()[part].mean())
         found = torch.linalg.solve(square, design.T @ y.flatten())
         assert torch.allclose(found, torch.cat((mass[head], gain[head])), rtol=1e-4, atol=1e-5)
-    assert any("fitted on 120 tokens" in origin.source for origin in made.conversion.layers[1])
+    fitted = {origin.tensor for origin in made.conversion.layers[index] if "fitted on 120 tokens" in origin.source}
+    assert fitted == {one.gain[0], "in_proj.weight[mass]", "out_proj.weight"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "llama-biased", "phi"])
+@pytest.mark.parametrize("index", [1, 3])
+def test_a_projection_is_moved_as_one_least_squares_fit_would(name: str, index: int) -> None:
+    source, rows = teacher(name), ids(3, 40)
+    made = convert(source, mixer="mamba2", attention=[0], options=NEAR, calibrate=rows)
+    caught: list[torch.Tensor] = []
+    out = made.base_model.layers[index].self_attn.out_proj
+    hook = out.register_forward_pre_hook(lambda module, given: caught.append(given[0][0]))
+    of_layer(made, rows, index)
+    hook.remove()
+    joined = torch.cat(caught)  # [n, I]
+    attention = source.base_model.layers[index].self_attn
+    before = (attention.dense if name == "phi" else attention.o_proj)(joined)
+    aim = torch.cat([output[0] for *_, output in of_layer(source, rows, index)]) - before
+    ridge = (PROJECTION_RIDGE * joined.square().sum(0).mean()).sqrt() * torch.eye(joined.shape[1], dtype=torch.float64)
+    move = torch.linalg.lstsq(torch.cat((joined, ridge)), torch.cat((aim, aim.new_zeros(len(ridge), aim.shape[1])))).solution
+    assert (out(joined) - before - joined @ move).abs().max() < 1e-9 * before.abs().max()
+    assert move.abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -58,14 +86,9 @@ def test_the_joins_are_those_of_one_least_squares_fit(mixer: str) -> None:
 def test_what_is_fitted_to_is_the_teachers_attention(name: str) -> None:
     source, rows = teacher(name), ids(1, 40)
     one = convert(source, mixer="mamba2", attention=[0], options=NEAR).base_model.layers[1].self_attn
-    ((given, angles),) = of_layer(source, rows, 1)
-    attention = source.base_model.layers[1].self_attn
-    caught: list[torch.Tensor] = []
-    hook = attention.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs[0]))
-    source(rows)
-    hook.remove()
+    ((given, angles, output),) = of_layer(source, rows, 1)
     assert torch.allclose(
-        one.out_proj(one.sides(given, angles)[2].flatten(-2)), caught[0], rtol=0, atol=1e-7 if name == "qwen3" else 1e-9
+        one.out_proj(one.whole(given, angles).flatten(-2)), output, rtol=0, atol=1e-7 if name == "qwen3" else 1e-9
     )  # transformers' norm of it is in fp32
 
 
@@ -75,7 +98,7 @@ def test_a_fit_comes_closer_to_attention_and_leaves_a_whole_window_as_it_is() ->
 
     def error(**more) -> float:
         student = convert(source, mixer="mamba2", attention=[0], **more)
-        (given, angles), *_ = of_layer(source, other, 1)
+        (given, angles, _), *_ = of_layer(source, other, 1)
         want = source.base_model.layers[1].self_attn(given, angles, None)[0]
         return float((student.base_model.layers[1].self_attn(given, position_embeddings=angles)[0] - want).square().sum())
 

@@ -33,7 +33,8 @@ def test_rounds_with_tokens_taken_back_equal_the_sequence(sight: Sight, impl: st
             heads, mass, y, _angles(at.length[:, None] + torch.arange(ROUND)), keys.nan_to_num_() if impl == "torch" else keys,
             values.nan_to_num_() if impl == "torch" else values, at, sight, P**-0.5, impl=impl,
         )  # fmt: skip
-        seen = (out - y).unflatten(-1, (H, P)) / (1 - mass[..., None])
+        read = at.length[:, None] + torch.arange(1, ROUND + 1) - sight.sinks > sight.window  # more than sinks and window hold
+        seen = torch.where(read[..., None], out - y, out).unflatten(-1, (H, P)) / (1 - mass * read[..., None])[..., None]
         kept = torch.minimum(new, torch.randint(1, ROUND + 1, (B,), generator=draw))
         for row in range(B):
             assert not out[row, new[row] :].any()

@@ -49,6 +49,47 @@ def test_with_a_window_as_long_as_the_text_a_student_is_its_teacher(name: str, m
     assert rms_error(logits(made, tokens, **packed), logits(source, tokens, **packed)) < 1e-9
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEACHERS)
+def test_where_nothing_is_out_of_sight_a_trained_join_leaves_attention_as_it_is(name: str) -> None:
+    """Window 6 and 2 sinks: the first eight tokens of every document, wherever it stands and however it is read, are the teacher's."""
+    source, tokens = exact(teacher(name)), ids(2, 22)
+    made = convert(source, mixer="mamba2", attention=0.0, options={"window": 6, "sinks": 2, "rotary": True})
+    for layer in made.model.layers:
+        layer.self_attn.gain[1].normal_()
+        layer.self_attn.in_proj.weight[-made.config.num_attention_heads :].normal_()
+    mask = torch.ones_like(tokens)
+    mask[1, [0, 1, 2, 5, 9]] = 0
+    place = (mask.cumsum(1) - 1).clamp_min(0)
+    padded = {"attention_mask": mask, "position_ids": place}
+    packed = {"position_ids": torch.cat((torch.arange(13), torch.arange(9)))[None].expand(2, -1)}
+    for more, first, real in (
+        ({}, torch.arange(22).expand(2, -1) < 8, mask >= 0), (padded, place < 8, mask > 0), (packed, packed["position_ids"] < 8, mask >= 0),
+    ):  # fmt: skip
+        got, want = logits(made, tokens, **more), logits(source, tokens, **more)
+        assert rms_error(got[first & real], want[first & real]) < 1e-9
+        assert rms_error(got[~first & real], want[~first & real]) > 1e-3
+    whole, out = logits(made, tokens), made(tokens[:, :3], use_cache=True)
+    read = [out.logits]
+    for token in tokens[:, 3:].split(1, 1):
+        read.append(made(token, past_key_values=out.past_key_values).logits)
+    assert rms_error(torch.cat(read, 1), whole) < 1e-9
+
+
+@torch.no_grad()
+def test_rows_that_do_without_their_window_in_training_have_the_recurrence_everywhere() -> None:
+    made = convert(teacher(), mixer="mamba2", attention=0.0, options={"window": 6, "sinks": 2, "rotary": True})
+    one = made.model.layers[0].self_attn.train()
+    recurrent, seen, mass = (torch.randn(2, 12, *shape, dtype=torch.float64) for shape in ((32,), (4, 8), (4,)))
+    hidden = torch.arange(12)[None] >= 8
+    one.drop_window = 1.0
+    assert torch.equal(one._joined(recurrent, seen, mass, hidden), recurrent + 0 * recurrent)
+    one.drop_window = 0.0
+    joined = one._joined(recurrent, seen, mass, hidden)
+    assert torch.equal(joined[:, :8], seen.flatten(-2)[:, :8])
+    assert torch.allclose(joined[:, 8:], (recurrent + (seen * (1 - mass[..., None])).flatten(-2))[:, 8:])
+
+
 def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:
     source = teacher("llama-3.2")
 

@@ -23,6 +23,7 @@ __all__ = [
     "Sight",
     "attend",
     "attend_slots",
+    "hides",
     "places_in",
     "sees",
     "slot_of",
@@ -98,7 +99,8 @@ def window_steps(
     scale: float,
     impl: str = "auto",
 ) -> Tensor:
-    """y + (1 - mass) of what the at.new[b] new tokens of each row see, [B, T, H P]; 0 from new[b] on.
+    """y + (1 - mass) of what the at.new[b] new tokens of each row see, [B, T, H P]; 0 from new[b] on. Where nothing is out of sight, what
+    is seen alone.
 
     heads [B, T, 2 G + H, P]: values, keys and queries, not turned; mass [B, T, H]; y [B, T, H P]; angles: cosines and sines [B, T, Q] of
     the tokens' positions; keys and values [B, G, S, P] in slots (see `steps`), into which those of the T tokens go; at: cursors as
@@ -127,14 +129,29 @@ def window_rows(
     """The rows [B, H, I, T] of the matrix that `window_attention` multiplies v by; arguments as there, absent tokens' rows 0."""
     T, R = q.shape[1], q.shape[2] // k.shape[2]
     real = torch.ones(len(q), T, dtype=torch.bool, device=q.device) if mask is None else mask
-    rank, docs = real.long().cumsum(1) - 1, documents(seq_idx, mask)
-    start = torch.zeros_like(rank) if docs is None else rank.gather(1, _starts(docs))
+    docs = documents(seq_idx, mask)
+    rank, start = _ranks(real, docs)
     seen = sees(rank[:, rows], start[:, rows], rank.masked_fill(~real, -1), sight)  # [B, I, T]
     if docs is not None:
         seen = seen & (docs[:, rows, None] == docs[:, None])
     scores = torch.einsum("bihp,bjhp->bhij", q[:, rows], k.repeat_interleave(R, 2)) * scale
     weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~(seen & real[:, rows, None])[:, None], 0)
+
+
+def hides(tokens: Tensor, sight: Sight, seq_idx: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Whether something is out of sight of each of tokens [B, T, ...]: [B or 1, T] bool. seq_idx and mask as in `window_attention`."""
+    if seq_idx is None and mask is None:
+        return (torch.arange(tokens.shape[1], device=tokens.device) >= sight.whole)[None]
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+    rank, start = _ranks(real, documents(seq_idx, mask))
+    return rank - start >= sight.whole
+
+
+def _ranks(real: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How many real tokens of its row stand before each token, and before its document: both [B, T]."""
+    rank = real.long().cumsum(1) - 1
+    return rank, torch.zeros_like(rank) if docs is None else rank.gather(1, _starts(docs)).clamp_min(0)  # -1 where a row begins absent
 
 
 def _packed(mask: Tensor) -> _Packed:

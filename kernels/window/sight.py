@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NO_LIMIT = 1 << 30  # tokens
+
 
 class Sight(NamedTuple):
     """`window` counts the token itself; nothing `reach` tokens back or further is seen (None: no such limit)."""
@@ -14,6 +16,11 @@ class Sight(NamedTuple):
     window: int
     sinks: int = 0
     reach: int | None = None
+
+    @property
+    def whole(self) -> int:
+        """How many tokens of a document, its first ones, have nothing out of sight."""
+        return NO_LIMIT if self.reach is not None and self.reach <= self.window else self.sinks + self.window
 
 
 class Past(NamedTuple):

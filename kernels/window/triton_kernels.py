@@ -23,7 +23,7 @@ def turned_rows(x, at, there, p, cos, sin, angle, P: tl.constexpr, Q: tl.constex
 
 @triton.jit(do_not_specialize=["T"])
 def window_round(
-    heads, mass, y, cos, sin, keys, values, length, new, out, stride_hb, stride_ht, stride_mb, stride_mt, T, G, scale, window, reach,
+    heads, mass, y, cos, sin, keys, values, length, new, out, stride_hb, stride_ht, stride_mb, stride_mt, T, G, scale, window, reach, whole,
     M: tl.constexpr, S: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,8 @@ def window_round(
     tl.store(keys + to, k, mask=fresh)
     tl.store(values + to, v, mask=fresh)
     inside = real[:, None] & (p < P)[None, :]
-    left = 1.0 - tl.load(mass + row * stride_mb + t * stride_mt + h, mask=real, other=0.0).to(tl.float32)
+    hides = real & (start + t >= whole)  # else nothing is out of sight, and attention alone counts
+    left = 1.0 - tl.load(mass + row * stride_mb + t * stride_mt + h, mask=hides, other=0.0).to(tl.float32)
     where = ((row * T + t) * H + h)[:, None] * P + p[None, :]
-    made = tl.load(y + where, mask=inside, other=0.0).to(tl.float32) + total * (left / weight)[:, None]
+    made = tl.load(y + where, mask=inside & hides[:, None], other=0.0).to(tl.float32) + total * (left / weight)[:, None]
     tl.store(out + where, tl.where((t < count)[:, None], made, 0.0), mask=inside)

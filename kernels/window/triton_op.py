@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..launch import dense_rows, on_device, precision, width
-from .sight import Sight
+from .sight import NO_LIMIT, Sight
 from .triton_kernels import window_round
 
 BLOCK = 32  # slots that a program reads at a time
-NO_LIMIT = 1 << 30
 
 
 def fused_steps(
@@ -27,7 +26,7 @@ def fused_steps(
     with on_device(heads):
         window_round[G, B](
             rows, mass, y, cos, sin, keys, values, at.length, at.new, out, *rows.stride()[:2], *mass.stride()[:2], T, G, scale,
-            sight.window, NO_LIMIT if sight.reach is None else sight.reach,
+            sight.window, NO_LIMIT if sight.reach is None else sight.reach, sight.whole,
             M=sight.sinks, S=S, P=P, Q=cos.shape[-1], R=H // G, ROWS=width(H // G * T), BT=width(T), BP=width(P), BLOCK=BLOCK,
             PRECISION=precision(heads), num_warps=4 if P <= 64 else 8, num_stages=1,
         )  # fmt: skip

@@ -50,6 +50,14 @@ def _mask(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torc
 
 
 @lru_cache(maxsize=16)
+def _hides(lengths: Lengths, tokens: int, whole: int, device: torch.device) -> Tensor:
+    """Whether each row's last `tokens` tokens have `whole` tokens or more before them, [B or 1, T]."""
+    with torch.inference_mode(False):
+        rows = lengths[:1] if len(set(lengths)) == 1 else lengths
+        return torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) >= whole
+
+
+@lru_cache(maxsize=16)
 def _past(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Places [B, M + count] of the sinks and of the last `count` tokens, their slots, and the lengths [B]."""
     with torch.inference_mode(False):
@@ -123,6 +131,17 @@ class KeyRing:
         else:
             self._append(k.unsqueeze(1), v.unsqueeze(1))
         return attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale)
+
+    def hides(self, tokens: int, mask: Tensor | None, tree: Tree | None) -> Tensor | None:
+        """Whether something is out of sight of each row's last tokens, which `look` has seen, [B or 1, T] bool; None: of all of them."""
+        if tree is not None:
+            return torch.tensor(self.lengths, device=self.keys.device)[:, None] - len(tree) + tree.depths[-tokens:] >= self.sight.whole
+        if mask is not None:
+            before = torch.tensor(self.lengths, device=mask.device)[:, None] - mask.sum(1, keepdim=True)
+            return before + mask.cumsum(1) > self.sight.whole
+        if min(self.lengths) - tokens >= self.sight.whole:
+            return None
+        return _hides(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
 
     def _added(self, q: Tensor, tokens: int) -> Tensor | None:
         """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""

@@ -25,6 +25,7 @@ from llamba.models.convert import kept_layers
 from llamba.models.documents import by_document
 from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT
+from llamba.models.layers import forwards
 from llamba.models.mixers.parts import at_least_fp32
 from llamba.training.losses.fused import logits_at_once
 from llamba.training.trainer import model_inputs
@@ -90,18 +91,6 @@ def restore(student: Any, teacher: Any, layers: Sequence[int]) -> None:
         _place(student, layer, _layers(teacher)[layer].self_attn, teacher.config.layer_types[layer])
 
 
-@contextmanager
-def _forwards(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, every one of `modules` computes `forward`."""
-    for module in modules:
-        module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__["forward"]
-
-
 def _hidden(model: Any, batch: Batch) -> Tensor:
     """Last hidden states [B, T, D]."""
     hidden: Tensor = model.base_model(**model_inputs(batch), **by_document(model, batch), use_cache=False).last_hidden_state
@@ -110,7 +99,7 @@ def _hidden(model: Any, batch: Batch) -> Tensor:
 
 def _hidden_from(model: Any, batch: Batch, layer: int, state: Tensor) -> Tensor:
     """The same where the input `state` [B, T, D] of `layer` is known: the layers below are not run again."""
-    with _forwards(_layers(model)[:layer], lambda hidden, *args, **kwargs: state):
+    with forwards(_layers(model)[:layer], lambda hidden, *args, **kwargs: state):
         return _hidden(model, batch)
 
 
@@ -214,7 +203,7 @@ class _Scorer:
             chosen = own_y.new_zeros(heads, own_y.shape[-1] // heads)
             chosen[head] = 1
             y = own(own_y * (1 - chosen.flatten())) + other(other_y * chosen.flatten()) - bias  # [B, T, D]
-            with _forwards([_layers(self.host)[layer].self_attn], lambda *args, y=y, **kwargs: (y, None)):
+            with forwards([_layers(self.host)[layer].self_attn], lambda *args, y=y, **kwargs: (y, None)):
                 found.append(self.kl(_hidden_from(self.host, self.batch, layer, self.inputs[layer])))
         return found
 

@@ -2,12 +2,12 @@
 
     python recipes/real/real.py [minutes=15] [data=FILE or ORG/SET:SPLIT] [output=runs/real]        (`make real` runs this)
 
-Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted, and their joins
-fitted to attention; the first student gets attention back in the layers that need it most (`select`) and is distilled by KL, the mixers
-alone trained. The second goes on from it: the rest of its layers are converted and fitted, and it is distilled from the teacher in turn.
-`minutes` is the training time of both together on two idle cores; with more of them the runs that are there go on. Chats are the chitchat
-package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is held out.
-Everything that is finished is kept: after an interruption the same command goes on.
+Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted and fitted to
+attention; the first student gets attention back in the layers that need it most (`select`) and is distilled by KL, the mixers alone
+trained. The second goes on from it: the rest of its layers are converted and fitted, and it is distilled from the teacher in turn.
+`minutes` is the time of fits and training, both students together, on two idle cores; with more of them the runs that are there go on.
+Chats are the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth
+row is held out. Everything that is finished is kept: after an interruption the same command goes on.
 """
 
 import copy
@@ -36,15 +36,16 @@ from llamba.settings import require
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH = 512
 ANSWERED = 32  # conversations that the teacher answers
-SELECT_ROWS = 8  # sequences that the layers are ranked on
+SELECT_ROWS = 4  # sequences that the layers are ranked on
 HEAD = 8192  # tokens that the draft can propose: the most frequent ones
-DRAFT_TOKENS = 80_000  # that the draft learns on
+DRAFT_TOKENS = 40_000  # that the draft learns on
 HELD_OUT = 8  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 RATE, PROJECTION_RATE = 3e-3, 5e-5  # what is new learns fast, what the teacher knew slowly: at one rate of 3e-4 for both the KL rises
-CALIBRATED = 8192  # tokens that the joins are fitted on
+CALIBRATED = 20_480  # tokens that joins and projections are fitted on
 TOKENS_A_MINUTE = {"half": 12_500, "none": 10_000}  # on two cores with bf16 products
-SHARES = {"half": 0.15, "none": 0.85}  # of the minutes: half of the attention needs few
+FITS = 0.25  # of the first minutes
+SHARES = {"half": 0.1, "none": 0.9}  # of the others: half of the attention needs few
 QUESTIONS = (
     "What is the capital of France?",
     "Name three things that one can do on a rainy day.",
@@ -67,22 +68,17 @@ class Choices:
         require(1 <= self.minutes <= 10_000, "minutes", "a number from 1 to 10,000", self.minutes)
 
 
-def tokens(part: str, minutes: float) -> int:
-    """Tokens that a part of the training takes of so many minutes."""
-    return int(SHARES[part] * TOKENS_A_MINUTE[part] * minutes)
-
-
 def distillations(part: str, minutes: float) -> list[Distill]:
     """The first minutes' stage and, where there are more of them, one that goes on."""
     common = Distill(
         kl=1.0, ce=0.0, targets="all", lr=RATE, projection_lr=PROJECTION_RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1, floor=0.05,
         batch=1, micro_batch=1, save_every=100, log_every=10,
     )  # fmt: skip
-    first = min(minutes, FIRST_MINUTES)
-    more = (
-        [replace(common, tokens=tokens(part, minutes - first), lr=RATE / 2, projection_lr=PROJECTION_RATE / 2)] if minutes > first else []
-    )
-    return [replace(common, tokens=tokens(part, first)), *more]
+    speed, first = SHARES[part] * TOKENS_A_MINUTE[part], min(minutes, FIRST_MINUTES)
+    stages = [replace(common, tokens=int(speed * (1 - FITS) * first))]
+    if minutes > first:
+        stages.append(replace(common, tokens=int(speed * (minutes - first)), lr=RATE / 2, projection_lr=PROJECTION_RATE / 2))
+    return stages
 
 
 def _draft(minutes: float) -> Draft:

@@ -45,7 +45,8 @@ class Mixer(Cached):
             y = self._cached_run(parts, rec, layer)
         y = self._gated(y, parts["z"])
         if self.sight is not None:
-            y = self._joined(y, self._look(parts, rec, layer) if seen is None else seen, parts["mass"])
+            seen = self._look(parts, rec, layer) if seen is None else seen
+            y = self._joined(y, seen, parts["mass"], self._hides(hidden_states, rec, layer))
         elif self.recurrence_off:
             y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamba.kernels.gated_norm import gated_head_norm
-from llamba.kernels.window import Sight, turned, window_attention, window_rows
+from llamba.kernels.window import Sight, hides, turned, window_attention, window_rows
 from llamba.models.cache import RecurrentLayer
 from llamba.models.mixers.outline import Mixing, Outline, Recurrence
 
@@ -64,33 +64,61 @@ class Beside(Outline):
             return window_attention(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
         return layer.look(q, k, v, self.sight, scale, rec.mask, rec.tree)
 
-    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor) -> Tensor:
+    def _hides(self, rows: Tensor, rec: Recurrence, layer: RecurrentLayer | None) -> Tensor | None:
+        """Whether something is out of sight of each token of rows [B, T, ...], which `_look` has seen: [B or 1, T]; None: of all."""
+        assert self.sight is not None
+        if layer is None:
+            return hides(rows, self.sight, rec.seq_idx, rec.mask)
+        assert layer.ring is not None, "it was looked into"
+        return layer.ring.hides(rows.shape[1], rec.mask, rec.tree)
+
+    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hidden: Tensor | None) -> Tensor:
         """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
 
         `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
-        weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen.
+        weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen. Nor is anything taken or
+        added where nothing is `hidden` [B or 1, T] (None: it is everywhere): what is seen is attention then.
         """
         if self.recurrence_off:
             return seen.flatten(-2)
+        recurrent = recurrent if self.join is None else recurrent * self.join
+        kept = torch.rand(len(seen), 1, device=seen.device) >= self.drop_window if self.training and self.drop_window else None
+        if hidden is not None:
+            counts = (hidden if kept is None else hidden | ~kept).unsqueeze(-1).to(seen.dtype)
+            recurrent, mass = recurrent * counts, mass * counts
         seen = torch.addcmul(seen, seen, mass.unsqueeze(-1), value=-1).flatten(-2)
-        if self.training and self.drop_window:
-            kept = torch.rand(len(seen), 1, 1, device=seen.device) >= self.drop_window
-            seen = seen * kept.to(seen.dtype)
-        return seen + (recurrent if self.join is None else recurrent * self.join)
+        return recurrent + (seen if kept is None else seen * kept.unsqueeze(-1).to(seen.dtype))
 
-    def sides(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the join puts together, and what it should give: the part of attention that window and sinks see (zeros without them), the
-        recurrence behind the gate with weights of 1, and attention over all tokens of the document. All [B, T, H, P], from [B, T, D]."""
-        turns = {name: part.expand(*hidden_states.shape[:2], -1) for name, part in zip(("cos", "sin"), angles, strict=True)}
-        parts = self._project(hidden_states) | turns
+    def sides(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the join puts together: the part of attention that window and sinks see (zeros without them), and the recurrence behind
+        the gate with weights of 1. Both [B, T, H, P], from [B, T, D]."""
+        parts = self._turned_parts(hidden_states, angles)
         y = self._run(parts, Recurrence(), None, None)[0]
         ones = y.new_ones(self.config.inner)
         y = y.flatten(-2) * F.silu(parts["z"]) if self.norm is None else gated_head_norm(y, parts["z"], ones, self.norm.eps)
-        heads, scale = self.attention_heads(parts), self.config.head_dim**-0.5
+        y = y.unflatten(-1, (-1, self.config.head_dim))
+        return torch.zeros_like(y) if self.sight is None else self._look(parts, Recurrence(), None), y
+
+    def joined_sides(self, hidden_states: Tensor, seen: Tensor, recurrent: Tensor) -> Tensor:
+        """What goes into out_proj [B, T, H P], of inputs [B, T, D] whose `sides` these are."""
+        recurrent = recurrent.flatten(-2)
+        recurrent = recurrent if self.norm is None else recurrent * self.norm.weight
+        if self.sight is None:
+            return recurrent.to(hidden_states.dtype)
+        rows, bias = self.in_proj.weight[-self.config.heads :], self.in_proj.bias
+        mass = F.linear(hidden_states, rows, None if bias is None else bias[-self.config.heads :])
+        return self._joined(recurrent, seen, mass, self._hides(hidden_states, Recurrence(), None)).to(hidden_states.dtype)
+
+    def whole(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """The teacher's attention over all tokens of one document [B, T, H, P], from [B, T, D]: what the join should give."""
+        heads = self.attention_heads(self._turned_parts(hidden_states, angles))
         reach = self.config.sliding_window if self.layer_idx in (self.config.sliding_layers or ()) else None
-        whole = window_attention(*heads, Sight(hidden_states.shape[1] if reach is None else reach, 0, reach), scale=scale)
-        seen = torch.zeros_like(whole) if self.sight is None else window_attention(*heads, self.sight, scale=scale)
-        return seen, y.unflatten(-1, (-1, self.config.head_dim)), whole
+        every = Sight(hidden_states.shape[1] if reach is None else reach, 0, reach)
+        return window_attention(*heads, every, scale=self.config.head_dim**-0.5)
+
+    def _turned_parts(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        turns = {name: part.expand(*hidden_states.shape[:2], -1) for name, part in zip(("cos", "sin"), angles, strict=True)}
+        return self._project(hidden_states) | turns
 
     def _with_window(self, own: Mixing, parts: dict[str, Tensor], rec: Recurrence) -> Mixing:
         """The recurrence's matrix and that of the window and the sinks, added."""
