@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct with half of its attention turned into Mamba-2 beside a window and sinks: small enough for a laptop.
 
-No paper. Every layer is converted and its join fitted to attention (`calibrate`), attention goes back into the half of the layers that
+No paper. Every layer is converted and fitted to attention (`calibrate`), attention goes back into the half of the layers that
 need it most (`select`), and the whole is distilled by KL on all tokens, the mixers trained and everything else frozen. What is new learns
 fast and the projections, which hold what the teacher knew, slowly: at one rate for both the distance rises before it falls.
 
@@ -26,7 +26,7 @@ distilled = Distill(
 
 recipe = Recipe(
     teacher="HuggingFaceTB/SmolLM2-135M-Instruct",
-    student=Student(mixer="auto", attention=0, calibrate=8192),
+    student=Student(mixer="auto", attention=0, calibrate=20_480),
     data=Data(train="HuggingFaceTB/smol-smoltalk:train", length=512, packing=True, streaming=True),
     stages=[
         Select(keep=0.5, method="swap", rows=16, targets="all"),

@@ -106,6 +106,8 @@ def test_a_fit_comes_closer_to_attention_and_leaves_a_whole_window_as_it_is() ->
     assert error(calibrate=rows) < error()
     whole = convert(source, mixer="mamba2", attention=[0], options={"window": 64, "rotary": True}, calibrate=rows)
     assert (whole(other).logits - source(other).logits).abs().max() < 1e-9
+    nothing = convert(source, attention=1.0, calibrate=rows)
+    assert torch.equal(nothing(other).logits, source(other).logits), "there was nothing to fit"
 
 
 def test_rows_that_do_not_serve_are_refused() -> None:

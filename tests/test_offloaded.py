@@ -84,6 +84,9 @@ def test_an_offloaded_teacher_is_converted_as_one_that_is_not(name: str, tmp_pat
         assert any(weight.is_meta for weight in away.parameters()), "the source stays where it was"
     further = convert(offloaded(convert(source)), attention=0.25).state_dict()
     assert all(torch.equal(value, further[key]) for key, value in convert(convert(source), attention=0.25).state_dict().items())
+    rows = ids(2, 40)
+    fitted = [convert(one, options={"window": 4}, calibrate=rows).state_dict() for one in (source, offloaded(source))]
+    assert all(torch.equal(fitted[0][key], fitted[1][key]) for key in fitted[0])
     drafts = [make_draft(one, 2).state_dict() for one in (source, offloaded(source))]
     assert all(torch.equal(drafts[0][key], drafts[1][key]) for key in drafts[0])
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llamba.base.progress import progress
 from llamba.models.layers import forwards, layer_output
 from llamba.models.mixers import AUTO, BEST, MIXERS, Mixer, Origin
 from llamba.models.mixers.parts import at_least_fp32
+from llamba.models.offloaded import reading_device
 
 RIDGE = 3e-2  # of the mean square of what a coefficient stands before
 PROJECTION_RIDGE = 0.1  # the same of out_proj's inputs, against leaving the teacher's values
@@ -151,12 +153,12 @@ def fit_joins(teacher: PreTrainedModel, student: Any, layers: Sequence[int], row
     """Fit these layers of a fresh student on rows of token ids; by layer, what was fitted and what is left."""
     was_training = teacher.training, student.training
     home = next(student.parameters()).device
-    theirs, own = _Stream(teacher, rows, next(teacher.parameters()).device), _Stream(student, rows, home)
+    theirs, own = _Stream(teacher, rows, reading_device(teacher)), _Stream(student, rows, home)
     found: dict[int, Fitted] = {}
     teacher.eval()
     student.eval()
     with torch.no_grad():
-        for layer in range(max(layers) + 1):
+        for layer in progress(range(max(layers, default=-1) + 1), "fitting", "layer"):
             inputs, outputs = theirs.advance_watched(layer)
             if layer in layers:
                 found[layer] = _fit(own, layer, inputs, [output.to(home) for output in outputs], home)

@@ -70,7 +70,7 @@ def distance(model: Any, chats: Sequence[Reference]) -> Distance:
 
 def recalled(folder: str, trials: int = 10) -> dict[int, float]:
     """Per cent of phone numbers found, by the number of names."""
-    settings = Settings(batch=trials, max_new_tokens=16, dtype="float32")
+    settings = Settings(batch=trials, max_new_tokens=16, dtype="bfloat16")
     found = recall(Answerer(folder, settings), Options(tasks=("phone",), names=NAMES, trials=trials))["phone"]
     return {n: sum(one.value for trial in made for one in trial) / sum(map(len, made)) for (n,), made in found.items()}
 

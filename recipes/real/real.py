@@ -2,12 +2,12 @@
 
     python recipes/real/real.py [minutes=15] [data=FILE or ORG/SET:SPLIT] [output=runs/real]        (`make real` runs this)
 
-Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. All layers are converted and fitted to
-attention; the first student gets attention back in the layers that need it most (`select`) and is distilled by KL, the mixers alone
-trained. The second goes on from it: the rest of its layers are converted and fitted, and it is distilled from the teacher in turn.
-`minutes` is the time of fits and training, both students together, on two idle cores; with more of them the runs that are there go on.
-Chats are the chitchat package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth
-row is held out. Everything that is finished is kept: after an interruption the same command goes on.
+Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. The first keeps it where a window misses it
+most (`select`); its other layers are converted and fitted to attention, and it is distilled by KL, the mixers alone trained. The second
+goes on from it: the rest of its layers are converted and fitted, and it is distilled from the teacher in turn. `minutes` is the time of
+fits and training, both students together, on two idle cores; with more of them the runs that are there go on. Chats are the chitchat
+package's (MIT licence), some with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is held out.
+Everything that is finished is kept: after an interruption the same command goes on.
 """
 
 import copy
@@ -36,15 +36,15 @@ from llamba.settings import require
 TEACHER = "package:smollm2-135m-instruct"
 LENGTH = 512
 ANSWERED = 32  # conversations that the teacher answers
-SELECT_ROWS = 4  # sequences that the layers are ranked on
+SELECT_ROWS = 8  # sequences that the layers are ranked on
 HEAD = 8192  # tokens that the draft can propose: the most frequent ones
 DRAFT_TOKENS = 40_000  # that the draft learns on
 HELD_OUT = 8  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
-RATE, PROJECTION_RATE = 3e-3, 5e-5  # what is new learns fast, what the teacher knew slowly: at one rate of 3e-4 for both the KL rises
+RATE, PROJECTION_RATE = 1e-3, 5e-5  # what is new learns fast, what the teacher knew slowly
 CALIBRATED = 20_480  # tokens that joins and projections are fitted on
 TOKENS_A_MINUTE = {"half": 12_500, "none": 10_000}  # on two cores with bf16 products
-FITS = 0.25  # of the first minutes
+FITS = 0.3  # of the first minutes
 SHARES = {"half": 0.1, "none": 0.9}  # of the others: half of the attention needs few
 QUESTIONS = (
     "What is the capital of France?",
@@ -89,22 +89,30 @@ def _draft(minutes: float) -> Draft:
     )  # fmt: skip
 
 
-def recipes(choices: Choices, train: Path) -> tuple[Recipe, Recipe]:
-    """The runs: with attention in half of the layers, and, from that student, without any."""
-    first = min(choices.minutes, FIRST_MINUTES)
-    prompts = Data(train=str(train), length=LENGTH)
+def chosen(choices: Choices, train: Path) -> list[int]:
+    """The layers whose attention is missed most where window and sinks stand in every layer: half of them."""
+    select = Select(keep=0.5, method="swap", rows=SELECT_ROWS, micro_batch=4, targets="all")
+    recipe = Recipe(
+        teacher=choices.teacher, student=Student(mixer="auto", attention=0), data=Data(train=str(train), length=LENGTH), stages=[select],
+        output=f"{choices.output}-layers",
+    )  # fmt: skip
+    layers: list[int] = json.loads((run(recipe) / "layers.json").read_text())["layers"]
+    return layers
+
+
+def recipes(choices: Choices, train: Path, layers: list[int]) -> tuple[Recipe, Recipe]:
+    """The runs: with attention in these layers, and, from that student, without any."""
     asked_about = Data(train=str(write_prompts(train, ANSWERED, turns=3)), length=LENGTH)
     answers = PseudoLabel(data=asked_about, turns="all", batch=ANSWERED, max_new_tokens=48, max_prompt=300, unfinished="keep")
-    select = Select(data=prompts, keep=0.5, method="swap", rows=SELECT_ROWS, micro_batch=4, targets="all")
     data = Data(train=[str(train), "stage:pseudo_label"], weights=[0.8, 0.2], length=LENGTH, packing=True)
     distilled, *more = distillations("half", choices.minutes)
     half = Recipe(
-        teacher=choices.teacher, student=Student(mixer="auto", attention=0, calibrate=CALIBRATED), data=data,
-        stages=[answers, select, distilled, _draft(first), *more], output=choices.output,
+        teacher=choices.teacher, student=Student(mixer="auto", attention=layers, calibrate=CALIBRATED), data=data,
+        stages=[answers, distilled, _draft(min(choices.minutes, FIRST_MINUTES)), *more], output=choices.output,
     )  # fmt: skip
     made = replace(data, train=[str(train), f"{choices.output}/1-pseudo_label/rows"])
     none = Recipe(
-        teacher=f"{choices.output}/3-distill", student=Student(mixer="auto", attention=0, calibrate=CALIBRATED), data=made,
+        teacher=f"{choices.output}/2-distill", student=Student(mixer="auto", attention=0, calibrate=CALIBRATED), data=made,
         stages=[replace(stage, teacher=choices.teacher) for stage in distillations("none", choices.minutes)],
         output=f"{choices.output}-0pct",
     )  # fmt: skip
@@ -116,7 +124,7 @@ def asked(model: Any, tokenizer: Any) -> dict[str, str]:
     return {question: Chat(model, tokenizer, Sampling(max_new_tokens=60)).answer(question, io.StringIO()) for question in QUESTIONS}
 
 
-def distances(model: Any, chats: list[Reference], untrained: bool = False) -> dict[str, float]:
+def distances(model: Any, chats: list[Reference], untrained: bool = False) -> dict[str, Any]:
     """A student's distance to its teacher, with the recurrence and without, which is the same while the recurrence counts nothing."""
     window = found = distance(model, chats)
     if not untrained:
@@ -131,9 +139,9 @@ def distances(model: Any, chats: list[Reference], untrained: bool = False) -> di
     }
 
 
-def used(folder: str, model: Any, tokenizer: Any, draft: Any) -> dict[str, float]:
-    """Recall, memory and speed of a model."""
-    found = {f"phone number among {names}, %": share for names, share in recalled(folder).items()}
+def used(folder: str, model: Any, tokenizer: Any, draft: Any) -> dict[str, Any]:
+    """Recall, memory, speed and answers of a model, in bf16 but for its memory."""
+    found: dict[str, Any] = {f"phone number among {names}, %": share for names, share in recalled(folder).items()}
     found |= {f"cache behind {length} tokens, MiB": cache_mib(model, length) for length in CONTEXTS}
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False) for q in QUESTIONS]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -141,7 +149,7 @@ def used(folder: str, model: Any, tokenizer: Any, draft: Any) -> dict[str, float
     found["tokens/s, bf16"] = speed(small, prompts)
     if draft is not None:
         found["tokens/s, bf16, with the draft"] = speed(small, prompts, draft.to(torch.bfloat16))
-    return found
+    return found | {"answers": asked(small, tokenizer)}
 
 
 def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[str, Any]]:
@@ -149,17 +157,16 @@ def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[
     teacher, tokenizer = load(choices.teacher)
     chats = references(teacher, held_out_windows(held, tokenizer, LENGTH, HELD_OUT))
     found: dict[str, dict[str, Any]] = {
-        "teacher": {"perplexity, held-out chats": math.exp(distance(teacher, chats).nll)}
-        | used(choices.teacher, teacher, tokenizer, None)
-        | {"answers": asked(teacher, tokenizer)}
+        "teacher": {"perplexity, held-out chats": math.exp(distance(teacher, chats).nll)} | used(choices.teacher, teacher, tokenizer, None)
     }
     for name, folder, kept in (("50%", choices.output, layers), ("0%", f"{choices.output}-0pct", [])):
         untrained = convert(teacher, mixer="auto", attention=kept)
-        found[f"{name}, untrained"] = distances(untrained, chats, untrained=True) | {"answers": asked(untrained, tokenizer)}
+        found[f"{name}, untrained"] = distances(untrained, chats, untrained=True)
+        found[f"{name}, untrained"]["answers"] = asked(untrained.to(torch.bfloat16), tokenizer)
         del untrained
         model, _ = load(folder)
         draft = load_draft(choices.output, model) if name == "50%" else None
-        found[name] = distances(model, chats) | used(folder, model, tokenizer, draft) | {"answers": asked(model, tokenizer)}
+        found[name] = distances(model, chats) | used(folder, model, tokenizer, draft)
     return found
 
 
@@ -179,10 +186,9 @@ def main() -> None:
     choices, started = read(Choices, sys.argv[1:]), time.time()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     train, held = write_chats(choices.data, Path(f"{choices.output}-data"))
-    half, none = recipes(choices, train)
-    run(half)
-    run(none)
-    layers = json.loads((Path(choices.output) / "2-select" / "layers.json").read_text())["layers"]
+    layers = chosen(choices, train)
+    for recipe in recipes(choices, train, layers):
+        run(recipe)
     found = measured(choices, held, layers)
     students = {"50%": Path(choices.output), "0%": Path(f"{choices.output}-0pct")}
     pictures(students, {name: found[f"{name}, untrained"]["KL to the teacher"] for name in students}, 

@@ -1,6 +1,6 @@
-"""What a closed-form start is worth on the real teacher: KL on held-out chats with the joins at 0 and fitted, nothing trained.
+"""What a closed-form start is worth on the real teacher: KL on held-out chats with joins at 0 and fitted, nothing trained.
 
-    python recipes/real/start.py [tokens=8192] [teacher=...] [data=FILE or ORG/SET:SPLIT]
+    python recipes/real/start.py [tokens=20480] [teacher=...] [data=FILE or ORG/SET:SPLIT]
 
 Students with a window, sinks and Mamba-2 in a quarter, half and all of the layers. Rows go to eval/results/start_cpu.jsonl.
 """
@@ -36,7 +36,7 @@ def main(given: dict[str, str]) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     teacher, tokenizer = load(given.get("teacher", TEACHER))
     train, held = write_chats(given.get("data", CHITCHAT), Path("runs/real-data"))
-    chats, tokens = references(teacher, held_out_windows(held, tokenizer, LENGTH, HELD_OUT)), int(given.get("tokens", "8192"))
+    chats, tokens = references(teacher, held_out_windows(held, tokenizer, LENGTH, HELD_OUT)), int(given.get("tokens", "20480"))
     rows = held_out_windows(train, tokenizer, LENGTH, tokens // LENGTH)
     for name, kept in students(teacher.config.num_hidden_layers).items():
         row: dict[str, Any] = {"measured": "start", "teacher": given.get("teacher", TEACHER), "replaced": name, "tokens": tokens}
