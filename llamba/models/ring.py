@@ -132,15 +132,17 @@ class KeyRing:
             self._append(k.unsqueeze(1), v.unsqueeze(1))
         return attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale)
 
-    def hides(self, tokens: int, mask: Tensor | None, tree: Tree | None) -> Tensor | None:
-        """Whether something is out of sight of each row's last tokens, which `look` has seen, [B or 1, T] bool; None: of all of them."""
+    def hides(self, tokens: int, mask: Tensor | None, tree: Tree | None) -> Tensor | bool:
+        """Whether something is out of sight of each row's last tokens, which `look` has seen [B or 1, T], or of all, or of none."""
         if tree is not None:
             return torch.tensor(self.lengths, device=self.keys.device)[:, None] - len(tree) + tree.depths[-tokens:] >= self.sight.whole
         if mask is not None:
             before = torch.tensor(self.lengths, device=mask.device)[:, None] - mask.sum(1, keepdim=True)
             return before + mask.cumsum(1) > self.sight.whole
+        if max(self.lengths) <= self.sight.whole:
+            return False
         if min(self.lengths) - tokens >= self.sight.whole:
-            return None
+            return True
         return _hides(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
 
     def _added(self, q: Tensor, tokens: int) -> Tensor | None:

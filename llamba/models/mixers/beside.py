@@ -64,26 +64,26 @@ class Beside(Outline):
             return window_attention(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
         return layer.look(q, k, v, self.sight, scale, rec.mask, rec.tree)
 
-    def _hides(self, rows: Tensor, rec: Recurrence, layer: RecurrentLayer | None) -> Tensor | None:
-        """Whether something is out of sight of each token of rows [B, T, ...], which `_look` has seen: [B or 1, T]; None: of all."""
+    def _hides(self, rows: Tensor, rec: Recurrence, layer: RecurrentLayer | None) -> Tensor | bool:
+        """Whether something is out of sight of the tokens of rows [B, T, ...], which `_look` has seen: of each [B or 1, T], or of all."""
         assert self.sight is not None
         if layer is None:
             return hides(rows, self.sight, rec.seq_idx, rec.mask)
         assert layer.ring is not None, "it was looked into"
         return layer.ring.hides(rows.shape[1], rec.mask, rec.tree)
 
-    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hidden: Tensor | None) -> Tensor:
+    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hidden: Tensor | bool) -> Tensor:
         """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
 
         `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
         weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen. Nor is anything taken or
-        added where nothing is `hidden` [B or 1, T] (None: it is everywhere): what is seen is attention then.
+        added where nothing is `hidden` ([B or 1, T], or everywhere, or nowhere): what is seen is attention then.
         """
-        if self.recurrence_off:
+        kept = torch.rand(len(seen), 1, device=seen.device) >= self.drop_window if self.training and self.drop_window else None
+        if self.recurrence_off or (hidden is False and kept is None):
             return seen.flatten(-2)
         recurrent = recurrent if self.join is None else recurrent * self.join
-        kept = torch.rand(len(seen), 1, device=seen.device) >= self.drop_window if self.training and self.drop_window else None
-        if hidden is not None:
+        if isinstance(hidden, Tensor):
             counts = (hidden if kept is None else hidden | ~kept).unsqueeze(-1).to(seen.dtype)
             recurrent, mass = recurrent * counts, mass * counts
         seen = torch.addcmul(seen, seen, mass.unsqueeze(-1), value=-1).flatten(-2)
