@@ -28,8 +28,8 @@ def steps_in_torch(
     seen = sees(place, torch.zeros_like(place), places_in(at.length[:, None].long() + T, sight.sinks, keys.shape[2]), sight)
     added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, torch.finfo(q.dtype).min)
     look = attend_slots(q, keys, values, added, scale)
-    hidden = (place >= sight.whole)[..., None]
-    joined = y * hidden + (look * (1 - (mass * hidden)[..., None])).flatten(2)
+    hides = (place >= sight.whole)[..., None]
+    joined = y * hides + (look * (1 - (mass * hides)[..., None])).flatten(2)
     return joined.masked_fill((torch.arange(T, device=q.device) >= at.new[:, None])[..., None], 0)
 
 

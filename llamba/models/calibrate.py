@@ -157,15 +157,17 @@ def fit_joins(teacher: PreTrainedModel, student: Any, layers: Sequence[int], row
     found: dict[int, Fitted] = {}
     teacher.eval()
     student.eval()
-    with torch.no_grad():
-        for layer in progress(range(max(layers, default=-1) + 1), "fitting", "layer"):
-            inputs, outputs = theirs.advance_watched(layer)
-            if layer in layers:
-                found[layer] = _fit(own, layer, inputs, [output.to(home) for output in outputs], home)
-            else:
-                own.advance(layer)
-    teacher.train(was_training[0])
-    student.train(was_training[1])
+    try:
+        with torch.no_grad():
+            for layer in progress(range(max(layers, default=-1) + 1), "fitting", "layer"):
+                inputs, outputs = theirs.advance_watched(layer)
+                if layer in layers:
+                    found[layer] = _fit(own, layer, inputs, [output.to(home) for output in outputs], home)
+                else:
+                    own.advance(layer)
+    finally:
+        teacher.train(was_training[0])
+        student.train(was_training[1])
     return found
 
 

@@ -44,7 +44,7 @@ FIRST_MINUTES = 15.0
 RATE, PROJECTION_RATE = 1e-3, 5e-5  # what is new learns fast, what the teacher knew slowly
 CALIBRATED = 20_480  # tokens that joins and projections are fitted on
 TOKENS_A_MINUTE = {"half": 12_500, "none": 10_000}  # on two cores with bf16 products
-FITS = 0.3  # of the first minutes
+FITS = 0.3  # of the first minutes; they take 4 on two cores
 SHARES = {"half": 0.1, "none": 0.9}  # of the others: half of the attention needs few
 QUESTIONS = (
     "What is the capital of France?",

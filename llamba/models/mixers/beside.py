@@ -72,19 +72,19 @@ class Beside(Outline):
         assert layer.ring is not None, "it was looked into"
         return layer.ring.hides(rows.shape[1], rec.mask, rec.tree)
 
-    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hidden: Tensor | bool) -> Tensor:
+    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hides: Tensor | bool) -> Tensor:
         """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
 
         `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
         weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen. Nor is anything taken or
-        added where nothing is `hidden` ([B or 1, T], or everywhere, or nowhere): what is seen is attention then.
+        added where nothing is out of sight (`hides`, as `_hides` says it): what is seen is attention then.
         """
         kept = torch.rand(len(seen), 1, device=seen.device) >= self.drop_window if self.training and self.drop_window else None
-        if self.recurrence_off or (hidden is False and kept is None):
+        if self.recurrence_off or (hides is False and kept is None):
             return seen.flatten(-2)
         recurrent = recurrent if self.join is None else recurrent * self.join
-        if isinstance(hidden, Tensor):
-            counts = (hidden if kept is None else hidden | ~kept).unsqueeze(-1).to(seen.dtype)
+        if isinstance(hides, Tensor):
+            counts = (hides if kept is None else hides | ~kept).unsqueeze(-1).to(seen.dtype)
             recurrent, mass = recurrent * counts, mass * counts
         seen = torch.addcmul(seen, seen, mass.unsqueeze(-1), value=-1).flatten(-2)
         return recurrent + (seen if kept is None else seen * kept.unsqueeze(-1).to(seen.dtype))
@@ -102,12 +102,12 @@ class Beside(Outline):
     def joined_sides(self, hidden_states: Tensor, seen: Tensor, recurrent: Tensor) -> Tensor:
         """What goes into out_proj [B, T, H P], of inputs [B, T, D] whose `sides` these are."""
         recurrent = recurrent.flatten(-2)
-        recurrent = recurrent if self.norm is None else recurrent * self.norm.weight
-        if self.sight is None:
-            return recurrent.to(hidden_states.dtype)
-        rows, bias = self.in_proj.weight[-self.config.heads :], self.in_proj.bias
-        mass = F.linear(hidden_states, rows, None if bias is None else bias[-self.config.heads :])
-        return self._joined(recurrent, seen, mass, self._hides(hidden_states, Recurrence(), None)).to(hidden_states.dtype)
+        joined = recurrent if self.norm is None else recurrent * self.norm.weight
+        if self.sight is not None:
+            rows, bias = self.in_proj.weight[-self.config.heads :], self.in_proj.bias
+            mass = F.linear(hidden_states, rows, None if bias is None else bias[-self.config.heads :])
+            joined = self._joined(joined, seen, mass, self._hides(hidden_states, Recurrence(), None))
+        return joined.to(hidden_states.dtype)
 
     def whole(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """The teacher's attention over all tokens of one document [B, T, H, P], from [B, T, D]: what the join should give."""
