@@ -104,7 +104,7 @@ from llamba import Dpo, Sft, launch
 short = dict(batch=8, micro_batch=2, precision="fp32", lr=5e-4, warmup=0, log_every=1, steps=5)
 pairs = Data(train={pairs!r}, eval={pairs!r}, length=48)
 recipe = Recipe(
-    teacher={teacher!r}, student=Student(), data=Data(train={chats!r}, eval={chats!r}, length=48, packing=True),
+    teacher={teacher!r}, student=Student(options={{"window": 8}}), data=Data(train={chats!r}, eval={chats!r}, length=48, packing=True),
     stages=[Sft(**short), Dpo(**short, data=pairs), Dpo(**short, data=pairs, reference="teacher", precompute=False)],
     output="run",
 )
