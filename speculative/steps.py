@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llamba.kernels.common import accumulator
 from llamba.kernels.decode import Buffers, Cursors, Mamba1Weights, Weights, buffers, mamba1_buffers, mamba1_steps, mamba2_steps
-from llamba.kernels.window import window_steps
+from llamba.kernels.window import Held, Rest, window_steps
 from llamba.models.cache import RecurrentLayer
 from llamba.models.mixers import DiscreteMamba2, Mamba1, Mamba2
 
@@ -30,8 +31,7 @@ class Windowed(NamedTuple):
     """The buffers of a mixer that sees through a window beside its recurrence."""
 
     own: Buffers
-    keys: Tensor  # [B, G, S, P]
-    values: Tensor
+    held: Held
 
 
 def _mamba2_buffers(mixer: Mamba2, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers | Windowed:
@@ -41,15 +41,17 @@ def _mamba2_buffers(mixer: Mamba2, rows: int, longest: int, dtype: torch.dtype, 
     if mixer.sight is None:
         return own
     slots = mixer.sight.sinks + mixer.sight.window + 2 * longest  # what a round overwrites is out of sight of the next one
-    return Windowed(own, *torch.zeros(2, rows, c.groups, slots, c.head_dim, dtype=dtype, device=device).unbind())
+    keys, values = torch.zeros(2, rows, c.groups, slots, c.head_dim, dtype=dtype, device=device).unbind()
+    total = torch.zeros(rows, c.groups, c.head_dim, dtype=accumulator(dtype), device=device)
+    return Windowed(own, Held(keys, values, total, torch.zeros(rows, c.groups, dtype=torch.long, device=device)))
 
 
 def _load_mamba2(held: Buffers | Windowed, layer: RecurrentLayer, lengths: Tensor) -> None:
     if isinstance(held, Windowed):
-        held.keys.zero_()
-        held.values.zero_()
+        for part in held.held:
+            part.zero_()
         if layer.ring is not None:
-            layer.ring.copy(held.keys, held.values)
+            layer.ring.copy(held.held)
         held = held.own
     _load(held, layer, lengths)
 
@@ -74,10 +76,11 @@ def _mamba2_run(mixer: Mamba2, hidden: Tensor, held: Buffers | Windowed, at: Cur
     if not isinstance(held, Windowed):
         return mamba2_steps(mixer.fused_rows(hidden), weights, held, at, angles=turns)
     assert mixer.sight is not None and angles is not None
-    rows, heads, mass = mixer.windowed_rows(hidden)
+    rows, heads, scores = mixer.windowed_rows(hidden)
     y = mamba2_steps(rows, weights, held.own, at, angles=turns)
     y = y if mixer.join is None else y * mixer.join
-    return window_steps(heads, mass, y, angles, held.keys, held.values, at, mixer.sight, c.head_dim**-0.5)
+    rest = Rest(mixer.rest_bias, mixer.rest_growth, mixer.rest_mean)
+    return window_steps(heads, scores, y, rest, angles, held.held, at, mixer.sight, c.head_dim**-0.5)
 
 
 def _mamba1_buffers(mixer: Mamba1, rows: int, longest: int, dtype: torch.dtype, device: torch.device) -> Buffers:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from models import TEACHERS, ids, teacher
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llamba.cli import main
-from llamba.models.calibrate import PROJECTION_RIDGE, RIDGE
+from llamba.models.calibrate import PROJECTION_RIDGE, RIDGE, SCORE_RIDGE, STEP_RIDGE, STEPS
 from llamba.models.convert import convert
 from llamba.running import run
 from llamba.settings import Data, Recipe, Student
@@ -32,32 +33,81 @@ def of_layer(model, rows, index: int):
     return caught
 
 
+def least_squares(design: Tensor, aim: Tensor, ridges: list[tuple[int, float]]) -> Tensor:
+    """Of so many coefficients each with a ridge that is a part of the mean square of their columns."""
+    columns = design.split([count for count, _ in ridges], 1)
+    own = [part.square().sum(0).mean().mul(ridge).sqrt().expand(part.shape[1]) for part, (_, ridge) in zip(columns, ridges, strict=True)]
+    below = torch.cat(own).diag()
+    return torch.linalg.lstsq(torch.cat((design, below)), torch.cat((aim, aim.new_zeros(len(below))))).solution
+
+
+def fitted_head(features: Tensor, view: tuple[Tensor, ...], recurrent: Tensor, whole: Tensor, far: Tensor) -> Tensor:
+    """Coefficients [W + 2 P] of one head in fp64, by designs that are written out and a derivative by autograd."""
+    seen, lse, mean = view
+    (n, W), P = features.shape, seen.shape[1]
+
+    def made(found: Tensor) -> Tensor:
+        score, gain, share = found.split([W, P, P])
+        mass = torch.sigmoid(features @ score - lse)[:, None]
+        return ((1 - mass) * seen + mass * (gain * recurrent + share * mean)).flatten()
+
+    true = torch.sigmoid(far - lse)
+    weight = true * (1 - true) * seen.norm(dim=-1)
+    score = least_squares(features * weight[:, None], far * weight, [(W, SCORE_RIDGE)])
+    mass = torch.sigmoid(features @ score - lse)[:, None, None]
+    design = torch.cat([mass * value[:, :, None] * torch.eye(P) for value in (recurrent, mean)], 2).flatten(0, 1)
+    found = torch.cat((score, least_squares(design, (whole - (1 - mass[..., 0]) * seen).flatten(), [(P, RIDGE), (P, RIDGE)])))
+    for _ in range(STEPS):
+        slope, missing = torch.autograd.functional.jacobian(made, found), whole.flatten() - made(found)
+        moved = found + least_squares(slope, missing, [(W, STEP_RIDGE), (P, RIDGE), (P, RIDGE)])
+        if (whole.flatten() - made(moved)).square().sum() >= missing.square().sum():
+            break
+        found = moved
+    return found
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("index", [1, 3])
 @pytest.mark.parametrize("mixer", ["mamba2", "gated_delta", "discrete_mamba2"])
-def test_the_joins_are_those_of_one_least_squares_fit(mixer: str, index: int) -> None:
+def test_what_stands_for_the_rest_is_fitted_as_by_designs_written_out(mixer: str, index: int) -> None:
     """To what the teacher's layer does, on what the student's layers below make, the fitted ones among them."""
     source, rows = teacher(), ids(3, 40)
     made = convert(source, mixer=mixer, attention=[0], options=NEAR, calibrate=rows)
     one = made.base_model.layers[index].self_attn
     c, sight = one.config, NEAR["window"] + NEAR["sinks"]
-    sides = [(hidden[0], *(side[0] for side in one.sides(hidden, angles))) for hidden, angles, _ in of_layer(made, rows, index)]
-    wholes = [one.whole(hidden, angles)[0] for hidden, angles, _ in of_layer(source, rows, index)]
-    hidden, seen, recurrent = (torch.cat([part[sight:] for part in parts]).double() for parts in zip(*sides, strict=True))
-    missing = torch.cat([whole[sight:] for whole in wholes]).double() - seen
-    gain = (one.join if one.norm is None else one.norm.weight).double().view(c.heads, c.head_dim)
-    mass = one.in_proj.weight[-c.heads :].double()
+    hidden, seen, lse, mean, recurrent = [], [], [], [], []
+    for given, angles, _ in of_layer(made, rows, index):
+        view, own = one.sides(given, angles)
+        for part, value in zip((hidden, seen, lse, mean, recurrent), (given, view.seen, view.lse, view.mean, own), strict=True):
+            part.append(value[0, sight:])
+    pairs = [one.whole(given, angles) for given, angles, _ in of_layer(source, rows, index)]
+    whole, far = (torch.cat([part[0, sight:] for part in parts]) for parts in zip(*pairs, strict=True))
+    hidden, seen, lse, mean, recurrent = map(torch.cat, (hidden, seen, lse, mean, recurrent))
+    more = torch.arange(1, 41 - sight, dtype=torch.float64).repeat(3)[:, None].log()
+    features = torch.cat((hidden, torch.ones_like(more), more), 1)
+    scale = features.square().mean(0).sqrt()
+    gain = one.join if one.norm is None else one.norm.weight
     for head in range(c.heads):
-        s, n, y = seen[:, head], recurrent[:, head], missing[:, head]  # [T, P]
-        own = torch.eye(c.head_dim, dtype=torch.float64) * n[:, :, None]  # [T, P, P]
-        design = torch.cat((-s[:, :, None] * hidden[:, None], own), -1).flatten(0, 1)  # [T P, D + P]
-        square = design.T @ design
-        for part in (slice(0, c.hidden_size), slice(c.hidden_size, None)):
-            square.diagonal()[part].add_(RIDGE * square.diagonal()[part].mean())
-        found = torch.linalg.solve(square, design.T @ y.flatten())
-        assert torch.allclose(found, torch.cat((mass[head], gain[head])), rtol=1e-4, atol=1e-5)
+        view = seen[:, head], lse[:, head], mean[:, head // (c.heads // c.groups)]
+        found = fitted_head(features / scale, view, recurrent[:, head], whole[:, head], far[:, head])
+        score = torch.cat((one.in_proj.weight[head - c.heads], one.rest_bias[head, None], one.rest_growth[head, None]))
+        got = torch.cat((score * scale, *(weights.view(c.heads, -1)[head] for weights in (gain, one.rest_mean))))
+        assert torch.allclose(got, found, rtol=1e-4, atol=1e-5)
     fitted = {origin.tensor for origin in made.conversion.layers[index] if "fitted on 120 tokens" in origin.source}
-    assert fitted == {one.gain[0], "in_proj.weight[mass]", "out_proj.weight"}
+    assert fitted == {one.gain[0], "in_proj.weight[rest]", "rest_bias", "rest_growth", "rest_mean", "out_proj.weight"}
+
+
+@torch.no_grad()
+def test_a_mixer_without_a_window_has_its_gains_fitted() -> None:
+    source, rows = teacher(), ids(3, 40)
+    one = convert(source, mixer="mamba2", attention=[0], calibrate=rows).base_model.layers[1].self_attn
+    sides = [one.sides(given, angles) for given, angles, _ in of_layer(source, rows, 1)]
+    recurrent = torch.cat([own[0] for _, own in sides])  # layer 0 is the teacher's: the same inputs
+    whole = torch.cat([one.whole(given, angles)[0][0] for given, angles, _ in of_layer(source, rows, 1)])
+    for head in range(one.config.heads):
+        design = (recurrent[:, head, :, None] * torch.eye(one.config.head_dim)).flatten(0, 1)
+        want = least_squares(design, whole[:, head].flatten(), [(one.config.head_dim, RIDGE)])
+        assert torch.allclose(one.norm.weight.view(one.config.heads, -1)[head].double(), want, rtol=1e-5, atol=1e-7)
 
 
 @torch.no_grad()
@@ -88,7 +138,7 @@ def test_what_is_fitted_to_is_the_teachers_attention(name: str) -> None:
     one = convert(source, mixer="mamba2", attention=[0], options=NEAR).base_model.layers[1].self_attn
     ((given, angles, output),) = of_layer(source, rows, 1)
     assert torch.allclose(
-        one.out_proj(one.whole(given, angles).flatten(-2)), output, rtol=0, atol=1e-7 if name == "qwen3" else 1e-9
+        one.out_proj(one.whole(given, angles)[0].flatten(-2)), output, rtol=0, atol=1e-7 if name == "qwen3" else 1e-9
     )  # transformers' norm of it is in fp32
 
 

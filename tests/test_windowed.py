@@ -1,5 +1,6 @@
 """Mixers that keep what attention knew: with a window as long as the text they are the teacher, and every way through them agrees."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.eval.lengths import cache_bytes
+from llamba.kernels.window import window_view
 from llamba.models.convert import convert
 from llamba.models.families import family_of
 
@@ -56,7 +58,8 @@ def test_where_nothing_is_out_of_sight_a_trained_join_leaves_attention_as_it_is(
     source, tokens = exact(teacher(name)), ids(2, 22)
     made = convert(source, mixer="mamba2", attention=0.0, options={"window": 6, "sinks": 2, "rotary": True})
     for layer in made.model.layers:
-        layer.self_attn.gain[1].normal_()
+        for weight in (layer.self_attn.gain[1], layer.self_attn.rest_bias, layer.self_attn.rest_growth, layer.self_attn.rest_mean):
+            weight.normal_()
         layer.self_attn.in_proj.weight[-made.config.num_attention_heads :].normal_()
     mask = torch.ones_like(tokens)
     mask[1, [0, 1, 2, 5, 9]] = 0
@@ -77,17 +80,32 @@ def test_where_nothing_is_out_of_sight_a_trained_join_leaves_attention_as_it_is(
 
 
 @torch.no_grad()
-def test_rows_that_do_without_their_window_in_training_have_the_recurrence_everywhere() -> None:
+def test_the_rest_is_one_more_entry_of_the_softmax_whatever_is_seen() -> None:
+    """Written out: the scores of what is seen and of the rest under one softmax, whose values are theirs."""
     made = convert(teacher(), mixer="mamba2", attention=0.0, options={"window": 6, "sinks": 2, "rotary": True})
-    one = made.model.layers[0].self_attn.train()
-    recurrent, seen, mass = (torch.randn(2, 12, *shape, dtype=torch.float64) for shape in ((32,), (4, 8), (4,)))
-    hidden = torch.arange(12)[None] >= 8
+    one, T = made.model.layers[0].self_attn.train(), 12
+    c = one.config
+    for weight in (one.rest_bias, one.rest_growth, one.rest_mean):
+        weight.normal_()
+    q, k, v = (torch.randn(2, T, n, c.head_dim, dtype=torch.float64) for n in (c.heads, c.groups, c.groups))
+    recurrent, rows = torch.randn(2, T, c.inner, dtype=torch.float64), torch.randn(2, T, c.heads, dtype=torch.float64)
+    view = window_view(q, k, v, one.sight, scale=1.0)
+    got = one._joined(recurrent, view, rows).unflatten(-1, (c.heads, -1))
+    for t in range(T):
+        seen, far = [s for s in range(t + 1) if t - s < 6 or s < 2], list(range(2, t - 5))
+        for head in range(c.heads):
+            group = head // (c.heads // c.groups)
+            scores = (q[:, t, head, None] * k[:, seen, group]).sum(-1)  # [B, S]
+            values = v[:, seen, group]
+            if far:
+                score = rows[:, t, head] + one.rest_bias[head] + one.rest_growth[head] * math.log(len(far))
+                mean = v[:, far, group].mean(1) * one.rest_mean.view(c.heads, -1)[head]
+                scores = torch.cat((scores, score[:, None]), 1)
+                values = torch.cat((values, (recurrent.view(2, T, c.heads, -1)[:, t, head] + mean)[:, None]), 1)
+            want = (scores.softmax(-1)[..., None] * values).sum(1)
+            assert torch.allclose(got[:, t, head], want, rtol=1e-9, atol=1e-12)
     one.drop_window = 1.0
-    assert torch.equal(one._joined(recurrent, seen, mass, hidden), recurrent + 0 * recurrent)
-    one.drop_window = 0.0
-    joined = one._joined(recurrent, seen, mass, hidden)
-    assert torch.equal(joined[:, :8], seen.flatten(-2)[:, :8])
-    assert torch.allclose(joined[:, 8:], (recurrent + (seen * (1 - mass[..., None])).flatten(-2))[:, 8:])
+    assert torch.equal(one._joined(recurrent, view, rows), one.rest_value(recurrent, view.mean)), "rows without a window: the rest alone"
 
 
 def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:
@@ -99,7 +117,7 @@ def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:
 
     c = source.config
     slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * source.dtype.itemsize
-    assert measured(window=6, sinks=3) - measured() == 9 * slot
+    assert measured(window=6, sinks=3) - measured() == 9 * slot + slot // 2, "and the sum of the values out of sight"
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "mistral", "phi", "qwen3"])

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from ..choice import choose
 from ..common import check_rank, check_shape, documents, no_autocast
-from .blocked import attend, blocked
+from .blocked import blocked
+from .gone import gone
 from .reference import dense
 from .rotation import turned, turned_each
-from .sight import Past, Sight, sees
-from .slots import attend_slots
+from .sight import Held, Past, Rest, Sight, View, sees
+from .slots import attend, attend_slots
 from .steps import places_in, slot_of, steps_in_torch
 
 __all__ = [
+    "Held",
     "Past",
+    "Rest",
     "Sight",
+    "View",
     "attend",
     "attend_slots",
-    "hides",
     "places_in",
     "sees",
     "slot_of",
@@ -32,6 +35,7 @@ __all__ = [
     "window_attention",
     "window_rows",
     "window_steps",
+    "window_view",
 ]
 
 FORMS = ("torch", "sequential")
@@ -54,7 +58,7 @@ class _Packed(NamedTuple):
         return kept.gather(1, order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(kept))
 
 
-def window_attention(
+def window_view(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,11 +69,11 @@ def window_attention(
     mask: Tensor | None = None,
     past: Past | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """softmax(scale q k) v over what `sight` lets each token see: y [B, T, H, P] in the dtype of q.
+) -> View:
+    """softmax(scale q k) v over what `sight` lets each token see, in the dtype of q, and what it does not show: see `View`.
 
     q [B, T, H, P]; k and v [B, T, G, P]. seq_idx [B, T]: non-decreasing document numbers; a document sees itself alone and has sinks of
-    its own. mask [B, T] bool, True for real tokens: the others are not seen, not counted, and their output is 0.
+    its own. mask [B, T] bool, True for real tokens: the others are not seen, not counted, and their row of every part is 0.
     `past`: tokens before these, whose documents go on; not with seq_idx. impl: see `kernels.choice`; "torch" takes blocks of queries,
     O(T window), and "sequential" is the oracle, with one full mask.
     Raises `ValueError` for shapes that do not fit together and for an `impl` that is unknown or cannot run here.
@@ -83,34 +87,47 @@ def window_attention(
         docs = None if docs is None else packed.bring(docs)
     start = None if docs is None else _starts(docs)
     with no_autocast(q):
-        y = (dense if form == "sequential" else blocked)(q, k, v, sight, scale, start, past)
-    return y if packed is None else packed.back(y)
+        if form == "sequential":
+            view = dense(q, k, v, sight, scale, start, past)
+        else:
+            view = View(*blocked(q, k, v, sight, scale, start, past), *gone(v, sight, start, past))
+    if packed is None:
+        return view
+    count = packed.real.new_zeros(packed.real.shape, dtype=torch.long) + view.count
+    return View(packed.back(view.seen), packed.back(view.lse), packed.back(count), packed.back(view.mean))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight, **how: Any) -> Tensor:
+    """What `window_view` sees [B, T, H, P]; arguments as there."""
+    return window_view(q, k, v, sight, **how).seen
 
 
 def window_steps(
     heads: Tensor,
-    mass: Tensor,
+    scores: Tensor,
     y: Tensor,
+    rest: Rest,
     angles: tuple[Tensor, Tensor],
-    keys: Tensor,
-    values: Tensor,
+    held: Held,
     at: Any,
     sight: Sight,
     scale: float,
     impl: str = "auto",
 ) -> Tensor:
-    """y + (1 - mass) of what the at.new[b] new tokens of each row see, [B, T, H P]; 0 from new[b] on. Where nothing is out of sight, what
-    is seen alone.
+    """(1 - m) of what the at.new[b] new tokens of each row see, and m (y + share mean) for the rest, [B, T, H P]; 0 from new[b] on.
 
-    heads [B, T, 2 G + H, P]: values, keys and queries, not turned; mass [B, T, H]; y [B, T, H P]; angles: cosines and sines [B, T, Q] of
-    the tokens' positions; keys and values [B, G, S, P] in slots (see `steps`), into which those of the T tokens go; at: cursors as
+    m = sigmoid(scores + bias + growth log n - lse) where n tokens are out of sight, `mean` that of their values; where none is, what is
+    seen alone. heads [B, T, 2 G + H, P]: values, keys and queries, not turned; scores [B, T, H]; y [B, T, H P]; angles: cosines and sines
+    [B, T, Q] of the tokens' positions; held: slots (see `steps`), into which the keys and values of the T tokens go; at: cursors as
     `kernels.decode` has them. Raises `ValueError` for shapes that do not fit, too few slots, and an `impl` that cannot run here.
     """
     check_rank("heads", heads, "BTEP")
-    (B, T, _, P), (_, G, S, _), H = heads.shape, keys.shape, mass.shape[-1]
+    (B, T, _, P), (_, G, S, _), H = heads.shape, held.keys.shape, scores.shape[-1]
     for name, tensor, shape in (
-        ("heads", heads, (B, T, 2 * G + H, P)), ("mass", mass, (B, T, H)), ("y", y, (B, T, H * P)), ("keys", keys, (B, G, S, P)),
-        ("values", values, (B, G, S, P)), ("cosines", angles[0], (B, T, angles[0].shape[-1])), ("sines", angles[1], angles[0].shape),
+        ("heads", heads, (B, T, 2 * G + H, P)), ("scores", scores, (B, T, H)), ("y", y, (B, T, H * P)), ("keys", held.keys, (B, G, S, P)),
+        ("values", held.values, (B, G, S, P)), ("total", held.total, (B, G, P)), ("summed", held.summed, (B, G)),
+        ("bias", rest.bias, (H,)), ("growth", rest.growth, (H,)), ("share", rest.share, (H * P,)),
+        ("cosines", angles[0], (B, T, angles[0].shape[-1])), ("sines", angles[1], angles[0].shape),
     ):  # fmt: skip
         check_shape(name, tensor, *shape)
     if S < sight.sinks + sight.window + T:
@@ -119,8 +136,8 @@ def window_steps(
     if form == "triton":
         from .triton_op import fused_steps
 
-        return fused_steps(heads, mass, y, *angles, keys, values, at, sight, scale)
-    return steps_in_torch(heads, mass, y, *angles, keys, values, at, sight, scale)
+        return fused_steps(heads, scores, y, rest, *angles, held, at, sight, scale)
+    return steps_in_torch(heads, scores, y, rest, *angles, held, at, sight, scale)
 
 
 def window_rows(
@@ -137,15 +154,6 @@ def window_rows(
     scores = torch.einsum("bihp,bjhp->bhij", q[:, rows], k.repeat_interleave(R, 2)) * scale
     weights = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~(seen & real[:, rows, None])[:, None], 0)
-
-
-def hides(tokens: Tensor, sight: Sight, seq_idx: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Whether something is out of sight of each of tokens [B, T, ...]: [B or 1, T] bool. seq_idx and mask as in `window_attention`."""
-    if seq_idx is None and mask is None:
-        return (torch.arange(tokens.shape[1], device=tokens.device) >= sight.whole)[None]
-    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
-    rank, start = _ranks(real, documents(seq_idx, mask))
-    return rank - start >= sight.whole
 
 
 def _ranks(real: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,3 +189,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, mask: Tensor
         S = past.keys.shape[1]
         for name, tensor in (("past.keys", past.keys), ("past.values", past.values)):
             check_shape(name, tensor, B, S, G, P)
+        check_shape("past.gone", past.gone, B, G, P)

@@ -7,22 +7,30 @@ Shapes: B batch, T time, H query heads, G key/value heads, P head width, n block
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from ..common import traced
 from .sight import Past, Sight, sees
+from .slots import attend
+
+Seen = tuple[Tensor, Tensor]  # attention [B, T, H, P], and the logarithm of its denominator [B, T, H]
 
 LEAST = 32  # queries of a block
 
 
-def blocked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: Tensor | None, past: Past | None) -> Tensor:
-    """`window_attention` of real tokens alone, whose documents start at `start` [B, T] (None: at 0)."""
+def blocked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: Tensor | None, past: Past | None) -> Seen:
+    """What real tokens see, whose documents start at `start` [B, T] (None: at 0)."""
     T, Q = q.shape[1], max(-(-(sight.window - 1) // 16) * 16, LEAST)
     place = torch.arange(T, device=q.device)[None]
     if past is not None:
         place = past.length[:, None] + place
         head = _with_past(q[:, :Q], k[:, :Q], v[:, :Q], sight, scale, place[:, :Q], past)
-        return head if T <= Q else torch.cat((head, _behind_past(q[:, Q:], k, v, sight, scale, place[:, Q:], past, Q)), 1)
+        if T <= Q:
+            return head
+        y, lse = (
+            torch.cat(parts, 1) for parts in zip(head, _behind_past(q[:, Q:], k, v, sight, scale, place[:, Q:], past, Q), strict=True)
+        )
+        return y, lse
     if traced(T) or T <= 2 * Q:  # blocks of a length that is not known cannot be traced
         return attend(q, k, v, sees(place, torch.zeros_like(place) if start is None else start, place, sight), scale)
     more, first = (0, 0, 0, 0, 0, -T % Q), torch.zeros_like(place) if start is None else start
@@ -35,24 +43,17 @@ def blocked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: 
         (heads[rows, at.clamp_max(T - 1)] if len(at) > 1 or start is not None else heads[:, at[0].clamp_max(T - 1)], pad(heads, front))
         for heads in (k, v)
     )
-    return _in_blocks(pad(q, more), far_keys, k, far_values, v, sight, scale, place, first, sinks, Q)[:, :T]
+    y, lse = _in_blocks(pad(q, more), far_keys, k, far_values, v, sight, scale, place, first, sinks, Q)
+    return y[:, :T], lse[:, :T]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k) v where `seen` [B or 1, T, S] says so: q [B, T, H, P], k and v [B, S, G, P] -> [B, T, H, P]."""
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    mask = q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]
-    y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
-    return y.transpose(1, 2)
-
-
-def _with_past(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, place: Tensor, past: Past) -> Tensor:
+def _with_past(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, place: Tensor, past: Past) -> Seen:
     keys = torch.cat((past.places.expand(len(place), -1), place), 1)
     seen = sees(place, torch.zeros_like(place), keys, sight)
     return attend(q, torch.cat((past.keys, k), 1), torch.cat((past.values, v), 1), seen, scale)
 
 
-def _behind_past(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, place: Tensor, past: Past, Q: int) -> Tensor:
+def _behind_past(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, place: Tensor, past: Past, Q: int) -> Seen:
     """Queries from the second block on: what they see of the past are sinks."""
     T, M = q.shape[1], sight.sinks
     more = (0, 0, 0, 0, 0, -T % Q)
@@ -63,13 +64,14 @@ def _behind_past(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, pl
     rows = torch.arange(len(q), device=q.device)[:, None]
     pairs = ((torch.cat((old, new[:, :M]), 1)[rows, index][:, None], pad(new, more)) for old, new in ((past.keys, k), (past.values, v)))
     (sink_keys, k), (sink_values, v) = pairs
-    return _in_blocks(pad(q, more), sink_keys, k, sink_values, v, sight, scale, place, torch.zeros_like(place), sinks, Q)[:, :T]
+    y, lse = _in_blocks(pad(q, more), sink_keys, k, sink_values, v, sight, scale, place, torch.zeros_like(place), sinks, Q)
+    return y[:, :T], lse[:, :T]
 
 
 def _in_blocks(
     q: Tensor, sink_keys: Tensor, k: Tensor, sink_values: Tensor, v: Tensor, sight: Sight, scale: float,
     place: Tensor, first: Tensor, sinks: Tensor, Q: int,
-) -> Tensor:  # fmt: skip
+) -> Seen:  # fmt: skip
     """q [B, n Q, H, P]; k and v [B, (n + 1) Q, G, P] from the block before on; sinks [1 or B, n, M] are the places of sink_keys
     [B, 1 or n, M, G, P]; place and first [1 or B, n Q] those of the queries and of their documents' starts."""
     B, n = len(q), q.shape[1] // Q
@@ -79,8 +81,8 @@ def _in_blocks(
     extra = sinks.masked_fill(sinks >= local[:, :, :1], -1)  # a local key is seen once
     seen = sees(at, first, torch.cat((extra.expand(rows, -1, -1), local.expand(rows, -1, -1)), 2), sight)  # [1 or B, n, Q, M + 2 Q]
     k, v = (_blocks(far, near, n, Q) for far, near in ((sink_keys, k), (sink_values, v)))
-    y = attend(q.reshape(B * n, Q, *q.shape[2:]), k, v, seen.expand(B, -1, -1, -1).flatten(0, 1), scale)
-    return y.reshape(B, n * Q, *q.shape[2:])
+    y, lse = attend(q.reshape(B * n, Q, *q.shape[2:]), k, v, seen.expand(B, -1, -1, -1).flatten(0, 1), scale)
+    return y.reshape(B, n * Q, *q.shape[2:]), lse.reshape(B, n * Q, -1)
 
 
 def _blocks(sinks: Tensor, heads: Tensor, n: int, Q: int) -> Tensor:

@@ -25,12 +25,44 @@ class Sight(NamedTuple):
 
 class Past(NamedTuple):
     """Tokens before those of a call: keys and values [B, S, G, P], their places [B or 1, S] (negative: none there), and how many tokens
-    each row has had [B or 1]. Held are the last `window` - 1 tokens and the sinks; a token must not stand here twice."""
+    each row has had [B or 1]. Held are the last `window` - 1 tokens and the sinks; a token must not stand here twice. `gone` [B, G, P]:
+    the sum of the values of all others, those out of sight of every token to come."""
 
     keys: Tensor
     values: Tensor
     places: Tensor
     length: Tensor
+    gone: Tensor
+
+
+class View(NamedTuple):
+    """What tokens see, and what they do not: attention to what they see [B, T, H, P], the logarithm of its softmax's denominator
+    [B, T, H] (at least fp32), how many tokens are out of sight [B or 1, T], and the mean of their values [B, T, G, P], 0 where none is.
+    The last two are None where a caller knows that nothing is out of sight."""
+
+    seen: Tensor
+    lse: Tensor
+    count: Tensor | None
+    mean: Tensor | None
+
+
+class Rest(NamedTuple):
+    """Weights of what stands for all that is out of sight: of its score a bias [H] and a factor [H] of the logarithm of how many tokens
+    there are, of its value the share [H P] that the mean of theirs has."""
+
+    bias: Tensor
+    growth: Tensor
+    share: Tensor
+
+
+class Held(NamedTuple):
+    """What rounds over slots read and write: keys and values [B, G, S, P], and of the tokens from the sinks up to before `summed` [B, G]
+    the sum of their values `total` [B, G, P], at least fp32."""
+
+    keys: Tensor
+    values: Tensor
+    total: Tensor
+    summed: Tensor
 
 
 def sees(query: Tensor, start: Tensor, key: Tensor, sight: Sight) -> Tensor:

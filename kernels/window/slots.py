@@ -3,20 +3,35 @@
 Shapes: B batch, T time, H query heads, G key/value heads, R = H // G, P head width, S slots.
 """
 
+import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from ..common import accumulator
 
 
-def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k + added) v: q [B, T, H, P], keys and values [B, G, S, P], added [B or 1, T, S] -> [B, T, H, P].
+def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k + added) v and the logarithm of its denominator: q [B, T, H, P], keys and values [B, G, S, P], added
+    [B or 1, T, S] -> [B, T, H, P] and [B, T, H], the latter at least fp32.
 
     The queries of a group stand one behind the other, as they read the same slots.
     """
-    (B, T, H, P), G = q.shape, keys.shape[1]
-    if T == 1:
-        mask = None if added is None else added.unsqueeze(1)  # [B or 1, 1, 1, S]
-        return scaled_dot_product_attention(q.view(B, G, -1, P), keys, values, mask, scale=scale).view(B, 1, H, P)
+    (B, T, H, P), G, wide = q.shape, keys.shape[1], accumulator(q.dtype)
     together = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R T, P]
-    mask = None if added is None else added[:, None, None].expand(-1, 1, H // G, -1, -1).flatten(2, 3)  # [B or 1, 1, R T, S]
-    y = scaled_dot_product_attention(together, keys, values, mask, scale=scale)
-    return y.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    scores = (together.to(wide) * scale) @ keys.to(wide).transpose(-1, -2)  # [B, G, R T, S]
+    if added is not None:
+        scores = (scores.unflatten(2, (-1, T)) + added[:, None, None]).flatten(2, 3)
+    weights, lse = _softmax(scores)
+    y = (weights.to(values.dtype) @ values).unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return y, lse.unflatten(2, (-1, T)).permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend_slots` where `seen` [B or 1, T, S] says so: q [B, T, H, P], k and v [B, S, G, P]."""
+    added = torch.zeros(seen.shape, dtype=accumulator(q.dtype), device=q.device).masked_fill_(~seen, -torch.inf)
+    return attend_slots(q, k.transpose(1, 2), v.transpose(1, 2), added, scale)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Along the last dimension, and the logarithm of its denominator, which follows from the largest of both."""
+    weights = scores.softmax(-1)
+    return weights, scores.amax(-1) - weights.amax(-1).log()

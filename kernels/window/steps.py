@@ -2,7 +2,8 @@
 
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, M sinks, L slots behind those, S = M + L.
 A row's token number n stands in slot n where n < M, and in slot M + (n - M) mod L else; L is at least window + T. Taking tokens back is
-arithmetic on the cursors.
+arithmetic on the cursors. What is out of sight of every token behind a row's length is summed when a round begins: the slots hold what
+the round before could see.
 """
 
 from typing import Any
@@ -11,26 +12,43 @@ import torch
 from torch import Tensor
 
 from .rotation import turned
-from .sight import Sight, sees
+from .sight import Held, Rest, Sight, sees
 from .slots import attend_slots
 
 
 def steps_in_torch(
-    heads: Tensor, mass: Tensor, y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Any, sight: Sight, scale: float
+    heads: Tensor, scores: Tensor, y: Tensor, rest: Rest, cos: Tensor, sin: Tensor, held: Held, at: Any, sight: Sight, scale: float
 ) -> Tensor:
     """`window_steps`; arguments as there."""
-    (B, T), G = heads.shape[:2], keys.shape[1]
+    (B, T, _, P), (_, G, S, _), wide = heads.shape, held.keys.shape, held.total.dtype
     v, k, q = heads.split([G, G, heads.shape[2] - 2 * G], 2)
     q, k = turned(q, cos, sin), turned(k, cos, sin)
-    place = at.length[:, None].long() + torch.arange(T, device=heads.device)
-    rows, slots = torch.arange(B, device=heads.device)[:, None], slot_of(place, sight.sinks, keys.shape[2])
-    keys[rows, :, slots], values[rows, :, slots] = k.to(keys.dtype), v.to(values.dtype)
-    seen = sees(place, torch.zeros_like(place), places_in(at.length[:, None].long() + T, sight.sinks, keys.shape[2]), sight)
-    added = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, torch.finfo(q.dtype).min)
-    look = attend_slots(q, keys, values, added, scale)
-    hides = (place >= sight.whole)[..., None]
-    joined = y * hides + (look * (1 - (mass * hides)[..., None])).flatten(2)
+    start = at.length[:, None].long()
+    place = start + torch.arange(T, device=heads.device)
+    _settle(held, start, sight)
+    rows, slots = torch.arange(B, device=heads.device)[:, None], slot_of(place, sight.sinks, S)
+    held.keys[rows, :, slots], held.values[rows, :, slots] = k.to(held.keys.dtype), v.to(held.values.dtype)
+    stands = places_in(start + T, sight.sinks, S)  # [B, S]
+    seen = sees(place, torch.zeros_like(place), stands, sight)
+    added = torch.zeros(seen.shape, dtype=wide, device=q.device).masked_fill_(~seen, torch.finfo(wide).min)
+    look, lse = attend_slots(q, held.keys, held.values, added, scale)
+
+    far = (place[..., None] - stands[:, None] >= sight.window) & (stands >= held.summed[:, :1])[:, None]  # [B, T, S]
+    sums = held.total[:, None] + torch.einsum("bts,bgsp->btgp", far.to(wide), held.values.to(wide))
+    count = (place - sight.whole + 1).clamp_min(0)[..., None]
+    mean = (sums / count.clamp_min(1)[..., None]).unsqueeze(3)  # [B, T, G, 1, P]
+    mass = torch.sigmoid(scores.to(wide) + rest.bias + rest.growth * count.clamp_min(1).to(wide).log() - lse) * (count > 0)
+    value = y.to(wide) + (mean * rest.share.view(G, -1, P)).flatten(2)
+    joined = torch.lerp(look.to(wide), value.view(look.shape), mass[..., None]).flatten(2).to(y.dtype)
     return joined.masked_fill((torch.arange(T, device=q.device) >= at.new[:, None])[..., None], 0)
+
+
+def _settle(held: Held, length: Tensor, sight: Sight) -> None:
+    """Sum what is out of sight of every token behind rows with length [B, 1] tokens."""
+    stands, end = places_in(length, sight.sinks, held.keys.shape[2]), (length - sight.window + 1).clamp_min(sight.sinks)
+    leaves = (stands >= held.summed[:, :1]) & (stands < end)  # [B, S]
+    held.total.add_(torch.einsum("bs,bgsp->bgp", leaves.to(held.total.dtype), held.values.to(held.total.dtype)))
+    held.summed.copy_(torch.maximum(held.summed, end))
 
 
 def slot_of(places: Tensor, sinks: int, slots: int) -> Tensor:

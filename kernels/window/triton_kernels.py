@@ -23,14 +23,15 @@ def turned_rows(x, at, there, p, cos, sin, angle, P: tl.constexpr, Q: tl.constex
 
 @triton.jit(do_not_specialize=["T"])
 def window_round(
-    heads, mass, y, cos, sin, keys, values, length, new, out, stride_hb, stride_ht, stride_mb, stride_mt, T, G, scale, window, reach, whole,
+    heads, scores, y, bias, growth, shares, cos, sin, keys, values, totals, summed, length, new, out, stride_hb, stride_ht, stride_mb,
+    stride_mt, T, G, scale, window, reach, whole,
     M: tl.constexpr, S: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr,
     BP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`window_steps` for one group of one row."""
     g, row, H = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0) * R
     i, u, p = tl.arange(0, ROWS), tl.arange(0, BT), tl.arange(0, BP)
-    start, count = tl.load(length + row).to(tl.int64), tl.load(new + row)
+    start, kept = tl.load(length + row).to(tl.int64), tl.load(new + row)
     tokens, t, h = heads + row * stride_hb, i % T, g * R + i // T
     real = i < R * T
     q = turned_rows(tokens, t * stride_ht + (2 * G + h) * P, real, p, cos, sin, (row * T + t) * Q, P, Q) * scale
@@ -46,6 +47,10 @@ def window_round(
     among = tl.exp(among - peak[:, None])
     weight, total = tl.sum(among, 1), tl.dot(among, v.to(tl.float32), input_precision=PRECISION)
     base = (row * G + g) * S
+    done, end = tl.load(summed + row * G + g), tl.maximum(start - window + 1, M)  # summed before, and from now on
+    far = (back >= window) & (start + u >= M)[None, :] & (u < T)[None, :]
+    gone = tl.dot(far.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)  # [ROWS, BP]
+    settled = tl.load(totals + (row * G + g) * P + p, mask=p < P, other=0.0).to(tl.float32)
     for first in range(0, S, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         newest = start - 1 - M
@@ -63,13 +68,27 @@ def window_round(
         value = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
         total = total * shrink[:, None] + tl.dot(share, value, input_precision=PRECISION)
         weight, peak = weight * shrink + tl.sum(share, 1), higher
+        far = held[None, :] & (gap >= window) & (place >= end)[None, :]
+        gone += tl.dot(far.to(tl.float32), value, input_precision=PRECISION)
+        settled += tl.sum(tl.where((held & (place >= done) & (place < end))[:, None], value, 0.0), 0)
     place = start + u
     to = (base + tl.where(place < M, place, M + (place - M) % (S - M)))[:, None] * P + p[None, :]
     tl.store(keys + to, k, mask=fresh)
     tl.store(values + to, v, mask=fresh)
+    tl.store(totals + (row * G + g) * P + p, settled, mask=p < P)
+    tl.store(summed + row * G + g, tl.maximum(done, end))
     inside = real[:, None] & (p < P)[None, :]
-    hides = real & (start + t >= whole)  # else nothing is out of sight, and attention alone counts
-    left = 1.0 - tl.load(mass + row * stride_mb + t * stride_mt + h, mask=hides, other=0.0).to(tl.float32)
+    count = start + t - whole + 1  # out of sight
+    hides = real & (count > 0)  # else attention alone counts
+    count = tl.maximum(count, 1).to(tl.float32)
+    score = tl.load(scores + row * stride_mb + t * stride_mt + h, mask=hides, other=0.0).to(tl.float32)
+    score += tl.load(bias + h, mask=real, other=0.0).to(tl.float32) + tl.load(growth + h, mask=real, other=0.0).to(tl.float32) * tl.log(
+        count
+    )
+    mass = tl.where(hides, 1.0 / (1.0 + tl.exp(peak + tl.log(weight) - score)), 0.0)
     where = ((row * T + t) * H + h)[:, None] * P + p[None, :]
-    made = tl.load(y + where, mask=inside & hides[:, None], other=0.0).to(tl.float32) + total * (left / weight)[:, None]
-    tl.store(out + where, tl.where((t < count)[:, None], made, 0.0), mask=inside)
+    rest = tl.load(y + where, mask=inside & hides[:, None], other=0.0).to(tl.float32)
+    portion = tl.load(shares + (h * P)[:, None] + p[None, :], mask=inside, other=0.0).to(tl.float32)
+    rest += portion * (settled[None, :] + gone) / count[:, None]
+    made = rest * mass[:, None] + total * ((1.0 - mass) / weight)[:, None]
+    tl.store(out + where, tl.where((t < kept)[:, None], made, 0.0), mask=inside)

@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from ..launch import dense_rows, on_device, precision, width
-from .sight import NO_LIMIT, Sight
+from .sight import NO_LIMIT, Held, Rest, Sight
 from .triton_kernels import window_round
 
 BLOCK = 32  # slots that a program reads at a time
 
 
 def fused_steps(
-    heads: Tensor, mass: Tensor, y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Any, sight: Sight, scale: float
+    heads: Tensor, scores: Tensor, y: Tensor, rest: Rest, cos: Tensor, sin: Tensor, held: Held, at: Any, sight: Sight, scale: float
 ) -> Tensor:
     """`window_steps` in one launch; arguments as there."""
-    (B, T, E, P), (_, G, S, _) = heads.shape, keys.shape
-    assert keys.is_contiguous() and values.is_contiguous(), "the kernel writes them in place"
+    (B, T, E, P), (_, G, S, _) = heads.shape, held.keys.shape
+    assert all(part.is_contiguous() for part in held), "the kernel writes them in place"
     rows, H = dense_rows(heads.flatten(2)), E - 2 * G
-    mass, y, cos, sin, out = dense_rows(mass), y.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty_like(y)
+    scores, y, cos, sin, out = dense_rows(scores), y.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty_like(y)
     with on_device(heads):
         window_round[G, B](
-            rows, mass, y, cos, sin, keys, values, at.length, at.new, out, *rows.stride()[:2], *mass.stride()[:2], T, G, scale,
+            rows, scores, y, *rest, cos, sin, *held, at.length, at.new, out, *rows.stride()[:2], *scores.stride()[:2], T, G, scale,
             sight.window, NO_LIMIT if sight.reach is None else sight.reach, sight.whole,
             M=sight.sinks, S=S, P=P, Q=cos.shape[-1], R=H // G, ROWS=width(H // G * T), BT=width(T), BP=width(P), BLOCK=BLOCK,
             PRECISION=precision(heads), num_warps=4 if P <= 64 else 8, num_stages=1,

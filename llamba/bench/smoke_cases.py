@@ -30,7 +30,7 @@ from llamba.kernels.mamba3 import mamba3_scan
 from llamba.kernels.selective_scan import selective_scan
 from llamba.kernels.slots import attend, place
 from llamba.kernels.ssd import ssd, ssd_step
-from llamba.kernels.window import Sight, window_steps
+from llamba.kernels.window import Held, Rest, Sight, window_steps
 
 Made = dict[str, Tensor]
 Case = Callable[[], dict[str, float]]
@@ -152,13 +152,16 @@ def _window(dtype: torch.dtype, device: str, size: Size, impl: str) -> Made:
     sight = Sight(window=4, sinks=2)
     keys, values = torch.zeros(2, 1, G, sight.sinks + sight.window + 2 * ROUND, P, dtype=dtype, device=device).unbind()
     given = _randn({"heads": (2, 1, ROUND, 2 * G + H, P), "y": (2, 1, ROUND, H * P), "angle": (2, 1, ROUND, P // 2)}, dtype, device)
-    mass = _randn({"mass": (2, 1, ROUND, H)}, dtype, device)["mass"].sigmoid()
+    scores = _randn({"scores": (2, 1, ROUND, H)}, dtype, device)["scores"]
+    rest = Rest(*_randn({"bias": (H,), "growth": (H,), "share": (H * P,)}, torch.float32, device).values())
+    total, summed = torch.zeros(1, G, P, dtype=torch.float32, device=device), torch.zeros(1, G, dtype=torch.long, device=device)
+    held = Held(keys, values, total, summed)
     angle = torch.cat((given["angle"], given["angle"]), -1)
 
     def read(at: Any, n: int) -> Made:
         turns = angle[n].cos(), angle[n].sin()
-        y = window_steps(given["heads"][n], mass[n], given["y"][n], turns, keys, values, at, sight, P**-0.5, impl)
-        return {"y": y, "keys": keys.clone(), "values": values.clone()}
+        y = window_steps(given["heads"][n], scores[n], given["y"][n], rest, turns, held, at, sight, P**-0.5, impl)
+        return {"y": y, **{name: part.clone() for name, part in held._asdict().items() if name != "summed"}}
 
     return _rounds(read, device)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from llamba.kernels.window import Sight
+from llamba.kernels.window import Sight, View
 from llamba.models.ring import KeyRing
 from llamba.models.tree import Tree
 
@@ -156,16 +156,16 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def look(
         self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, mask: Tensor | None = None, tree: Tree | None = None
-    ) -> Tensor:
-        """What queries [B, T, H, P] see through window and sinks of all keys and values so far; see `llamba.models.ring`."""
+    ) -> View:
+        """What queries [B, T, H, P] see through window and sinks of all keys and values so far, and what not; see `llamba.models.ring`."""
         if self.ring is None:
             self.ring = KeyRing(sight, SLOTS if self.is_recording else 0, k, v)
         elif self.is_recording and not self.ring.spare:
             self.ring.spare_more(SLOTS)
         return self.ring.look(q, k, v, scale, mask, tree)
 
-    def look_once(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> Tensor:
-        """`look` of one token, given without the time axis: q [B, H, P], k and v [B, G, P] -> [B, 1, H, P]. Nothing is recorded."""
+    def look_once(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> View:
+        """`look` of one token, given without the time axis: q [B, H, P], k and v [B, G, P]. Nothing is recorded."""
         if self.ring is None or torch.is_grad_enabled():
             return self.look(q[:, None], k[:, None], v[:, None], sight, scale)
         return self.ring.look_once(q, k, v, scale)

@@ -1,52 +1,182 @@
-"""What can be fitted without gradient steps: how what a window sees and what the recurrence adds make up the teacher's attention.
+"""What can be fitted without gradient steps: how what a window sees and what stands for the rest make up the teacher's attention.
 
-For each head, y = seen - (w . u) seen + g * n is linear in the row w of in_proj that estimates the mass out of sight and in the weights g
-behind the recurrence's gate, so both come from one least-squares fit to attention over all tokens. A mixer without a window has g alone.
-Then out_proj is moved, so that the layer adds what the teacher's adds. Layer goes behind layer: a mixer's own inputs are those of the
-student whose layers below are fitted, and the aim is what the teacher's layer does with its own.
+For each head, y = (1 - m) seen + m (g * n + c * mean) with m = sigmoid(w . u + b + a log k - lse): see `llamba.models.mixers.beside`. The
+score's w, b and a come from weighted least squares on the logarithm of the softmax's denominator over what is out of sight, the weights g
+and c then from least squares with m as it is, and some steps of Gauss-Newton move all of them together. A mixer without a window has g
+alone. Then out_proj is moved, so that the layer adds what the teacher's adds. Layer goes behind layer: a mixer's own inputs are those of
+the student whose layers below are fitted, and the aim is what the teacher's layer does with its own.
 
-Shapes: R rows of T tokens, n tokens in all, D model width, H heads, P head width, I inputs of out_proj.
+Shapes: R rows of T tokens, n tokens with something out of sight, D model width, W = D + 2 features of a score, H heads, P head width,
+I inputs of out_proj.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.base.progress import progress
+from llamba.kernels.window import View
 from llamba.models.layers import forwards, layer_output
 from llamba.models.mixers import AUTO, BEST, MIXERS, Mixer, Origin
 from llamba.models.mixers.parts import at_least_fp32
 from llamba.models.offloaded import reading_device
 
-RIDGE = 3e-2  # of the mean square of what a coefficient stands before
+SCORE_RIDGE = 1e-3  # of the mean square of what a coefficient stands before
+RIDGE = 3e-2  # the same of weights of values
+STEP_RIDGE = 0.1  # the same of a step of the score's coefficients
 PROJECTION_RIDGE = 0.1  # the same of out_proj's inputs, against leaving the teacher's values
+STEPS = 3  # of Gauss-Newton
 Rows = Sequence[Sequence[int]] | Tensor
 Angles = tuple[Tensor, Tensor]
 Inputs = tuple[Tensor, Angles]  # of attention: hidden states [1, T, D], cosines and sines of their positions
-Sides = tuple[Tensor, Tensor]  # as `Mixer.sides` gives them
+Sides = tuple[View | None, Tensor]  # as `Mixer.sides` gives them
+Whole = tuple[Tensor, Tensor]  # as `Mixer.whole` gives it
 Fitted = dict[str, float]  # by tensor, the part of the square of its aim that is left
 
 
-def fit_join(mixer: Mixer, inputs: Sequence[Inputs], sides: Sequence[Sides], wholes: Sequence[Tensor]) -> Fitted:
-    """Fit mass and gain to `wholes`, a row's attention over all tokens [1, T, H, P] each; inputs and sides of the mixer's, by row.
+class _Head(NamedTuple):
+    """What one head's tokens give: features [n, W], values [n, P] each, logarithms [n]."""
+
+    features: Tensor
+    seen: Tensor
+    lse: Tensor
+    recurrent: Tensor
+    mean: Tensor
+    whole: Tensor
+    far: Tensor
+
+
+class _Rest(NamedTuple):
+    """Coefficients of one head: of the score [W], of the recurrence [P] and of the mean [P]."""
+
+    score: Tensor
+    gain: Tensor
+    share: Tensor
+
+
+def fit_join(mixer: Mixer, inputs: Sequence[Inputs], sides: Sequence[Sides], wholes: Sequence[Whole]) -> Fitted:
+    """Fit what stands for the rest to `wholes`, the teacher's attention row by row; inputs and sides of the mixer's, by row.
 
     Where nothing is out of sight there is nothing to fit, and nothing to leave.
     """
-    before, width = (0 if mixer.sight is None else mixer.sight.whole), (mixer.config.hidden_size if mixer.sight else 0)
-    hidden = _together(given[:, before:] for given, _ in inputs)  # [n, D]
-    seen, recurrent = (_together(side[place][:, before:] for side in sides) for place in (0, 1))  # [n, H, P]
-    missing = _together(whole[:, before:] for whole in wholes) - seen
+    every = sum(float(whole.double().square().sum()) for whole, _ in wholes)
+    if mixer.sight is None:
+        return _fit_gain(mixer, _together(recurrent for _, recurrent in sides), _together(whole for whole, _ in wholes), every)
+    given, scale = _gathered(inputs, sides, wholes)
     found, left = [], 0.0
-    for head in range(mixer.config.heads):
-        square, product = _equations(hidden[:, :width], seen[:, head], recurrent[:, head], missing[:, head])
-        solved = torch.linalg.solve(_ridged(square, (slice(0, width), slice(width, None)), RIDGE), product)
-        left += float(missing[:, head].double().square().sum() - 2 * solved @ product + solved @ square @ solved)
-        found.append(solved)
-    share = left / sum(float(whole.double().square().sum()) for whole in wholes)
-    return dict.fromkeys(_write_join(mixer, torch.stack(found), width), share)
+    for head in range(mixer.config.heads if len(given.features) else 0):
+        one = _Head(given.features, *(part[:, head] for part in given[1:]))
+        rest, error = _fit_head(one)
+        found.append(rest)
+        left += error
+    names = _write_rest(mixer, found, scale) if found else ()
+    return dict.fromkeys(names, left / every)
+
+
+def _gathered(inputs: Sequence[Inputs], sides: Sequence[Sides], wholes: Sequence[Whole]) -> tuple[_Head, Tensor]:
+    """What all tokens give that have something out of sight, [n, H, ...] but for the features, and by what these were divided [W]."""
+    parts = []
+    for (hidden, _), (view, recurrent), (whole, far) in zip(inputs, sides, wholes, strict=True):
+        assert view is not None and view.count is not None and view.mean is not None, "of a mixer with a window, without a cache"
+        there = view.count[0] > 0
+        more = view.count[0, there, None].to(view.lse.dtype).log()
+        features = torch.cat((at_least_fp32(hidden[0, there]), torch.ones_like(more), more), 1)
+        mean = view.mean.repeat_interleave(recurrent.shape[2] // view.mean.shape[2], 2)
+        rows = (view.seen, view.lse, recurrent, mean, whole, far)
+        parts.append((features, *(at_least_fp32(row[0, there]) for row in rows)))
+    features, *others = (torch.cat(part) for part in zip(*parts, strict=True))
+    scale = features.square().mean(0).sqrt().clamp_min(torch.finfo(features.dtype).tiny) if len(features) else features.new_ones(0)
+    return _Head(features / scale if len(features) else features, *others), scale
+
+
+def _fit_head(one: _Head) -> tuple[_Rest, float]:
+    """The coefficients, and the square of what they leave."""
+    mass = torch.sigmoid(one.far - one.lse)
+    weight = (mass * (1 - mass)).square() * one.seen.square().sum(-1)
+    weighted = one.features * weight[:, None]
+    square, product = weighted.T @ one.features, weighted.T @ one.far
+    score = _solved(square, product, [(slice(None), SCORE_RIDGE)])
+    mass = torch.sigmoid(one.features @ score - one.lse)[:, None]
+    gain, share = _weights(mass * one.recurrent, mass * one.mean, one.whole - (1 - mass) * one.seen)
+    rest = _Rest(score, gain, share)
+    error = float(_missing(one, rest)[0].double().square().sum())
+    for _ in range(STEPS):
+        moved = _stepped(one, rest)
+        after = float(_missing(one, moved)[0].double().square().sum())
+        if after >= error:
+            break
+        rest, error = moved, after
+    return rest, error
+
+
+def _missing(one: _Head, rest: _Rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the teacher's attention what is missing [n, P], the rest's part of the softmax [n, 1], and its value less what is seen [n, P]."""
+    mass = torch.sigmoid(one.features @ rest.score - one.lse)[:, None]
+    apart = one.recurrent * rest.gain + one.mean * rest.share - one.seen
+    return one.whole - one.seen - mass * apart, mass, apart
+
+
+def _weights(first: Tensor, second: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [P] of two values [n, P] that come closest to `aim`, channel by channel."""
+    a, b, c = first.square().sum(0).double(), (first * second).sum(0).double(), second.square().sum(0).double()
+    x, y = (first * aim).sum(0).double(), (second * aim).sum(0).double()
+    least = torch.finfo(torch.float64).smallest_normal
+    a, c = a + RIDGE * a.mean() + least, c + RIDGE * c.mean() + least
+    return ((c * x - b * y) / (a * c - b * b)).to(aim), ((a * y - b * x) / (a * c - b * b)).to(aim)
+
+
+def _stepped(one: _Head, rest: _Rest) -> _Rest:
+    """After one step of Gauss-Newton in all coefficients."""
+    missing, mass, apart = _missing(one, rest)
+    slope, r, v = mass * (1 - mass) * apart, mass * one.recurrent, mass * one.mean  # of score, gain and share [n, P]
+    features = one.features
+    cross = torch.cat((features.T @ (slope * r), features.T @ (slope * v)), 1)  # [W, 2 P]
+    score = (features * slope.square().sum(1, keepdim=True)).T @ features
+    both = (r * v).sum(0).diag()
+    values = torch.cat((torch.cat((r.square().sum(0).diag(), both), 1), torch.cat((both, v.square().sum(0).diag()), 1)))
+    square = torch.cat((torch.cat((score, cross), 1), torch.cat((cross.T, values), 1)))
+    product = torch.cat((features.T @ (slope * missing).sum(1), (r * missing).sum(0), (v * missing).sum(0)))
+    W, P = len(score), r.shape[1]
+    parts = [(slice(0, W), STEP_RIDGE), (slice(W, W + P), RIDGE), (slice(W + P, None), RIDGE)]
+    return _Rest(*(old + move for old, move in zip(rest, _solved(square, product, parts).split([W, P, P]), strict=True)))
+
+
+def _solved(square: Tensor, product: Tensor, parts: Sequence[tuple[slice, float]]) -> Tensor:
+    """Of normal equations, in fp64: each part's ridge is of the mean of its diagonal."""
+    made = square.double()
+    for part, ridge in parts:
+        diagonal = made.diagonal()[part]
+        diagonal += ridge * diagonal.mean() + torch.finfo(torch.float64).smallest_normal
+    return torch.linalg.solve(made, product.double()).to(product)
+
+
+def _write_rest(mixer: Mixer, found: Sequence[_Rest], scale: Tensor) -> list[str]:
+    """Give the mixer the fitted values; the names of the tensors."""
+    scores = torch.stack([rest.score for rest in found]) / scale  # [H, W]
+    mixer.in_proj.weight[-len(found) :] = scores[:, :-2].to(mixer.in_proj.weight)
+    if mixer.in_proj.bias is not None:
+        mixer.in_proj.bias[-len(found) :] = 0
+    mixer.rest_bias.copy_(scores[:, -2])
+    mixer.rest_growth.copy_(scores[:, -1])
+    mixer.rest_mean.copy_(torch.cat([rest.share for rest in found]))
+    name, gain = mixer.gain
+    assert gain is not None, "beside a window the recurrence has weights"
+    gain.copy_(torch.cat([rest.gain for rest in found]))
+    return [name, "rest_bias", "rest_growth", "rest_mean", "in_proj.weight[rest]"]
+
+
+def _fit_gain(mixer: Mixer, recurrent: Tensor, whole: Tensor, every: float) -> Fitted:
+    """The weights behind the gate of a mixer without a window, where it has them: recurrent and whole [n, H, P]."""
+    name, gain = mixer.gain
+    if gain is None:
+        return {}
+    square, product = recurrent.square().sum(0).double(), (recurrent * whole).sum(0).double()  # [H, P]
+    found = product / (square + RIDGE * square.mean(-1, keepdim=True) + torch.finfo(torch.float64).smallest_normal)
+    gain.copy_(found.flatten())
+    return {name: float((every - 2 * (found * product).sum() + (found.square() * square).sum()) / every)}
 
 
 def _together(rows: Iterable[Tensor]) -> Tensor:
@@ -54,42 +184,13 @@ def _together(rows: Iterable[Tensor]) -> Tensor:
     return torch.cat([at_least_fp32(row[0]) for row in rows])
 
 
-def _equations(hidden: Tensor, seen: Tensor, recurrent: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """One head's normal equations in fp64, [W + P, W + P] and [W + P]: hidden [n, W] of the mass, the others [n, P]."""
-    cross = -hidden.T @ (seen * recurrent)  # [W, P]
-    mass = (hidden * seen.square().sum(-1, keepdim=True)).T @ hidden
-    top, bottom = torch.cat((mass, cross), 1), torch.cat((cross.T, recurrent.square().sum(0).diag()), 1)
-    product = torch.cat((-hidden.T @ (seen * missing).sum(-1), (recurrent * missing).sum(0)))
-    return torch.cat((top, bottom)).double(), product.double()
-
-
-def _ridged(square: Tensor, parts: Sequence[slice], ridge: float) -> Tensor:
-    made = square.clone()
-    for part in parts:
-        diagonal = made.diagonal()[part]
-        diagonal += ridge * diagonal.mean() + torch.finfo(torch.float64).smallest_normal if len(diagonal) else 0.0
-    return made
-
-
-def _write_join(mixer: Mixer, found: Tensor, width: int) -> list[str]:
-    """Give the mixer the fitted values [H, W + P]; the names of the tensors."""
-    name, gain = mixer.gain
-    names = []
-    if gain is not None:
-        gain.copy_(found[:, width:].flatten())
-        names.append(name)
-    if width:
-        mixer.in_proj.weight[-len(found) :] = found[:, :width].to(mixer.in_proj.weight)
-        names.append("in_proj.weight[mass]")
-    return names
-
-
 def fit_projection(mixer: Mixer, joined: Sequence[Tensor], wanted: Sequence[Tensor]) -> Fitted:
     """Move out_proj so that what it makes of `joined`, [1, T, I] a row, comes closest to `wanted`, [1, T, D], in the square."""
     given, aim = _together(joined), _together(wanted)
     missing = aim - _together(map(mixer.out_proj, joined))
     square, product = (given.T @ given).double(), (given.T @ missing).double()
-    move = torch.linalg.solve(_ridged(square, (slice(None),), PROJECTION_RIDGE), product)  # [I, D]
+    ridged = square + torch.eye(len(square)).to(square) * (PROJECTION_RIDGE * square.diagonal().mean())
+    move = torch.linalg.solve(ridged, product)  # [I, D]
     mixer.out_proj.weight += move.T.to(mixer.out_proj.weight)
     left = missing.double().square().sum() - 2 * (move * product).sum() + (move * (square @ move)).sum()
     return {"out_proj.weight": float(left / aim.double().square().sum())}

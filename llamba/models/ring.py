@@ -2,7 +2,8 @@
 
 Shapes: B batch, T time, G key/value heads, P head width, M sinks, L slots behind those of the sinks, S = M + L.
 Row b's token number n stands in slot n where n < M, and in slot M + (n - M) mod L else. Taking tokens back is arithmetic on `lengths`: L is
-the window and as many tokens more as can be taken back, so that what was overwritten is out of sight.
+the window and as many tokens more as can be taken back, so that what was overwritten is out of sight. Of what is out of sight for good the
+values are summed: those of the tokens M .. summed[b] - 1.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamba.kernels.window import Past, Sight, attend, attend_slots, places_in, sees, slot_of, window_attention
+from llamba.kernels.common import accumulator
+from llamba.kernels.window import Held, Past, Sight, View, attend, attend_slots, places_in, sees, slot_of, window_view
 from llamba.models.tree import Tree
 
 Lengths = tuple[int, ...]
@@ -50,11 +52,22 @@ def _mask(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torc
 
 
 @lru_cache(maxsize=16)
-def _hides(lengths: Lengths, tokens: int, whole: int, device: torch.device) -> Tensor:
-    """Whether each row's last `tokens` tokens have `whole` tokens or more before them, [B or 1, T]."""
+def _count(lengths: Lengths, tokens: int, whole: int, device: torch.device) -> Tensor:
+    """How many tokens more than `whole` each row's last `tokens` tokens had read, themselves included, [B or 1, T]."""
     with torch.inference_mode(False):
         rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-        return torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) >= whole
+        return (torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) - whole + 1).clamp_min(0)
+
+
+@lru_cache(maxsize=16)
+def _between(lengths: Lengths, firsts: Lengths, ends: tuple[Lengths, ...], slots: Slots, device: torch.device) -> Tensor:
+    """Which slots hold tokens from firsts[b] up to before ends[t][b], [B, T, S] as 0 and 1 in fp64."""
+    with torch.inference_mode(False):
+        length, first, end = (
+            torch.tensor(numbers, device=device).T[..., None] for numbers in ([lengths], [firsts], ends)
+        )  # [B, 1 or T, 1]
+        place = slots.places(length[:, 0])[:, None]  # [B, 1, S]
+        return ((place >= first) & (place < end)).double()
 
 
 @lru_cache(maxsize=16)
@@ -79,13 +92,14 @@ def _new(lengths: Lengths, tokens: int, slots: Slots, device: torch.device) -> t
 class KeyRing:
     """What one mixer's attention can see of the past, `lengths[b]` tokens of row b; absent tokens are not counted.
 
-    `keys` and `values` [B, G, S, P].
+    `keys` and `values` [B, G, S, P]; `total` [B, G, P] what is summed, at least fp32.
     """
 
     def __init__(self, sight: Sight, spare: int, keys: Tensor, values: Tensor):
         """Empty, for heads like keys and values [B, T, G, P]; `spare` tokens can be taken back."""
         self.sight, self.spare, self.slots = sight, spare, Slots(sight.sinks, sight.window + spare)
-        self.lengths = [0] * len(keys)
+        self.lengths, self.summed = [0] * len(keys), [sight.sinks] * len(keys)
+        self.total = keys.new_zeros(len(keys), *keys.shape[2:], dtype=accumulator(keys.dtype))
         self._make(keys.transpose(1, 2), values.transpose(1, 2))
 
     @property
@@ -102,8 +116,8 @@ class KeyRing:
         shape = *keys.shape[:2], sum(self.slots), keys.shape[3]
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, tree: Tree | None) -> Tensor:
-        """Append keys and values [B, T, G, P] and return what queries [B, T, H, P] see of them and of the past: [B, T, H, P].
+    def look(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, tree: Tree | None) -> View:
+        """Append keys and values [B, T, G, P] and return what queries [B, T, H, P] see of them and of the past, and what they do not.
 
         mask [B, T]: True at real tokens. `tree`: the tokens are its last T nodes, and the nodes before those were appended last.
         """
@@ -111,39 +125,54 @@ class KeyRing:
         if tree is not None:
             return self._look_from_tree(q, k, v, scale, tree)
         if mask is None and T <= self.spare + 1 and not torch.is_grad_enabled():  # what they see is not overwritten
+            self._settle([min(length, length + T - self.spare) for length in self.lengths])
             self._append(k, v)
-            return attend_slots(q, self.keys, self.values, self._added(q, T), scale)
+            return View(*attend_slots(q, self.keys, self.values, self._added(q, T), scale), *self._out_of_sight(T, v.dtype))
         past = self._past(self.lengths) if any(self.lengths) else None
-        y = window_attention(q, k, v, self.sight, scale=scale, mask=mask, past=past)
-        if mask is None and T <= self.slots.turns:
-            self._append(k, v)
-        elif mask is None:
-            self._append_some(k, v, [T] * len(q))
-        else:
-            order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
-            self._append_some(k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v)), mask.sum(1).tolist())
-        return y
-
-    def look_once(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """`look` of one token, given without the time axis, without gradient: q [B, H, P], k and v [B, G, P] -> [B, 1, H, P]."""
-        if self.is_even:
-            self._append_once(k, v)
-        else:
-            self._append(k.unsqueeze(1), v.unsqueeze(1))
-        return attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale)
-
-    def hides(self, tokens: int, mask: Tensor | None, tree: Tree | None) -> Tensor | bool:
-        """Whether something is out of sight of each row's last tokens, which `look` has seen [B or 1, T], or of all, or of none."""
-        if tree is not None:
-            return torch.tensor(self.lengths, device=self.keys.device)[:, None] - len(tree) + tree.depths[-tokens:] >= self.sight.whole
+        view = window_view(q, k, v, self.sight, scale=scale, mask=mask, past=past)
         if mask is not None:
-            before = torch.tensor(self.lengths, device=mask.device)[:, None] - mask.sum(1, keepdim=True)
-            return before + mask.cumsum(1) > self.sight.whole
+            order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+            k, v = k.gather(1, order.expand_as(k)), v.gather(1, order.expand_as(v))
+        self._append_some(k, v, [T] * len(q) if mask is None else mask.sum(1).tolist())
+        return view
+
+    def look_once(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
+        """`look` of one token, given without the time axis, without gradient: q [B, H, P], k and v [B, G, P]; parts [B, 1, ...]."""
+        if self.is_even and not self.spare:
+            self._settle_once()
+            self._append_once(k, v)
+            return View(*attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale), *self._out_of_sight(1, v.dtype))
+        return self.look(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale, None, None)
+
+    def _out_of_sight(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """How many tokens are out of sight of each row's last tokens [B or 1, T], and the mean of their values [B, T, G, P]."""
         if max(self.lengths) <= self.sight.whole:
-            return False
-        if min(self.lengths) - tokens >= self.sight.whole:
-            return True
-        return _hides(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
+            return None, None
+        count = _count(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
+        ends = tuple(tuple(length - tokens + t + 1 - self.sight.window for length in self.lengths) for t in range(tokens))
+        sums = self.total[:, None] if tuple(self.summed) == ends[0] and tokens == 1 else self._total(ends)
+        return count, (sums / count.clamp_min(1)[..., None, None]).to(dtype)
+
+    def _total(self, ends: tuple[Lengths, ...]) -> Tensor:
+        """Sums of the values of the tokens from the sinks up to before ends[t][b], [B, T, G, P]; the slots hold those not summed yet."""
+        which = _between(tuple(self.lengths), tuple(self.summed), ends, self.slots, self.keys.device).to(self.total.dtype)
+        return self.total[:, None] + torch.einsum("bts,bgsp->btgp", which, self.values.to(self.total.dtype))
+
+    def _settle(self, lengths: list[int]) -> None:
+        """Sum what is out of sight of all tokens behind rows that are at least so long."""
+        ends = [max(length - self.sight.window + 1, old) for length, old in zip(lengths, self.summed, strict=True)]
+        if ends != self.summed:
+            self.total, self.summed = self._total((tuple(ends),))[:, 0], ends
+
+    def _settle_once(self) -> None:
+        """`_settle` of even rows that cannot be taken back, before one token is appended."""
+        n, (sinks, turns) = self.lengths[0], self.slots
+        leaves = n - self.sight.window
+        if leaves >= sinks and self.summed == [leaves] * len(self.summed):
+            self.total = self.total + self.values.select(2, sinks + (leaves - sinks) % turns)
+            self.summed = [leaves + 1] * len(self.summed)
+        else:
+            self._settle(self.lengths)
 
     def _added(self, q: Tensor, tokens: int) -> Tensor | None:
         """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""
@@ -151,23 +180,33 @@ class KeyRing:
             return None
         return _mask(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
 
-    def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> Tensor:
+    def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> View:
         T, M = q.shape[1], len(tree)
+        self._settle([length + T - self.spare for length in self.lengths])
         self._append(k, v)
         roots = [length - M for length in self.lengths]
         past = self._past(roots)
         rows, nodes = _new(tuple(roots), M, self.slots, q.device)
         keys, values = (torch.cat((old, now[rows, :, nodes]), 1) for old, now in ((past.keys, self.keys), (past.values, self.values)))
         at = past.length[:, None] + tree.depths
-        seen = sees(at[:, M - T :], torch.zeros_like(at[:, M - T :]), torch.cat((past.places, at), 1), self.sight)  # [B, T, S + M]
+        node, places = at[:, M - T :], torch.cat((past.places, at), 1)
+        seen = sees(node, torch.zeros_like(node), places, self.sight)  # [B, T, S + M]
         seen[:, :, -M:] &= tree.ancestors[M - T :]
-        return attend(q, keys, values, seen, scale)
+        y, lse = attend(q, keys, values, seen, scale)
+        if max(self.lengths) <= self.sight.whole:
+            return View(y, lse, None, None)
+        far = (node[..., None] - places[:, None] >= self.sight.window) & (places >= self.sight.sinks)[:, None]
+        far[:, :, -M:] &= tree.ancestors[M - T :]
+        sums = past.gone[:, None] + torch.einsum("bts,bsgp->btgp", far.to(past.gone.dtype), values.to(past.gone.dtype))
+        count = (node - self.sight.whole + 1).clamp_min(0)
+        return View(y, lse, count, (sums / count.clamp_min(1)[..., None, None]).to(v.dtype))
 
     def _past(self, lengths: list[int]) -> Past:
         """The sinks and what else a token behind rows with so many tokens can see; a copy."""
         places, slots, length = _past(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
         rows = torch.arange(len(lengths), device=self.keys.device)[:, None]
-        return Past(self.keys[rows, :, slots], self.values[rows, :, slots], places, length)
+        gone = self._total((tuple(length - self.sight.window + 1 for length in lengths),))[:, 0]
+        return Past(self.keys[rows, :, slots], self.values[rows, :, slots], places, length, gone)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         """Store T tokens of each row, each in a slot of its own."""
@@ -187,16 +226,23 @@ class KeyRing:
         self.lengths = [n + 1] * len(self.lengths)
 
     def _append_some(self, k: Tensor, v: Tensor, counts: list[int]) -> None:
-        """Store the first counts[b] of each row's tokens; of those that share a slot, the last."""
-        count, start = (torch.tensor(numbers, device=k.device)[:, None] for numbers in (counts, self.lengths))
+        """Store the first counts[b] of each row's tokens, and sum those that leave for good; of those that share a slot, the last stays."""
+        new = [length + more for length, more in zip(self.lengths, counts, strict=True)]
+        ends = [max(length - self.spare - self.sight.window + 1, old) for length, old in zip(new, self.summed, strict=True)]
+        self._settle([min(end, length) + self.sight.window - 1 for end, length in zip(ends, self.lengths, strict=True)])
+        count, start, end, first = (
+            torch.tensor(numbers, device=k.device)[:, None] for numbers in (counts, self.lengths, ends, self.summed)
+        )
         token = torch.arange(k.shape[1], device=k.device)
         place = start + token  # [B, T]
+        leaves = (place >= first) & (place < end)
+        self.total = self.total + torch.einsum("bt,btgp->bgp", leaves.to(self.total.dtype), v.detach().to(self.total.dtype))
         stays = (token < count) & ((place < self.slots.sinks) | (token >= count - self.slots.turns))
         row, column = stays.nonzero(as_tuple=True)
         slot = self.slots.of(place)[row, column]
         self.keys[row, :, slot] = k.detach()[row, column].to(self.keys.dtype)
         self.values[row, :, slot] = v.detach()[row, column].to(self.values.dtype)
-        self.lengths = [length + more for length, more in zip(self.lengths, counts, strict=True)]
+        self.lengths, self.summed = new, ends
 
     def rollback(self, tokens: list[int]) -> None:
         """Forget the last tokens[b] tokens of each row."""
@@ -220,11 +266,17 @@ class KeyRing:
         more = Slots(self.sight.sinks, self.sight.window + max(spare, self.spare))
         shape = *self.keys.shape[:2], sum(more), self.keys.shape[3]
         keys, values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
-        self.copy(keys, values)
+        self._copy(keys, values)
         self.keys, self.values, self.spare, self.slots = keys, values, max(spare, self.spare), more
 
-    def copy(self, keys: Tensor, values: Tensor) -> None:
-        """Put what can be seen into other keys and values [B or more, G, S, P], whose slots may be more."""
+    def copy(self, held: Held) -> None:
+        """Put what can be seen, and what is summed, into the first of other rows, whose slots may be more."""
+        rows, ends = len(self.lengths), tuple(length - self.sight.window + 1 for length in self.lengths)
+        self._copy(held.keys, held.values)
+        held.total[:rows] = self._total((ends,))[:, 0]
+        held.summed[:rows] = torch.tensor(ends, device=held.summed.device).clamp_min(self.sight.sinks)[:, None]
+
+    def _copy(self, keys: Tensor, values: Tensor) -> None:
         places, slots, _ = _past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
         row, column = (places >= 0).nonzero(as_tuple=True)
         slot, to = slots[row, column], slot_of(places[row, column], self.sight.sinks, keys.shape[2])
@@ -232,5 +284,6 @@ class KeyRing:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows as `change` does along the first axis."""
-        self.keys, self.values = change(self.keys), change(self.values)
-        self.lengths = [self.lengths[row] for row in change(torch.arange(len(self.lengths))).tolist()]
+        self.keys, self.values, self.total = change(self.keys), change(self.values), change(self.total)
+        rows = change(torch.arange(len(self.lengths))).tolist()
+        self.lengths, self.summed = ([numbers[row] for row in rows] for numbers in (self.lengths, self.summed))

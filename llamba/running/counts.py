@@ -40,7 +40,9 @@ def _published(config: PreTrainedConfig) -> tuple[dict[str, int], dict[str, int]
         own["in_proj.bias"] = ours["in_proj.bias"] - gate
     if mixer["kind"] == "discrete_mamba2":
         own["dt_bias"] = published.pop("dt_bias")
-    for name in [name for name in published if name.startswith(("q_norm", "k_norm", "join", "in_proj[mass]")) or name == "out_proj.bias"]:
+    for name in [
+        name for name in published if name.startswith(("q_norm", "k_norm", "join", "rest_", "in_proj[rest]")) or name == "out_proj.bias"
+    ]:
         own[name] = published.pop(name)
     return published, own
 

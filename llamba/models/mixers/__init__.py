@@ -17,7 +17,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba3": Mamba3, "low_rank": LowRank, "toeplitz": Toeplitz, "none": NoMixer,
 }  # fmt: skip
 AUTO = "auto"
-BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True})  # what "auto" means
+BEST: tuple[str, dict[str, Any]] = ("mamba2", {"window": 64, "sinks": 4, "rotary": True, "conv_activation": None})  # what "auto" means
 ATTENTION = "attention"  # the family's own attention once more, as the student's mixer
 
 

@@ -36,17 +36,16 @@ class Mixer(Cached):
             return self.out_proj(layer.run(self, hidden_states)), None
         rec = attention_mask or Recurrence()
         parts = self._project(hidden_states) | self._angles(position_embeddings, *hidden_states.shape[:2])
-        seen = None
+        view = None
         if layer is None:
             y, _, _ = self._run(parts, rec, None, None)
         elif hidden_states.shape[1] == 1 and rec.mask is None and layer.state is not None and not layer.is_recording:
-            y, seen = self._cached_step(parts, layer)
+            y, view = self._cached_step(parts, layer)
         else:
             y = self._cached_run(parts, rec, layer)
         y = self._gated(y, parts["z"])
         if self.sight is not None:
-            seen = self._look(parts, rec, layer) if seen is None else seen
-            y = self._joined(y, seen, parts["mass"], self._hides(hidden_states, rec, layer))
+            y = self._joined(y, self._look(parts, rec, layer) if view is None else view, parts["rest"])
         elif self.recurrence_off:
             y = torch.zeros_like(y)
         return self.out_proj(y.to(hidden_states.dtype)), None

@@ -1,5 +1,9 @@
-"""Attention beside the recurrence: what a window and sinks let a mixer see, and how the two are joined.
+"""Attention beside the recurrence: what a window and sinks let a mixer see, and what stands for the rest.
 
+All that is out of sight is one more entry of the softmax, whose score and value the mixer makes itself: y = (1 - m) seen + m rest with
+m = sigmoid(score - lse), lse the logarithm of the softmax's denominator over what is seen. The score is a row of in_proj for each head, a
+bias, and a factor of log n where n tokens are out of sight; the value is the recurrence behind gate and norm, and a weight for each
+channel of the mean of the values out of sight.
 Shapes: B batch, T time, D model width, H query heads, G key/value heads, P head width, N state width.
 """
 
@@ -11,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llamba.kernels.gated_norm import gated_head_norm
-from llamba.kernels.window import Sight, hides, turned, window_attention, window_rows
+from llamba.kernels.window import Sight, View, turned, window_rows, window_view
 from llamba.models.cache import RecurrentLayer
 from llamba.models.mixers.outline import Mixing, Outline, Recurrence
+from llamba.models.mixers.parts import at_least_fp32
+
+LEAST_FAR = 1e-6  # part of the softmax's denominator below which its logarithm is rounding
 
 
 def _both_rows(
@@ -55,66 +62,76 @@ class Beside(Outline):
         v, both = rows.view(*rows.shape[:-1], -1, c.head_dim).split_with_sizes([c.groups, c.groups + c.heads], -2)
         return v, both
 
-    def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> Tensor:
-        """What attention sees [B, T, H, P] of the last tokens and the first ones."""
+    def _look(self, parts: dict[str, Tensor], rec: Recurrence, layer: RecurrentLayer | None) -> View:
+        """What attention sees of the last tokens and the first ones, and what not."""
         assert self.sight is not None
         q, k, v = self.attention_heads(parts)
         scale = self.config.head_dim**-0.5
         if layer is None:
-            return window_attention(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
+            return window_view(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
         return layer.look(q, k, v, self.sight, scale, rec.mask, rec.tree)
 
-    def _hides(self, rows: Tensor, rec: Recurrence, layer: RecurrentLayer | None) -> Tensor | bool:
-        """Whether something is out of sight of the tokens of rows [B, T, ...], which `_look` has seen: of each [B or 1, T], or of all."""
-        assert self.sight is not None
-        if layer is None:
-            return hides(rows, self.sight, rec.seq_idx, rec.mask)
-        assert layer.ring is not None, "it was looked into"
-        return layer.ring.hides(rows.shape[1], rec.mask, rec.tree)
+    def rest_score(self, rows: Tensor, count: Tensor) -> Tensor:
+        """The rest's score [B, T, H], at least fp32, where `count` [B or 1, T] tokens are out of sight; rows [B, T, H] of in_proj."""
+        bias, growth = at_least_fp32(self.rest_bias), at_least_fp32(self.rest_growth)
+        return at_least_fp32(rows) + torch.addcmul(bias, count.clamp_min(1).to(growth.dtype).log()[..., None], growth)
 
-    def _joined(self, recurrent: Tensor, seen: Tensor, mass: Tensor, hides: Tensor | bool) -> Tensor:
-        """(1 - mass) seen + recurrent: recurrent [B, T, H P] behind norm and gate, seen [B, T, H, P], mass [B, T, H] -> [B, T, H P].
-
-        `mass` stands for the part of softmax's mass that lies on what window and sinks do not see. It starts at 0, as the recurrence's
-        weights behind the gate do. Both are trained; without the recurrence nothing is taken from what is seen. Nor is anything taken or
-        added where nothing is out of sight (`hides`, as `_hides` says it): what is seen is attention then.
-        """
-        kept = torch.rand(len(seen), 1, device=seen.device) >= self.drop_window if self.training and self.drop_window else None
-        if self.recurrence_off or (hides is False and kept is None):
-            return seen.flatten(-2)
+    def rest_value(self, recurrent: Tensor, mean: Tensor) -> Tensor:
+        """The rest's value [B, T, H P]: recurrent [B, T, H P] behind norm and gate, mean [B, T, G, P] of the values out of sight."""
         recurrent = recurrent if self.join is None else recurrent * self.join
-        if isinstance(hides, Tensor):
-            counts = (hides if kept is None else hides | ~kept).unsqueeze(-1).to(seen.dtype)
-            recurrent, mass = recurrent * counts, mass * counts
-        seen = torch.addcmul(seen, seen, mass.unsqueeze(-1), value=-1).flatten(-2)
-        return recurrent + (seen if kept is None else seen * kept.unsqueeze(-1).to(seen.dtype))
+        share = self.rest_mean.view(mean.shape[2], -1, mean.shape[3]).to(mean.dtype)  # [G, R, P]
+        return recurrent + (mean.unsqueeze(3) * share).flatten(2)
 
-    def sides(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the join puts together: the part of attention that window and sinks see (zeros without them), and the recurrence behind
-        the gate with weights of 1. Both [B, T, H, P], from [B, T, D]."""
+    def _joined(self, recurrent: Tensor, view: View, rows: Tensor) -> Tensor:
+        """What goes into out_proj [B, T, H P]: recurrent [B, T, H P] behind norm and gate, rows [B, T, H] of the rest's score.
+
+        Where nothing is out of sight what is seen is attention, and all of it. Sequences that do without the window have the rest alone.
+        """
+        dropped = (
+            torch.rand(len(recurrent), 1, 1, device=recurrent.device) < self.drop_window if self.training and self.drop_window else None
+        )
+        if self.recurrence_off or view.count is None or view.mean is None:
+            return view.seen.flatten(-2)
+        mass = torch.sigmoid(self.rest_score(rows, view.count) - view.lse).masked_fill((view.count == 0)[..., None], 0)
+        mass = (mass if dropped is None else mass.masked_fill(dropped, 1)).to(view.seen.dtype).unsqueeze(-1)
+        rest = self.rest_value(recurrent, view.mean).to(view.seen.dtype).view(view.seen.shape)
+        return torch.lerp(view.seen, rest, mass).flatten(-2)
+
+    def sides(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[View | None, Tensor]:
+        """What is put together of inputs [B, T, D]: what window and sinks see (None without them), and the recurrence behind the gate
+        with weights of 1, [B, T, H, P]."""
         parts = self._turned_parts(hidden_states, angles)
         y = self._run(parts, Recurrence(), None, None)[0]
         ones = y.new_ones(self.config.inner)
         y = y.flatten(-2) * F.silu(parts["z"]) if self.norm is None else gated_head_norm(y, parts["z"], ones, self.norm.eps)
         y = y.unflatten(-1, (-1, self.config.head_dim))
-        return torch.zeros_like(y) if self.sight is None else self._look(parts, Recurrence(), None), y
+        return None if self.sight is None else self._look(parts, Recurrence(), None), y
 
-    def joined_sides(self, hidden_states: Tensor, seen: Tensor, recurrent: Tensor) -> Tensor:
+    def joined_sides(self, hidden_states: Tensor, view: View | None, recurrent: Tensor) -> Tensor:
         """What goes into out_proj [B, T, H P], of inputs [B, T, D] whose `sides` these are."""
         recurrent = recurrent.flatten(-2)
         joined = recurrent if self.norm is None else recurrent * self.norm.weight
-        if self.sight is not None:
+        if view is not None:
             rows, bias = self.in_proj.weight[-self.config.heads :], self.in_proj.bias
-            mass = F.linear(hidden_states, rows, None if bias is None else bias[-self.config.heads :])
-            joined = self._joined(joined, seen, mass, self._hides(hidden_states, Recurrence(), None))
+            joined = self._joined(joined, view, F.linear(hidden_states, rows, None if bias is None else bias[-self.config.heads :]))
         return joined.to(hidden_states.dtype)
 
-    def whole(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """The teacher's attention over all tokens of one document [B, T, H, P], from [B, T, D]: what the join should give."""
-        heads = self.attention_heads(self._turned_parts(hidden_states, angles))
+    def whole(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The teacher's attention over all tokens of one document [B, T, H, P], what the mixer should give, and the logarithm of the
+        part of its softmax's denominator [B, T, H] that a window and sinks do not see; from [B, T, D]."""
+        q, k, v = self.attention_heads(self._turned_parts(hidden_states, angles))
         reach = self.config.sliding_window if self.layer_idx in (self.config.sliding_layers or ()) else None
         every = Sight(hidden_states.shape[1] if reach is None else reach, 0, reach)
-        return window_attention(*heads, every, scale=self.config.head_dim**-0.5)
+        R, scale = self.config.heads // self.config.groups, self.config.head_dim**-0.5
+        views = [  # a group at a time, as the whole matrix of scores is large
+            window_view(q[:, :, R * g : R * (g + 1)], k[:, :, g : g + 1], v[:, :, g : g + 1], every, scale=scale)
+            for g in range(self.config.groups)
+        ]
+        y, lse = torch.cat([view.seen for view in views], 2), torch.cat([view.lse for view in views], 2)
+        if self.sight is None:
+            return y, lse
+        near = window_view(q, k, v, self.sight, scale=scale).lse
+        return y, lse + torch.log(-torch.expm1((near - lse).clamp_max(-LEAST_FAR)))
 
     def _turned_parts(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         turns = {name: part.expand(*hidden_states.shape[:2], -1) for name, part in zip(("cos", "sin"), angles, strict=True)}

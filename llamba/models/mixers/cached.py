@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llamba.kernels.conv1d import causal_conv1d_span, causal_conv1d_step
-from llamba.kernels.window import turned_each
+from llamba.kernels.window import View, turned_each
 from llamba.models.cache import KEPT, RecurrentLayer, columns, write
 from llamba.models.mixers.beside import Beside
 from llamba.models.mixers.outline import Recurrence
@@ -87,26 +87,26 @@ class Cached(Beside):
             outputs.append(y)
         return torch.stack(outputs[-c.shape[1] :], 1)
 
-    def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> tuple[Tensor, Tensor | None]:
-        """Of one token: the recurrence's output, and what attention sees where there is a window; both [B, 1, H, P]."""
+    def _cached_step(self, parts: dict[str, Tensor], layer: RecurrentLayer) -> tuple[Tensor, View | None]:
+        """Of one token: the recurrence's output [B, 1, H, P], and what attention sees where there is a window."""
         window = layer.window()
         assert window is not None and layer.state is not None, "a layer with a state has a window"
-        rest = {name: part.select(1, 0) for name, part in parts.items() if name not in ("z", "mass", "cos", "sin")}
+        rest = {name: part.select(1, 0) for name, part in parts.items() if name not in ("z", "rest", "cos", "sin")}
         conv_out, window = self.conv1d(self._conv_in(rest), causal_conv1d_step, activation=self.config.conv_activation, state=window)
         x, b, c = self.heads_of(conv_out, rest)
-        b, c, seen = self._step_heads(b, c, rest["conv"], parts, layer)
+        b, c, view = self._step_heads(b, c, rest["conv"], parts, layer)
         y, state = self.step(x, b, c, rest["dt"], layer.state)
         layer.set_state(window, state, 1)
-        return y.unsqueeze(1), seen
+        return y.unsqueeze(1), view
 
     def _step_heads(
         self, b: Tensor, c: Tensor, rows: Tensor, parts: dict[str, Tensor], layer: RecurrentLayer
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """B and C of one token turned, and what its attention sees [B, 1, H, P]: in one turn, as a call costs more than its arithmetic.
+    ) -> tuple[Tensor, Tensor, View | None]:
+        """B and C of one token turned, and what its attention sees: in one turn, as a call costs more than its arithmetic.
 
         `rows`: those before the convolution, without the time axis.
         """
-        parted, seen = [b, c] if self.config.rotary else [], None
+        parted, view = [b, c] if self.config.rotary else [], None
         if self.sight is not None:
             v, both = self._attention_rows(rows)
             parted.append(both)
@@ -116,8 +116,8 @@ class Cached(Beside):
         made = every.split_with_sizes([heads.shape[1] for heads in parted], 1)
         if self.sight is not None:
             k, q = made[-1].to(v.dtype).split_with_sizes([self.config.groups, self.config.heads], 1)
-            seen = layer.look_once(q, k, v, self.sight, self.config.head_dim**-0.5)
-        return (made[0], made[1], seen) if self.config.rotary else (b, c, seen)
+            view = layer.look_once(q, k, v, self.sight, self.config.head_dim**-0.5)
+        return (made[0], made[1], view) if self.config.rotary else (b, c, view)
 
     def _advance(self, inputs: tuple[Tensor, ...], mask: Tensor | None, state: Tensor | None) -> Tensor:
         x, b, dt = inputs

@@ -20,6 +20,8 @@ NO_DECAY = -40.0
 AT_ONCE = 6.0  # bias of the share of a write that comes at once
 ERASED = 0.3  # of what stands under a key when it is written to, at the start
 MEMORY_TOKENS = (16.0, 2048.0)
+MEMORY_BESIDE = (512.0, 8192.0)  # of a recurrence beside a window, which sees what is near
+REST_SCORE = -6.0  # mean score of a token out of sight, at the start
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,15 @@ def initialise(mixer: Mixer, weights: AttentionWeights | None, init: str, genera
 
 
 def _join(mixer: Mixer) -> list[Origin]:
-    """What the recurrence's channels count behind the gate: 1, and beside a window 0, where attention alone starts as it was."""
+    """What the recurrence's channels count behind the gate: 1, and beside a window 0, where the mean of what is out of sight starts."""
     name, weight = mixer.gain
-    if weight is None:
-        return []
-    value = 0.0 if mixer.sight else 1.0
-    _set(weight, torch.full_like(weight, value))
-    return [Origin(name, tuple(weight.shape), f"new: {value:g}")]
+    values = {} if weight is None else {name: 0.0 if mixer.sight else 1.0}
+    if mixer.sight:
+        values |= {"rest_bias": REST_SCORE, "rest_growth": 1.0, "rest_mean": 1.0}
+    for name, value in values.items():
+        parameter = mixer.get_parameter(name)
+        _set(parameter, torch.full_like(parameter, value))
+    return [Origin(name, tuple(mixer.get_parameter(name).shape), f"new: {value:g}") for name, value in values.items()]
 
 
 def _skip(mixer: Mixer, value: float) -> list[Origin]:
@@ -169,7 +173,7 @@ def _fill_rows(name: str, rows: slice, weight: Tensor, bias: Tensor | None, weig
                 raise ValueError(f"the teacher's {short}_proj has a bias; the mixer needs proj_bias=true to carry it, got false")
             bias[rows] = short_bias
         return f"{short}_proj.weight"
-    if name == "mass" or (name == "z" and rule.open_gate) or (name in ("dt", "erase", "rate", "trap", "angle") and rule.decay != "paper"):
+    if name == "rest" or (name == "z" and rule.open_gate) or (name in ("dt", "erase", "rate", "trap", "angle") and rule.decay != "paper"):
         weight[rows] = 0
         if name == "z" and bias is not None:
             bias[rows] = OPEN_GATE
@@ -247,7 +251,7 @@ def _step_projection(mixer: Mixer, generator: torch.Generator | None) -> list[Or
 def _memories(mixer: Mixer) -> Tensor:
     """Memory in tokens of each head [H]: log-spaced, neighbours in a key/value group far apart."""
     c = mixer.config
-    low, high = (math.log(tokens) for tokens in MEMORY_TOKENS)
+    low, high = (math.log(tokens) for tokens in (MEMORY_BESIDE if mixer.sight else MEMORY_TOKENS))
     order = torch.arange(c.heads).view(c.heads // c.groups, c.groups).T.reshape(-1)  # head (g, r) has rank r G + g
     return torch.linspace(low, high, c.heads, dtype=torch.float64)[order].exp().to(mixer.dt_bias.device)
 

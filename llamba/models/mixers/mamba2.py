@@ -60,15 +60,15 @@ class Mamba2(Mixer):
         return torch.cat((parts["z"], self._conv_in(parts), parts["dt"]), -1)
 
     def windowed_rows(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`fused_rows`, the heads x | B | C [B, T, 2 G + H, P] before the convolution and the repeat, and the mass [B, T, H]."""
+        """`fused_rows`, the heads x | B | C [B, T, 2 G + H, P] before the convolution and the repeat, and the rest's score rows [B, T, H]."""
         c = self.config
         if c.qk_norm is None and not c.conv_after_repeat:
             together = self.in_proj(hidden_states)
-            rows, mass = together[..., : -c.heads], together[..., -c.heads :]
-            return rows, rows[..., c.inner : -c.heads].unflatten(-1, (-1, c.head_dim)), mass
+            rows, rest = together[..., : -c.heads], together[..., -c.heads :]
+            return rows, rows[..., c.inner : -c.heads].unflatten(-1, (-1, c.head_dim)), rest
         parts = self._project(hidden_states)
         rows = torch.cat((parts["z"], self._conv_in(parts), parts["dt"]), -1)
-        return rows, parts["conv"].unflatten(-1, (-1, c.head_dim)), parts["mass"]
+        return rows, parts["conv"].unflatten(-1, (-1, c.head_dim)), parts["rest"]
 
     def _conv_in(self, parts: dict[str, Tensor]) -> Tensor:
         c, together = self.config, parts["conv"]

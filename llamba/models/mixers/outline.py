@@ -16,7 +16,7 @@ from llamba.models.mixers.config import MixerConfig, sight_of
 from llamba.models.mixers.parts import CausalConv, GatedHeadNorm, QKNorm
 from llamba.models.tree import Tree
 
-FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta_log")
+FP32_PARAMETERS = ("A_log", "D", "dt_bias", "erase_bias", "trap_bias", "theta_log", "rest_bias", "rest_growth")
 
 
 class Recurrence(NamedTuple):
@@ -67,6 +67,9 @@ class Outline(nn.Module):
     conv1d: CausalConv
     out_proj: nn.Linear
     norm: GatedHeadNorm | None
+    rest_bias: nn.Parameter  # of a mixer with a window, as the next two: of the rest's score,
+    rest_growth: nn.Parameter  # its factor of the logarithm of how many tokens are out of sight,
+    rest_mean: nn.Parameter  # and what the mean of their values counts
     join: nn.Parameter | None  # of a mixer with a window and without a norm: what the recurrence's channels count
 
     @classmethod
@@ -88,6 +91,9 @@ class Outline(nn.Module):
         self.out_proj = nn.Linear(config.inner, config.hidden_size, bias=config.out_bias)
         self.norm = GatedHeadNorm(config.inner, config.norm_eps) if config.out_norm else None
         self.join = nn.Parameter(torch.zeros(config.inner)) if self.sight and not config.out_norm else None
+        if self.sight:
+            self.rest_bias, self.rest_growth = (nn.Parameter(torch.zeros(config.heads)) for _ in range(2))
+            self.rest_mean = nn.Parameter(torch.zeros(config.inner))
         if config.qk_norm is not None:
             self.q_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
             self.k_norm = QKNorm(config.qk_norm, config.head_dim, config.qk_norm_eps)
@@ -102,8 +108,8 @@ class Outline(nn.Module):
         raise NotImplementedError
 
     def layout(self) -> dict[str, int]:
-        """`rows`, and beside a window "mass", one row for each head."""
-        return self.rows() | ({"mass": self.config.heads} if self.sight else {})
+        """`rows`, and beside a window "rest", one row for each head."""
+        return self.rows() | ({"rest": self.config.heads} if self.sight else {})
 
     def conv_channels(self) -> int:
         """Channels of the convolution."""
