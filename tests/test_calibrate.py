@@ -44,7 +44,7 @@ def least_squares(design: Tensor, aim: Tensor, ridges: list[tuple[int, float]]) 
 def fitted_head(features: Tensor, view: tuple[Tensor, ...], recurrent: Tensor, whole: Tensor, far: Tensor) -> Tensor:
     """Coefficients [W + 2 P] of one head in fp64, by designs that are written out and a derivative by autograd."""
     seen, lse, mean = view
-    (n, W), P = features.shape, seen.shape[1]
+    W, P = features.shape[1], seen.shape[1]
 
     def made(found: Tensor) -> Tensor:
         score, gain, share = found.split([W, P, P])

@@ -35,12 +35,12 @@ def truth(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> View:
 
 def rows_of(view: View) -> View:
     """With counts of every row."""
-    return view._replace(count=view.count.expand(B, -1))
+    return view._replace(far=view.far.expand(B, -1))
 
 
 def check(got: View, want: View) -> None:
     """All parts of both are the same."""
-    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.far, want.far)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 

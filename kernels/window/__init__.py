@@ -13,7 +13,7 @@ from ..choice import choose
 from ..common import check_rank, check_shape, documents, no_autocast
 from .blocked import blocked
 from .gone import gone
-from .reference import dense
+from .reference import dense, dense_gone
 from .rotation import turned, turned_each
 from .sight import Held, Past, Rest, Sight, View, sees
 from .slots import attend, attend_slots
@@ -87,14 +87,11 @@ def window_view(
         docs = None if docs is None else packed.bring(docs)
     start = None if docs is None else _starts(docs)
     with no_autocast(q):
-        if form == "sequential":
-            view = dense(q, k, v, sight, scale, start, past)
-        else:
-            view = View(*blocked(q, k, v, sight, scale, start, past), *gone(v, sight, start, past))
+        seen, lse = (dense if form == "sequential" else blocked)(q, k, v, sight, scale, start, past)
+        far, mean = (dense_gone if form == "sequential" else gone)(v, sight, start, past)
     if packed is None:
-        return view
-    count = packed.real.new_zeros(packed.real.shape, dtype=torch.long) + view.count
-    return View(packed.back(view.seen), packed.back(view.lse), packed.back(count), packed.back(view.mean))
+        return View(seen, lse, far, mean)
+    return View(packed.back(seen), packed.back(lse), packed.back(far.expand(seen.shape[:2])), packed.back(mean))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight, **how: Any) -> Tensor:

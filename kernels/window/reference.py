@@ -7,30 +7,36 @@ import torch
 from torch import Tensor
 
 from ..common import accumulator
-from .sight import NO_LIMIT, Past, Sight, View, sees
+from .sight import NO_LIMIT, Past, Sight, sees
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: Tensor | None, past: Past | None) -> View:
-    """`window_view` of real tokens alone, whose documents start at `start` [B, T] (None: at 0)."""
-    place = torch.arange(q.shape[1], device=q.device)[None]  # [1 or B, T]
-    if past is not None:
-        place = past.length[:, None] + place
-    keys, first = place, torch.zeros_like(place) if start is None else start
+def dense(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
+    """What real tokens see, whose documents start at `start` [B, T] (None: at 0): attention, and the logarithm of its denominator."""
+    place, first, keys = _places(q, start, past)
     if past is not None:
         k, v = torch.cat((past.keys, k), 1), torch.cat((past.values, v), 1)
-        keys = torch.cat((past.places.expand(len(place), -1), place), 1)
-    k, wide = (heads.repeat_interleave(q.shape[2] // k.shape[2], 2) for heads in (k, v))
+    k, v = (heads.repeat_interleave(q.shape[2] // k.shape[2], 2) for heads in (k, v))
     scores = torch.einsum("bihp,bjhp->bhij", q, k).to(accumulator(q.dtype)) * scale
-    scores = scores.masked_fill(~sees(place, first, keys, sight)[:, None], -torch.inf)  # [1 or B, H, T, S + T]
-    seen = torch.einsum("bhij,bjhp->bihp", scores.softmax(-1).to(q.dtype), wide)
-    return View(seen, scores.logsumexp(-1).transpose(1, 2), *_gone(v, sight, place, first, keys, past))
+    scores = scores.masked_fill(~sees(place, first, keys, sight)[:, None], -torch.inf)  # [B, H, T, S + T]
+    return torch.einsum("bhij,bjhp->bihp", scores.softmax(-1).to(q.dtype), v), scores.logsumexp(-1).transpose(1, 2)
 
 
-def _gone(v: Tensor, sight: Sight, place: Tensor, first: Tensor, keys: Tensor, past: Past | None) -> tuple[Tensor, Tensor]:
-    far = (place[..., None] - keys[:, None] >= sight.window) & (keys[:, None] - first[..., None] >= sight.sinks)
-    far = far & (keys[:, None] >= first[..., None]) & (sight.whole < NO_LIMIT)
-    sums = torch.einsum("bts,bsgp->btgp", far.expand(len(v), -1, -1).to(v.dtype), v)
-    count = far.sum(-1)
+def dense_gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
+    """`gone`; arguments as there."""
+    place, first, keys = _places(v, start, past)
+    values = v if past is None else torch.cat((past.values, v), 1)
+    back, behind = place[..., None] - keys[:, None], keys[:, None] - first[..., None]
+    far = (back >= sight.window) & (behind >= sight.sinks) & (behind >= 0) & (sight.whole < NO_LIMIT)  # [1 or B, T, S + T]
+    sums, count = torch.einsum("bts,bsgp->btgp", far.expand(len(v), -1, -1).to(v.dtype), values), far.sum(-1)
     if past is not None and sight.whole < NO_LIMIT:
         sums, count = sums + past.gone[:, None].to(v.dtype), (place - sight.window + 1 - sight.sinks).clamp_min(0)
     return count, sums / count.clamp_min(1)[..., None, None].to(v.dtype)
+
+
+def _places(heads: Tensor, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the tokens [1 or B, T], of their documents' starts, and of the keys [1 or B, S + T]."""
+    place = torch.arange(heads.shape[1], device=heads.device)[None]
+    if past is None:
+        return place, torch.zeros_like(place) if start is None else start, place
+    place = past.length[:, None] + place
+    return place, torch.zeros_like(place), torch.cat((past.places.expand(len(place), -1), place), 1)

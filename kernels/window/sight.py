@@ -42,7 +42,7 @@ class View(NamedTuple):
 
     seen: Tensor
     lse: Tensor
-    count: Tensor | None
+    far: Tensor | None
     mean: Tensor | None
 
 

@@ -15,7 +15,7 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, 
 
     The queries of a group stand one behind the other, as they read the same slots.
     """
-    (B, T, H, P), G, wide = q.shape, keys.shape[1], accumulator(q.dtype)
+    T, G, wide = q.shape[1], keys.shape[1], accumulator(q.dtype)
     together = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R T, P]
     scores = (together.to(wide) * scale) @ keys.to(wide).transpose(-1, -2)  # [B, G, R T, S]
     if added is not None:

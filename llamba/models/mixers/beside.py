@@ -90,9 +90,9 @@ class Beside(Outline):
         dropped = (
             torch.rand(len(recurrent), 1, 1, device=recurrent.device) < self.drop_window if self.training and self.drop_window else None
         )
-        if self.recurrence_off or view.count is None or view.mean is None:
+        if self.recurrence_off or view.far is None or view.mean is None:
             return view.seen.flatten(-2)
-        mass = torch.sigmoid(self.rest_score(rows, view.count) - view.lse).masked_fill((view.count == 0)[..., None], 0)
+        mass = torch.sigmoid(self.rest_score(rows, view.far) - view.lse).masked_fill((view.far == 0)[..., None], 0)
         mass = (mass if dropped is None else mass.masked_fill(dropped, 1)).to(view.seen.dtype).unsqueeze(-1)
         rest = self.rest_value(recurrent, view.mean).to(view.seen.dtype).view(view.seen.shape)
         return torch.lerp(view.seen, rest, mass).flatten(-2)
