@@ -36,7 +36,7 @@ import llamba.kernels.ssd.triton_op as ssd
 import llamba.kernels.ssd.triton_step as step
 import llamba.kernels.window.triton_op as window
 from llamba.kernels.decode import Branches, Mamba1Weights, Weights, buffers, cursors, mamba1_buffers
-from llamba.kernels.window import Sight
+from llamba.kernels.window import Held, Rest, Sight
 from llamba.models.mixers import BEST
 from llamba.models.published import teacher_config
 from llamba.models.tree import grow
@@ -159,10 +159,12 @@ def _mamba2_rounds(shape: Shape, dtype: torch.dtype) -> None:
         dual.fused_dual(wide[:, :tokens], weights, buffers(1, H, G, P, P, W, tokens, dtype, "cpu"), cursors(1, "cpu"), branches)
     sight = Sight(BEST[1]["window"], BEST[1]["sinks"])
     keys = torch.empty(1, G, sight.sinks + sight.window + 2 * ROUND, P, dtype=dtype)
+    held = Held(keys, keys, torch.empty(1, G, P), torch.empty(1, G, dtype=torch.long))
+    rest = Rest(*torch.empty(2, H).unbind(), torch.empty(H * P, dtype=dtype))
     for tokens in (1, ROUND):
         heads = torch.empty(1, tokens, 2 * G + H, P, dtype=dtype)
-        mass, y = torch.empty(1, tokens, H, dtype=dtype), torch.empty(1, tokens, H * P, dtype=dtype)
-        window.fused_steps(heads, mass, y, *(part[:, :tokens] for part in angles), keys, keys, cursors(1, "cpu"), sight, P**-0.5)
+        scores, y = torch.empty(1, tokens, H, dtype=dtype), torch.empty(1, tokens, H * P, dtype=dtype)
+        window.fused_steps(heads, scores, y, rest, *(part[:, :tokens] for part in angles), held, cursors(1, "cpu"), sight, P**-0.5)
     ring, at = torch.empty(1, 8, C, dtype=dtype), cursors(1, "cpu")
     conv1d.fused_ring(wide[:, :ROUND, :C], weights.conv, weights.conv_bias, "silu", ring, at.length, at.new)
 

@@ -78,10 +78,14 @@ def student(mixer: str = "mamba2", name: str = "llama", attention: Any = 0.5, dt
 
 
 def open_join(mixer: torch.nn.Module) -> None:
-    """Let the recurrence beside a window count, as it does once it is trained."""
+    """Let the rest beside a window count, as it does once it is trained."""
+    ranges = {"norm.weight": (0.5, 1.5), "join": (0.5, 1.5), "rest_bias": (0.0, 2.0), "rest_growth": (0.5, 1.5), "rest_mean": (0.5, 1.5)}
     for name, weight in mixer.named_parameters():
-        if name in ("norm.weight", "join"):
-            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=torch.Generator().manual_seed(weight.numel()))
+        if name in ranges:
+            torch.nn.init.uniform_(weight, *ranges[name], generator=torch.Generator().manual_seed(weight.numel()))
+    if getattr(mixer, "sight", None) is not None:
+        rows = mixer.in_proj.weight.data[-mixer.config.heads :]
+        rows.normal_(std=0.3, generator=torch.Generator().manual_seed(rows.numel()))
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Mixers against the teacher's own matrices: what a mixer is when it may not forget is linear attention, exactly."""
 
+import math
+
 import pytest
 import torch
 from models import LATER, MIXERS, TEACHERS, rms_error, teacher
@@ -147,8 +149,10 @@ def test_the_gate_starts_open_and_the_published_start_is_there() -> None:
     steps = nn.functional.softplus(made["paper"].dt_bias)
     assert bool(((steps > 0.99e-3) & (steps < 1.01e-1)).all())
     assert bool(((made["paper"].A_log.exp() >= 1) & (made["paper"].A_log.exp() <= 16)).all())
-    memories = 1 / nn.functional.softplus(made["attention"].dt_bias)
-    assert torch.allclose(memories.sort().values.log().diff(), torch.full((3,), (2048 / 16) ** (1 / 3)).log(), atol=1e-3)
+    alone = convert(source, mixer="mamba2", attention=0.5).model.layers[0].self_attn
+    for mixer, first, last in ((alone, 16, 2048), (made["attention"], 512, 8192)):
+        memories = (1 / nn.functional.softplus(mixer.dt_bias)).sort().values
+        assert torch.allclose(memories.log(), torch.linspace(math.log(first), math.log(last), 4), atol=1e-3)
     assert torch.equal(convert(source, init="paper", seed=3).model.layers[0].self_attn.A_log,
                        convert(source, init="paper", seed=3).model.layers[0].self_attn.A_log)  # fmt: skip
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEACHERS, ids, rms_error, teacher
+from models import TEACHERS, ids, rms_error, student, teacher
 from test_mixers import exact_norm, linear_attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llamba.eval.lengths import cache_bytes
-from llamba.kernels.window import window_view
+from llamba.kernels.window import View, window_view
 from llamba.models.convert import convert
 from llamba.models.families import family_of
 
@@ -106,6 +106,23 @@ def test_the_rest_is_one_more_entry_of_the_softmax_whatever_is_seen() -> None:
             assert torch.allclose(got[:, t, head], want, rtol=1e-9, atol=1e-12)
     one.drop_window = 1.0
     assert torch.equal(one._joined(recurrent, view, rows), one.rest_value(recurrent, view.mean)), "rows without a window: the rest alone"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["mamba2-window", "gated_delta-window", "discrete_mamba2-window"])
+def test_in_the_students_of_these_tests_both_sides_of_the_softmax_count(mixer: str) -> None:
+    made, masses = student(mixer, attention=0.0), []
+    for layer in made.model.layers:
+        one = layer.self_attn
+
+        def watched(recurrent: Tensor, view: View, rows: Tensor, one: Any = one) -> Tensor:
+            masses.append(torch.sigmoid(one.rest_score(rows, view.far) - view.lse)[view.far.expand(len(rows), -1) > 0])
+            return type(one)._joined(one, recurrent, view, rows)
+
+        one._joined = watched
+    made(ids(2, 40), use_cache=False)
+    mass = torch.cat(masses)
+    assert ((mass > 0.05) & (mass < 0.95)).double().mean() > 0.4, mass.mean()
 
 
 def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:

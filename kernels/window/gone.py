@@ -38,7 +38,7 @@ def _shifted(values: Tensor, window: int, tokens: int) -> Tensor:
 
 def _between(values: Tensor, first: Tensor, end: Tensor) -> Tensor:
     """Sums of values [B, T, G, P] from first [B or 1, T] up to before end [B or 1, T]."""
-    rows, T = torch.arange(len(values), device=values.device)[:, None], values.shape[1]
+    rows, T = torch.arange(values.shape[0], device=values.device)[:, None], values.shape[1]
     before = pad(values.cumsum(1), (0, 0, 0, 0, 1, 0))  # [B, T + 1, G, P]
     sums = before[rows, end.clamp_min(0)] - before[rows, first.clamp_max(T)]
     return sums * (end > first)[..., None, None]
@@ -47,5 +47,5 @@ def _between(values: Tensor, first: Tensor, end: Tensor) -> Tensor:
 def _behind_past(values: Tensor, sight: Sight, place: Tensor, past: Past) -> Tensor:
     new = values * (place >= sight.sinks)[..., None, None]
     far = (place[..., None] - past.places[:, None] >= sight.window) & (past.places >= sight.sinks)[:, None]  # [B, T, S]
-    held = torch.einsum("bts,bsgp->btgp", far.expand(len(values), -1, -1).to(values.dtype), past.values.to(values.dtype))
+    held = torch.einsum("bts,bsgp->btgp", far.expand(values.shape[0], -1, -1).to(values.dtype), past.values.to(values.dtype))
     return past.gone[:, None] + held + _shifted(new, sight.window, values.shape[1])

@@ -15,14 +15,14 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, 
 
     The queries of a group stand one behind the other, as they read the same slots.
     """
-    T, G, wide = q.shape[1], keys.shape[1], accumulator(q.dtype)
+    T, G, R, wide = q.shape[1], keys.shape[1], q.shape[2] // keys.shape[1], accumulator(q.dtype)
     together = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R T, P]
     scores = (together.to(wide) * scale) @ keys.to(wide).transpose(-1, -2)  # [B, G, R T, S]
     if added is not None:
-        scores = (scores.unflatten(2, (-1, T)) + added[:, None, None]).flatten(2, 3)
+        scores = scores + added.repeat(1, R, 1)[:, None]
     weights, lse = _softmax(scores)
-    y = (weights.to(values.dtype) @ values).unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return y, lse.unflatten(2, (-1, T)).permute(0, 3, 1, 2).flatten(2, 3)
+    y = (weights.to(values.dtype) @ values).unflatten(2, (R, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return y, lse.unflatten(2, (R, T)).permute(0, 3, 1, 2).flatten(2, 3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

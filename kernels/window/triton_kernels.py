@@ -47,10 +47,9 @@ def window_round(
     among = tl.exp(among - peak[:, None])
     weight, total = tl.sum(among, 1), tl.dot(among, v.to(tl.float32), input_precision=PRECISION)
     base = (row * G + g) * S
-    done, end = tl.load(summed + row * G + g), tl.maximum(start - window + 1, M)  # summed before, and from now on
-    far = (back >= window) & (start + u >= M)[None, :] & (u < T)[None, :]
-    gone = tl.dot(far.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)  # [ROWS, BP]
-    settled = tl.load(totals + (row * G + g) * P + p, mask=p < P, other=0.0).to(tl.float32)
+    done = tl.maximum(tl.load(summed + row * G + g), M)  # tokens before this one are summed
+    left = (u[:, None] - u[None, :] >= window) & (start + u >= M)[None, :] & (u < T)[None, :]
+    gone = tl.dot(left.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)  # out of sight of each new token [BT, BP]
     for first in range(0, S, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         newest = start - 1 - M
@@ -68,15 +67,15 @@ def window_round(
         value = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
         total = total * shrink[:, None] + tl.dot(share, value, input_precision=PRECISION)
         weight, peak = weight * shrink + tl.sum(share, 1), higher
-        far = held[None, :] & (gap >= window) & (place >= end)[None, :]
+        far = ((start + u)[:, None] - place[None, :] >= window) & (held & (place >= done))[None, :]
         gone += tl.dot(far.to(tl.float32), value, input_precision=PRECISION)
-        settled += tl.sum(tl.where((held & (place >= done) & (place < end))[:, None], value, 0.0), 0)
     place = start + u
     to = (base + tl.where(place < M, place, M + (place - M) % (S - M)))[:, None] * P + p[None, :]
     tl.store(keys + to, k, mask=fresh)
     tl.store(values + to, v, mask=fresh)
-    tl.store(totals + (row * G + g) * P + p, settled, mask=p < P)
-    tl.store(summed + row * G + g, tl.maximum(done, end))
+    gone += tl.load(totals + (row * G + g) * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
+    tl.store(totals + (row * G + g) * P + p, tl.sum(tl.where(u[:, None] == 0, gone, 0.0), 0), mask=p < P)
+    tl.store(summed + row * G + g, tl.maximum(done, start - window + 1))
     inside = real[:, None] & (p < P)[None, :]
     count = start + t - whole + 1  # out of sight
     hides = real & (count > 0)  # else attention alone counts
@@ -89,6 +88,7 @@ def window_round(
     where = ((row * T + t) * H + h)[:, None] * P + p[None, :]
     rest = tl.load(y + where, mask=inside & hides[:, None], other=0.0).to(tl.float32)
     portion = tl.load(shares + (h * P)[:, None] + p[None, :], mask=inside, other=0.0).to(tl.float32)
-    rest += portion * (settled[None, :] + gone) / count[:, None]
+    sums = tl.dot((t[:, None] == u[None, :]).to(tl.float32), gone, input_precision=PRECISION)
+    rest += portion * sums / count[:, None]
     made = rest * mass[:, None] + total * ((1.0 - mass) / weight)[:, None]
     tl.store(out + where, tl.where((t < kept)[:, None], made, 0.0), mask=inside)

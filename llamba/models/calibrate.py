@@ -88,7 +88,9 @@ def _gathered(inputs: Sequence[Inputs], sides: Sequence[Sides], wholes: Sequence
         rows = (view.seen, view.lse, recurrent, mean, whole, far)
         parts.append((features, *(at_least_fp32(row[0, there]) for row in rows)))
     features, *others = (torch.cat(part) for part in zip(*parts, strict=True))
-    scale = features.square().mean(0).sqrt().clamp_min(torch.finfo(features.dtype).tiny) if len(features) else features.new_ones(0)
+    scale = (
+        features.square().mean(0).sqrt().clamp_min(torch.finfo(features.dtype).smallest_normal) if len(features) else features.new_ones(0)
+    )
     return _Head(features / scale if len(features) else features, *others), scale
 
 

@@ -117,7 +117,7 @@ class Training(Stage):
 
     `train` names what is trained: the mixers of converted layers, everything, or everything but the MLPs. `lr` is the
     mixers' learning rate, `projection_lr` that of their input and output projections, which hold what the teacher knew,
-    `join_lr` that of the weights by which the recurrence counts beside a window, which start at 0, and `rest_lr` that of all
+    `join_lr` that of the weights by which the recurrence counts beside a window (behind its gate, `rest_bias`), and `rest_lr` that of all
     else (default of the three: `lr`). The length of the stage is `steps` (optimizer steps) or `tokens`,
     else `epochs`. The schedule `wsd` warms up, stays, and falls linearly over the last part `decay` of the steps; `floor` is
     the part of the learning rate at which `cosine` and `wsd` end.

@@ -20,9 +20,9 @@ def mixer_names(student: PreTrainedModel) -> set[str]:
 
 
 def join_names(student: PreTrainedModel) -> set[str]:
-    """Names of the weights by which recurrences count beside what windows and sinks see: those that start at 0."""
+    """Names of the weights by which recurrences count beside what windows and sinks see: those that start at 0, or far below it."""
     beside = [(place, module) for place, module in student.named_modules() if isinstance(module, Mixer) and module.sight is not None]
-    return {f"{place}.{module.gain[0]}" for place, module in beside}
+    return {f"{place}.{name}" for place, module in beside for name in (module.gain[0], "rest_bias")}
 
 
 def freeze(student: PreTrainedModel, train: str) -> None:

@@ -124,12 +124,11 @@ def asked(model: Any, tokenizer: Any) -> dict[str, str]:
     return {question: Chat(model, tokenizer, Sampling(max_new_tokens=60)).answer(question, io.StringIO()) for question in QUESTIONS}
 
 
-def distances(model: Any, chats: list[Reference], untrained: bool = False) -> dict[str, Any]:
-    """A student's distance to its teacher, with the recurrence and without, which is the same while the recurrence counts nothing."""
-    window = found = distance(model, chats)
-    if not untrained:
-        with without_recurrence(model):
-            window = distance(model, chats)
+def distances(model: Any, chats: list[Reference]) -> dict[str, Any]:
+    """A student's distance to its teacher, with the recurrence and without."""
+    found = distance(model, chats)
+    with without_recurrence(model):
+        window = distance(model, chats)
     return {
         "perplexity, held-out chats": math.exp(found.nll),
         "KL to the teacher": found.kl,
@@ -161,7 +160,7 @@ def measured(choices: Choices, held: Path, layers: list[int]) -> dict[str, dict[
     }
     for name, folder, kept in (("50%", choices.output, layers), ("0%", f"{choices.output}-0pct", [])):
         untrained = convert(teacher, mixer="auto", attention=kept)
-        found[f"{name}, untrained"] = distances(untrained, chats, untrained=True)
+        found[f"{name}, untrained"] = distances(untrained, chats)
         found[f"{name}, untrained"]["answers"] = asked(untrained.to(torch.bfloat16), tokenizer)
         del untrained
         model, _ = load(folder)

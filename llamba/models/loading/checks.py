@@ -159,6 +159,10 @@ def check_loaded(name: str, info: dict[str, Any]) -> None:
     What transformers ties or ignores for the model's class (a tied head, `rotary_emb.inv_freq`) is none of these.
     """
     wrong = []
+    if any(".rest_" in key for key in info["missing_keys"]):
+        raise ValueError(
+            f"{name}: a student with a window needs {_some(info['missing_keys'])}; got one of an earlier llamba: convert it anew"
+        )
     if info["missing_keys"]:
         wrong.append(f"missing {_some(info['missing_keys'])}")
     if info["mismatched_keys"]:

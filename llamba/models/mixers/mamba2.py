@@ -60,7 +60,7 @@ class Mamba2(Mixer):
         return torch.cat((parts["z"], self._conv_in(parts), parts["dt"]), -1)
 
     def windowed_rows(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`fused_rows`, the heads x | B | C [B, T, 2 G + H, P] before convolution and repeat, and the rows of the rest's score [B, T, H]."""
+        """`fused_rows`, the heads x | B | C [B, T, 2 G + H, P] before convolution and repeat, and the rest's score [B, T, H]."""
         c = self.config
         if c.qk_norm is None and not c.conv_after_repeat:
             together = self.in_proj(hidden_states)
