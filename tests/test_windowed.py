@@ -1,11 +1,13 @@
 """Mixers that keep what attention knew: with a window as long as the text they are the teacher, and every way through them agrees."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import TEACHERS, ids, rms_error, student, teacher
+from safetensors.torch import load_file, save_file
 from test_mixers import exact_norm, linear_attention
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from llamba.eval.lengths import cache_bytes
 from llamba.kernels.window import View, window_view
 from llamba.models.convert import convert
 from llamba.models.families import family_of
+from llamba.models.loading import load_model
 
 QKV = ("mamba2", "discrete_mamba2")
 WHOLE: dict[str, Any] = {"window": 512}
@@ -135,6 +138,14 @@ def test_bytes_of_a_cache_count_the_keys_and_values_in_sight() -> None:
     c = source.config
     slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * source.dtype.itemsize
     assert measured(window=6, sinks=3) - measured() == 9 * slot + slot // 2, "and the sum of the values out of sight"
+
+
+def test_a_folder_of_before_the_rest_is_one_line(tmp_path: Path) -> None:
+    convert(teacher(), mixer="mamba2", attention=0.5, options={"window": 6}).save_pretrained(tmp_path)
+    weights = {name: value for name, value in load_file(tmp_path / "model.safetensors").items() if ".rest_" not in name}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="a student with a window needs .*rest_bias.*got one of an earlier llamba: convert it anew"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["llama-3.2", "mistral", "phi", "qwen3"])

@@ -11,9 +11,7 @@ from torch.nn.functional import pad
 
 from ..common import traced
 from .sight import Past, Sight, sees
-from .slots import attend
-
-Seen = tuple[Tensor, Tensor]  # attention [B, T, H, P], and the logarithm of its denominator [B, T, H]
+from .slots import Seen, attend
 
 LEAST = 32  # queries of a block
 

@@ -100,6 +100,7 @@ class KeyRing:
         self.sight, self.spare, self.slots = sight, spare, Slots(sight.sinks, sight.window + spare)
         self.lengths, self.summed = [0] * len(keys), [sight.sinks] * len(keys)
         self.total = keys.new_zeros(len(keys), *keys.shape[2:], dtype=accumulator(keys.dtype))
+        self._latest: tuple[int, Tensor] | None = None  # a length of even rows, and the sum of what is out of sight of its last token
         self._make(keys.transpose(1, 2), values.transpose(1, 2))
 
     @property
@@ -138,20 +139,38 @@ class KeyRing:
 
     def look_once(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> View:
         """`look` of one token, given without the time axis, without gradient: q [B, H, P], k and v [B, G, P]; parts [B, 1, ...]."""
-        if self.is_even and not self.spare:
-            self._settle_once()
-            self._append_once(k, v)
-            return View(*attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale), *self._out_of_sight(1, v.dtype))
-        return self.look(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale, None, None)
+        if not self.is_even:
+            return self.look(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale, None, None)
+        self._settle([self.lengths[0] + min(0, 1 - self.spare)] * len(self.lengths))
+        self._append_once(k, v)
+        return View(*attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale), *self._out_of_sight(1, v.dtype))
 
     def _out_of_sight(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """How many tokens are out of sight of each row's last tokens [B or 1, T], and the mean of their values [B, T, G, P]."""
         if max(self.lengths) <= self.sight.whole:
             return None, None
         count = _count(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
-        ends = tuple(tuple(length - tokens + t + 1 - self.sight.window for length in self.lengths) for t in range(tokens))
-        sums = self.total[:, None] if tuple(self.summed) == ends[0] and tokens == 1 else self._total(ends)
+        if tokens == 1 and self.is_even:
+            sums = self._sum_of_latest()[:, None]
+        else:
+            sums = self._total(tuple(tuple(n - tokens + t + 1 - self.sight.window for n in self.lengths) for t in range(tokens)))
         return count, (sums / count.clamp_min(1)[..., None, None]).to(dtype)
+
+    def _sum_of_latest(self) -> Tensor:
+        """The sum of what is out of sight of even rows' last token [B, G, P]: that of the token before, and one more."""
+        n = self.lengths[0]
+        end = n - self.sight.window
+        if self.summed == [end] * len(self.lengths):
+            return self.total
+        if self._latest is None or self._latest[0] != n - 1 or not self.spare:
+            self._latest = n, self._total(((end,) * len(self.lengths),))[:, 0]
+        else:
+            self._latest = n, self._latest[1].add_(self.values.select(2, self._slot(end - 1)))
+        return self._latest[1]
+
+    def _slot(self, token: int) -> int:
+        sinks, turns = self.slots
+        return token if token < sinks else sinks + (token - sinks) % turns
 
     def _total(self, ends: tuple[Lengths, ...]) -> Tensor:
         """Sums of the values of the tokens from the sinks up to before ends[t][b], [B, T, G, P]; the slots hold those not summed yet."""
@@ -161,18 +180,13 @@ class KeyRing:
     def _settle(self, lengths: list[int]) -> None:
         """Sum what is out of sight of all tokens behind rows that are at least so long."""
         ends = [max(length - self.sight.window + 1, old) for length, old in zip(lengths, self.summed, strict=True)]
-        if ends != self.summed:
-            self.total, self.summed = self._total((tuple(ends),))[:, 0], ends
-
-    def _settle_once(self) -> None:
-        """`_settle` of even rows that cannot be taken back, before one token is appended."""
-        n, (sinks, turns) = self.lengths[0], self.slots
-        leaves = n - self.sight.window
-        if leaves >= sinks and self.summed == [leaves] * len(self.summed):
-            self.total = self.total + self.values.select(2, sinks + (leaves - sinks) % turns)
-            self.summed = [leaves + 1] * len(self.summed)
+        if ends == self.summed:
+            return
+        if ends == [self.summed[0] + 1] * len(ends) and self.summed == [self.summed[0]] * len(ends) and self.is_even:
+            self.total.add_(self.values.select(2, self._slot(self.summed[0])))
         else:
-            self._settle(self.lengths)
+            self.total = self._total((tuple(ends),))[:, 0]
+        self.summed = ends
 
     def _added(self, q: Tensor, tokens: int) -> Tensor | None:
         """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""
@@ -219,8 +233,7 @@ class KeyRing:
 
     def _append_once(self, k: Tensor, v: Tensor) -> None:
         """Store one token of each row, [B, G, P], where all have as many."""
-        n, (sinks, turns) = self.lengths[0], self.slots
-        slot = n if n < sinks else sinks + (n - sinks) % turns
+        n, slot = self.lengths[0], self._slot(self.lengths[0])
         self.keys.select(2, slot).copy_(k)
         self.values.select(2, slot).copy_(v)
         self.lengths = [n + 1] * len(self.lengths)
@@ -247,10 +260,12 @@ class KeyRing:
     def rollback(self, tokens: list[int]) -> None:
         """Forget the last tokens[b] tokens of each row."""
         assert max(tokens) <= self.spare, "the layer has checked what can be taken back"
+        self._latest = None
         self.lengths = [length - back for length, back in zip(self.lengths, tokens, strict=True)]
 
     def keep(self, tokens: int, paths: list[list[int]]) -> None:
         """Of each row's last `tokens` tokens keep those at paths[b] (rising, from 0)."""
+        self._latest = None
         pairs = [
             (row, length - tokens + new, length - tokens + old)
             for row, (length, path) in enumerate(zip(self.lengths, paths, strict=True))
@@ -284,6 +299,6 @@ class KeyRing:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows as `change` does along the first axis."""
-        self.keys, self.values, self.total = change(self.keys), change(self.values), change(self.total)
+        self.keys, self.values, self.total, self._latest = change(self.keys), change(self.values), change(self.total), None
         rows = change(torch.arange(len(self.lengths))).tolist()
         self.lengths, self.summed = ([numbers[row] for row in rows] for numbers in (self.lengths, self.summed))
