@@ -1,4 +1,4 @@
-"""Softmax attention to the last tokens and to the first ones: a window, and sinks at the start of each document.
+"""Softmax attention to the last tokens and to the first ones: a window, and sinks at the start of each document; and what is out of sight.
 
 Shapes: B batch, T time, H query heads, G key/value heads (head h reads group h // R, R = H // G), P head width, S tokens of the past.
 Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023 (arXiv 2309.17453).

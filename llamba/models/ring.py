@@ -7,86 +7,15 @@ values are summed: those of the tokens M .. summed[b] - 1.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamba.kernels.common import accumulator
-from llamba.kernels.window import Held, Past, Sight, View, attend, attend_slots, places_in, sees, slot_of, window_view
+from llamba.kernels.window import Held, Past, Sight, View, attend, attend_slots, sees, slot_of, window_view
+from llamba.models import ring_places
+from llamba.models.ring_places import Lengths, Slots
 from llamba.models.tree import Tree
-
-Lengths = tuple[int, ...]
-
-
-class Slots(NamedTuple):
-    """Which tokens stand where: `sinks` M and `turns` L slots of a row."""
-
-    sinks: int
-    turns: int
-
-    def of(self, places: Tensor) -> Tensor:
-        """The slots of tokens."""
-        return slot_of(places, self.sinks, sum(self))
-
-    def places(self, length: Tensor) -> Tensor:
-        """Which token stands in each slot of rows with length [B, 1] tokens, [B, S]; negative: none."""
-        return places_in(length, self.sinks, sum(self))
-
-
-# What follows from the lengths alone is made once for all layers of a model; it outlives the call.
-
-
-@lru_cache(maxsize=16)
-def _mask(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """What is added to the scores of each row's last `tokens` tokens [B or 1, T, S]; None where they see all slots."""
-    with torch.inference_mode(False):
-        rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-        length = torch.tensor(rows, device=device)[:, None]
-        last = length - tokens + torch.arange(tokens, device=device)
-        seen = sees(last, torch.zeros_like(last), slots.places(length), sight)
-        if bool(seen.all()):
-            return None
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-
-
-@lru_cache(maxsize=16)
-def _count(lengths: Lengths, tokens: int, whole: int, device: torch.device) -> Tensor:
-    """How many tokens more than `whole` each row's last `tokens` tokens had read, themselves included, [B or 1, T]."""
-    with torch.inference_mode(False):
-        rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-        return (torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) - whole + 1).clamp_min(0)
-
-
-@lru_cache(maxsize=16)
-def _between(lengths: Lengths, firsts: Lengths, ends: tuple[Lengths, ...], slots: Slots, device: torch.device) -> Tensor:
-    """Which slots hold tokens from firsts[b] up to before ends[t][b], [B, T, S] as 0 and 1 in fp64."""
-    with torch.inference_mode(False):
-        length, first, end = (
-            torch.tensor(numbers, device=device).T[..., None] for numbers in ([lengths], [firsts], ends)
-        )  # [B, 1 or T, 1]
-        place = slots.places(length[:, 0])[:, None]  # [B, 1, S]
-        return ((place >= first) & (place < end)).double()
-
-
-@lru_cache(maxsize=16)
-def _past(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Places [B, M + count] of the sinks and of the last `count` tokens, their slots, and the lengths [B]."""
-    with torch.inference_mode(False):
-        length = torch.tensor(lengths, device=device)
-        recent = length[:, None] - count + torch.arange(count, device=device)
-        first = torch.arange(slots.sinks, device=device).expand(len(lengths), -1)
-        places = torch.cat((first.masked_fill(first >= length[:, None], -1), recent.masked_fill(recent < slots.sinks, -1)), 1)
-        return places, slots.of(places.clamp_min(0)), length
-
-
-@lru_cache(maxsize=16)
-def _new(lengths: Lengths, tokens: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows [B, 1] and slots [B, T] of the tokens behind each row."""
-    with torch.inference_mode(False):
-        place = torch.tensor(lengths, device=device)[:, None] + torch.arange(tokens, device=device)
-        return torch.arange(len(lengths), device=device)[:, None], slots.of(place)
 
 
 class KeyRing:
@@ -149,7 +78,7 @@ class KeyRing:
         """How many tokens are out of sight of each row's last tokens [B or 1, T], and the mean of their values [B, T, G, P]."""
         if max(self.lengths) <= self.sight.whole:
             return None, None
-        count = _count(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
+        count = ring_places.count(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
         if tokens == 1 and self.is_even:
             sums = self._sum_of_latest()[:, None]
         else:
@@ -174,7 +103,7 @@ class KeyRing:
 
     def _total(self, ends: tuple[Lengths, ...]) -> Tensor:
         """Sums of the values of the tokens from the sinks up to before ends[t][b], [B, T, G, P]; the slots hold those not summed yet."""
-        which = _between(tuple(self.lengths), tuple(self.summed), ends, self.slots, self.keys.device).to(self.total.dtype)
+        which = ring_places.between(tuple(self.lengths), tuple(self.summed), ends, self.slots, self.keys.device).to(self.total.dtype)
         return self.total[:, None] + torch.einsum("bts,bgsp->btgp", which, self.values.to(self.total.dtype))
 
     def _settle(self, lengths: list[int]) -> None:
@@ -192,7 +121,7 @@ class KeyRing:
         """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""
         if self.sees_all:
             return None
-        return _mask(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
+        return ring_places.added(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
 
     def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> View:
         T, M = q.shape[1], len(tree)
@@ -200,7 +129,7 @@ class KeyRing:
         self._append(k, v)
         roots = [length - M for length in self.lengths]
         past = self._past(roots)
-        rows, nodes = _new(tuple(roots), M, self.slots, q.device)
+        rows, nodes = ring_places.new(tuple(roots), M, self.slots, q.device)
         keys, values = (torch.cat((old, now[rows, :, nodes]), 1) for old, now in ((past.keys, self.keys), (past.values, self.values)))
         at = past.length[:, None] + tree.depths
         node, places = at[:, M - T :], torch.cat((past.places, at), 1)
@@ -217,7 +146,7 @@ class KeyRing:
 
     def _past(self, lengths: list[int]) -> Past:
         """The sinks and what else a token behind rows with so many tokens can see; a copy."""
-        places, slots, length = _past(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
+        places, slots, length = ring_places.past(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
         rows = torch.arange(len(lengths), device=self.keys.device)[:, None]
         gone = self._total((tuple(length - self.sight.window + 1 for length in lengths),))[:, 0]
         return Past(self.keys[rows, :, slots], self.values[rows, :, slots], places, length, gone)
@@ -227,7 +156,7 @@ class KeyRing:
         if k.shape[1] == 1 and self.is_even:
             self._append_once(k.detach()[:, 0], v.detach()[:, 0])
             return
-        rows, index = _new(tuple(self.lengths), k.shape[1], self.slots, k.device)
+        rows, index = ring_places.new(tuple(self.lengths), k.shape[1], self.slots, k.device)
         self.keys[rows, :, index], self.values[rows, :, index] = k.detach().to(self.keys.dtype), v.detach().to(self.values.dtype)
         self.lengths = [length + k.shape[1] for length in self.lengths]
 
@@ -292,7 +221,7 @@ class KeyRing:
         held.summed[:rows] = torch.tensor(ends, device=held.summed.device).clamp_min(self.sight.sinks)[:, None]
 
     def _copy(self, keys: Tensor, values: Tensor) -> None:
-        places, slots, _ = _past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
+        places, slots, _ = ring_places.past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
         row, column = (places >= 0).nonzero(as_tuple=True)
         slot, to = slots[row, column], slot_of(places[row, column], self.sight.sinks, keys.shape[2])
         keys[row, :, to], values[row, :, to] = self.keys[row, :, slot], self.values[row, :, slot]
