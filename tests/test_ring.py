@@ -34,11 +34,13 @@ class Walk:
             last = slice(T - len(places), T)
             assert torch.allclose(got.seen[row, places], want.seen[0, last], rtol=0, atol=1e-9)
             assert torch.allclose(got.lse[row, places], want.lse[0, last], rtol=0, atol=1e-9)
-            if got.far is None:
+            if got.more is None:
                 assert not want.far[0, last].any()
-            else:
-                assert torch.equal(got.far.expand(len(real), -1)[row, places], want.far[0, last])
-                assert torch.allclose(got.mean[row, places], want.mean[0, last], rtol=0, atol=1e-9)
+                continue
+            far = torch.ones_like(want.far[0, last]) if got.far is None else got.far.expand(len(real), -1)[row, places]
+            assert torch.equal(far, want.far[0, last])
+            assert torch.allclose(got.more.expand(len(real), -1)[row, places], want.more[0, last], rtol=0, atol=1e-9)
+            assert torch.allclose(got.mean[row, places], want.mean[0, last], rtol=0, atol=1e-9)
 
     def add(self, real: list[list[int]], new: list[Tensor]) -> None:
         """Append to each row's text its real new tokens."""

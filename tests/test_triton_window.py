@@ -53,8 +53,8 @@ def test_rounds_with_tokens_taken_back_equal_the_sequence(sight: Sight, impl: st
         v, k, q = whole.split([G, G, H], 2)
         cos, sin = (part.double()[None] for part in _angles(torch.arange(T)))
         view = window_view(turned(q, cos, sin), turned(k, cos, sin), v, sight, scale=P**-0.5, impl="sequential")
-        n = view.far[..., None].double()
-        mass = torch.where(n > 0, torch.sigmoid(scores + rest.bias + rest.growth * n.clamp_min(1).log() - view.lse), 0)[..., None]
+        score = scores + rest.bias + rest.growth * view.more[..., None]
+        mass = torch.where(view.far[..., None], torch.sigmoid(score - view.lse), 0)[..., None]
         value = (y + (view.mean.repeat_interleave(H // G, 2).flatten(2) * rest.share)).unflatten(-1, (H, P))
         want = ((1 - mass) * view.seen + mass * value).flatten(2)[0]
         assert (got[row] - want).abs().max() < 1e-4 * want.abs().max()

@@ -119,7 +119,7 @@ def test_in_the_students_of_these_tests_both_sides_of_the_softmax_count(mixer: s
         one = layer.self_attn
 
         def watched(recurrent: Tensor, view: View, rows: Tensor, one: Any = one) -> Tensor:
-            masses.append(torch.sigmoid(one.rest_score(rows, view.far) - view.lse)[view.far.expand(len(rows), -1) > 0])
+            masses.append(torch.sigmoid(one.rest_score(rows, view.more) - view.lse)[view.far.expand(len(rows), -1)])
             return type(one)._joined(one, recurrent, view, rows)
 
         one._joined = watched

@@ -88,10 +88,11 @@ def window_view(
     start = None if docs is None else _starts(docs)
     with no_autocast(q):
         seen, lse = (dense if form == "sequential" else blocked)(q, k, v, sight, scale, start, past)
-        far, mean = (dense_gone if form == "sequential" else gone)(v, sight, start, past)
+        far, more, mean = (dense_gone if form == "sequential" else gone)(v, sight, start, past)
     if packed is None:
-        return View(seen, lse, far, mean)
-    return View(packed.back(seen), packed.back(lse), packed.back(far.expand(seen.shape[:2])), packed.back(mean))
+        return View(seen, lse, far, more, mean)
+    far, more = (packed.back(part.expand(seen.shape[:2])) for part in (far, more))
+    return View(packed.back(seen), packed.back(lse), far, more, packed.back(mean))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight, **how: Any) -> Tensor:

@@ -11,13 +11,13 @@ from ..common import accumulator, traced
 from .sight import NO_LIMIT, Past, Sight
 
 
-def gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
-    """Of real tokens with values v [B, T, G, P], whose documents start at `start` [B, T] (None: at 0): counts [B or 1, T] and means
-    [B, T, G, P] in the dtype of v. What only `reach` hides is not counted."""
+def gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three parts of a `View` of real tokens with values v [B, T, G, P], whose documents start at `start` [B, T] (None: at 0).
+    What only `reach` hides is not counted."""
     T, wide = v.shape[1], v.to(accumulator(v.dtype))
     place = torch.arange(T, device=v.device)[None]
     if sight.whole == NO_LIMIT:
-        return torch.zeros_like(place), torch.zeros_like(v)
+        return place < 0, torch.zeros_like(place, dtype=wide.dtype), torch.zeros_like(v)
     if past is not None:
         place = past.length[:, None] + place
         sums = _behind_past(wide, sight, place, past)
@@ -27,7 +27,8 @@ def gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tu
         first = (torch.zeros_like(place) if start is None else start) + sight.sinks
         sums = _between(wide, first, place - sight.window + 1)
     count = (place - sight.window + 1 - sight.sinks - (0 if start is None else start)).clamp_min(0)
-    return count, (sums / count.clamp_min(1)[..., None, None]).to(v.dtype)
+    some = count.clamp_min(1)
+    return count > 0, some.to(wide.dtype).log(), (sums / some[..., None, None]).to(v.dtype)
 
 
 def _shifted(values: Tensor, window: int, tokens: int) -> Tensor:

@@ -21,7 +21,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, start: Te
     return torch.einsum("bhij,bjhp->bihp", scores.softmax(-1).to(q.dtype), v), scores.logsumexp(-1).transpose(1, 2)
 
 
-def dense_gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor]:
+def dense_gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor, Tensor]:
     """`gone`; arguments as there."""
     place, first, keys = _places(v, start, past)
     values = v if past is None else torch.cat((past.values, v), 1)
@@ -30,7 +30,8 @@ def dense_gone(v: Tensor, sight: Sight, start: Tensor | None, past: Past | None)
     sums, count = torch.einsum("bts,bsgp->btgp", far.expand(len(v), -1, -1).to(v.dtype), values), far.sum(-1)
     if past is not None and sight.whole < NO_LIMIT:
         sums, count = sums + past.gone[:, None].to(v.dtype), (place - sight.window + 1 - sight.sinks).clamp_min(0)
-    return count, sums / count.clamp_min(1)[..., None, None].to(v.dtype)
+    some = count.clamp_min(1).to(accumulator(v.dtype))
+    return count > 0, some.log(), sums / some[..., None, None].to(v.dtype)
 
 
 def _places(heads: Tensor, start: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor, Tensor]:

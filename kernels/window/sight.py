@@ -37,12 +37,14 @@ class Past(NamedTuple):
 
 class View(NamedTuple):
     """What tokens see, and what they do not: attention to what they see [B, T, H, P], the logarithm of its softmax's denominator
-    [B, T, H] (at least fp32), how many tokens are out of sight [B or 1, T], and the mean of their values [B, T, G, P], 0 where none is.
-    The last two are None where a caller knows that nothing is out of sight."""
+    [B, T, H] (at least fp32), which tokens have something out of sight [B or 1, T] bool (None: all have), the logarithm of how many
+    tokens that is [B or 1, T], and the mean of their values [B, T, G, P]; 0 where it is none. The last two are None where a caller knows
+    that nothing is out of sight of any token."""
 
     seen: Tensor
     lse: Tensor
     far: Tensor | None
+    more: Tensor | None
     mean: Tensor | None
 
 

@@ -17,11 +17,15 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, added: Tensor | None, 
 
     The queries of a group stand one behind the other, as they read the same slots.
     """
-    T, G, R = q.shape[1], keys.shape[1], q.shape[2] // keys.shape[1]
+    (B, T, H, P), G = q.shape, keys.shape[1]
+    in_one = q.device.type == "cpu" and not torch.is_grad_enabled() and not traced(T)
+    form, R = _in_one if in_one else _written_out, H // G
+    if T == 1:
+        y, lse = form(q.reshape(B, G, R, P), keys, values, None if added is None else added.unsqueeze(1), scale)
+        return y.reshape(B, 1, H, P), lse.reshape(B, 1, H)
     together = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, R T, P]
     mask = None if added is None else added.repeat(1, R, 1)[:, None]  # [B or 1, 1, R T, S]
-    in_one = q.device.type == "cpu" and not torch.is_grad_enabled() and not traced(T)
-    y, lse = (_in_one if in_one else _written_out)(together, keys, values, mask, scale)
+    y, lse = form(together, keys, values, mask, scale)
     return y.unflatten(2, (R, T)).permute(0, 3, 1, 2, 4).flatten(2, 3), lse.unflatten(2, (R, T)).permute(0, 3, 1, 2).flatten(2, 3)
 
 

@@ -80,9 +80,9 @@ def _gathered(inputs: Sequence[Inputs], sides: Sequence[Sides], wholes: Sequence
     """What all tokens give that have something out of sight, [n, H, ...] but for the features, and by what these were divided [W]."""
     parts = []
     for (hidden, _), (view, recurrent), (whole, far) in zip(inputs, sides, wholes, strict=True):
-        assert view is not None and view.far is not None and view.mean is not None, "of a mixer with a window, without a cache"
-        there = view.far[0] > 0
-        more = view.far[0, there, None].to(view.lse.dtype).log()
+        assert view is not None and view.far is not None and view.more is not None and view.mean is not None, "of a window, without a cache"
+        there = view.far[0]
+        more = view.more[0, there, None].to(view.lse.dtype)
         features = torch.cat((at_least_fp32(hidden[0, there]), torch.ones_like(more), more), 1)
         mean = view.mean.repeat_interleave(recurrent.shape[2] // view.mean.shape[2], 2)
         rows = (view.seen, view.lse, recurrent, mean, whole, far)

@@ -74,16 +74,16 @@ class KeyRing:
         self._append_once(k, v)
         return View(*attend_slots(q.unsqueeze(1), self.keys, self.values, self._added(q, 1), scale), *self._out_of_sight(1, v.dtype))
 
-    def _out_of_sight(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """How many tokens are out of sight of each row's last tokens [B or 1, T], and the mean of their values [B, T, G, P]."""
+    def _out_of_sight(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The last three parts of a `View` of each row's last tokens."""
         if max(self.lengths) <= self.sight.whole:
-            return None, None
-        count = ring_places.count(tuple(self.lengths), tokens, self.sight.whole, self.keys.device)
+            return None, None, None
+        far, more, part = ring_places.counted(tuple(self.lengths), tokens, self.sight.whole, self.total.dtype, self.keys.device)
         if tokens == 1 and self.is_even:
             sums = self._sum_of_latest()[:, None]
         else:
             sums = self._total(tuple(tuple(n - tokens + t + 1 - self.sight.window for n in self.lengths) for t in range(tokens)))
-        return count, (sums / count.clamp_min(1)[..., None, None]).to(dtype)
+        return far, more, (sums * part).to(dtype)
 
     def _sum_of_latest(self) -> Tensor:
         """The sum of what is out of sight of even rows' last token [B, G, P]: that of the token before, and one more."""
@@ -137,12 +137,12 @@ class KeyRing:
         seen[:, :, -M:] &= tree.ancestors[M - T :]
         y, lse = attend(q, keys, values, seen, scale)
         if max(self.lengths) <= self.sight.whole:
-            return View(y, lse, None, None)
+            return View(y, lse, None, None, None)
         far = (node[..., None] - places[:, None] >= self.sight.window) & (places >= self.sight.sinks)[:, None]
         far[:, :, -M:] &= tree.ancestors[M - T :]
         sums = past.gone[:, None] + torch.einsum("bts,bsgp->btgp", far.to(past.gone.dtype), values.to(past.gone.dtype))
-        count = (node - self.sight.whole + 1).clamp_min(0)
-        return View(y, lse, count, (sums / count.clamp_min(1)[..., None, None]).to(v.dtype))
+        some = (node - self.sight.whole + 1).clamp_min(1).to(sums.dtype)
+        return View(y, lse, node >= self.sight.whole, some.log(), (sums / some[..., None, None]).to(v.dtype))
 
     def _past(self, lengths: list[int]) -> Past:
         """The sinks and what else a token behind rows with so many tokens can see; a copy."""

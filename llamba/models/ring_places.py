@@ -43,11 +43,14 @@ def added(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torc
 
 
 @lru_cache(maxsize=16)
-def count(lengths: Lengths, tokens: int, whole: int, device: torch.device) -> Tensor:
-    """How many tokens more than `whole` each row's last `tokens` tokens had read, themselves included, [B or 1, T]."""
+def counted(lengths: Lengths, tokens: int, whole: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of each row's last `tokens` tokens: which had read more than `whole` tokens [B or 1, T] (None: all), themselves included, the
+    logarithm of how many more, and one part of so many [B or 1, T, 1, 1]."""
     with torch.inference_mode(False):
         rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-        return (torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) - whole + 1).clamp_min(0)
+        count = torch.tensor(rows, device=device)[:, None] - tokens + torch.arange(tokens, device=device) - whole + 1
+        some = count.clamp_min(1).to(dtype)
+        return None if min(lengths) - tokens >= whole else count > 0, some.log(), some.reciprocal()[..., None, None]
 
 
 @lru_cache(maxsize=16)

@@ -71,16 +71,17 @@ class Beside(Outline):
             return window_view(q, k, v, self.sight, scale=scale, seq_idx=rec.seq_idx, mask=rec.mask)
         return layer.look(q, k, v, self.sight, scale, rec.mask, rec.tree)
 
-    def rest_score(self, rows: Tensor, count: Tensor) -> Tensor:
-        """The rest's score [B, T, H], at least fp32, where `count` [B or 1, T] tokens are out of sight; rows [B, T, H] of in_proj."""
+    def rest_score(self, rows: Tensor, more: Tensor) -> Tensor:
+        """The rest's score [B, T, H], at least fp32: rows [B, T, H] of in_proj, more [B or 1, T] the logarithm of how many tokens it is."""
         bias, growth = at_least_fp32(self.rest_bias), at_least_fp32(self.rest_growth)
-        return at_least_fp32(rows) + torch.addcmul(bias, count.clamp_min(1).to(growth.dtype).log()[..., None], growth)
+        return at_least_fp32(rows) + torch.addcmul(bias, more.unsqueeze(-1), growth)
 
     def rest_value(self, recurrent: Tensor, mean: Tensor) -> Tensor:
         """The rest's value [B, T, H P]: recurrent [B, T, H P] behind norm and gate, mean [B, T, G, P] of the values out of sight."""
         recurrent = recurrent if self.join is None else recurrent * self.join
-        share = self.rest_mean.view(mean.shape[2], -1, mean.shape[3]).to(mean.dtype)  # [G, R, P]
-        return recurrent + (mean.unsqueeze(3) * share).flatten(2)
+        B, T, G, P = mean.shape
+        share = self.rest_mean.to(mean.dtype).view(G, -1, P)
+        return torch.addcmul(recurrent.to(mean.dtype).reshape(B, T, G, -1, P), mean.unsqueeze(3), share).view(B, T, -1)
 
     def _joined(self, recurrent: Tensor, view: View, rows: Tensor) -> Tensor:
         """What goes into out_proj [B, T, H P]: recurrent [B, T, H P] behind norm and gate, rows [B, T, H] of the rest's score.
@@ -90,9 +91,10 @@ class Beside(Outline):
         dropped = (
             torch.rand(len(recurrent), 1, 1, device=recurrent.device) < self.drop_window if self.training and self.drop_window else None
         )
-        if self.recurrence_off or view.far is None or view.mean is None:
+        if self.recurrence_off or view.more is None or view.mean is None:
             return view.seen.flatten(-2)
-        mass = torch.sigmoid(self.rest_score(rows, view.far) - view.lse).masked_fill((view.far == 0)[..., None], 0)
+        mass = torch.sigmoid(self.rest_score(rows, view.more) - view.lse)
+        mass = mass if view.far is None else mass * view.far.unsqueeze(-1)
         mass = (mass if dropped is None else mass.masked_fill(dropped, 1)).to(view.seen.dtype).unsqueeze(-1)
         rest = self.rest_value(recurrent, view.mean).to(view.seen.dtype).view(view.seen.shape)
         return torch.lerp(view.seen, rest, mass).flatten(-2)
