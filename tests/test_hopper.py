@@ -22,8 +22,8 @@ SPILLS = {  # bytes of registers that a thread keeps in memory at most; docs/gpu
     ("head_gradients", "float32"): 3232,
     ("shared_gradients", "float32"): 1336,
     ("mamba2_dual", "float32"): 1768,
-    ("window_round", "bfloat16"): 40,
-    ("window_round", "float32"): 992,
+    ("window_round", "bfloat16"): 48,
+    ("window_round", "float32"): 1008,
 }
 
 

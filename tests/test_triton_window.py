@@ -9,7 +9,7 @@ from llamba.kernels.decode import commit, cursors, plan
 from llamba.kernels.window import Held, Rest, Sight, turned, window_steps, window_view
 
 pytestmark = needs_interpreter
-B, H, G, P, Q, ROUND = 2, 4, 2, 6, 4, 3
+B, H, G, P, Q, ROUND, BACK = 2, 4, 2, 6, 4, 3, 5
 
 
 def _angles(places: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,11 @@ def _held(slots: int) -> Held:
 def test_rounds_with_tokens_taken_back_equal_the_sequence(sight: Sight, impl: str) -> None:
     """Rows use and keep numbers of tokens of their own; slots that nothing was written to are NaN."""
     draw, at = torch.Generator().manual_seed(0), cursors(B, "cpu")
-    held = _held(sight.sinks + sight.window + ROUND)
+    held, highest = _held(sight.sinks + sight.window + ROUND + BACK), torch.zeros(B, dtype=torch.long)
     rest = Rest(*(torch.randn(size, generator=draw) for size in (H, H, H * P)))
     got = [torch.empty(0, H * P)] * B
     kept_tokens = [[torch.empty(0, *shape) for shape in ((2 * G + H, P), (H,), (H * P,))] for _ in range(B)]
-    for _ in range(14):
+    for number in range(36):
         tokens = [torch.randn(B, ROUND, *shape, generator=draw) for shape in ((2 * G + H, P), (H,), (H * P,))]
         new = torch.randint(1, ROUND + 1, (B,), generator=draw)
         plan(at, new, ROUND, 16, False)
@@ -45,7 +45,16 @@ def test_rounds_with_tokens_taken_back_equal_the_sequence(sight: Sight, impl: st
             assert not out[row, new[row] :].any()
             kept_tokens[row] = [torch.cat((old, part[row, : kept[row]])) for old, part in zip(kept_tokens[row], tokens, strict=True)]
             got[row] = torch.cat((got[row], out[row, : kept[row]]))
+        highest = torch.maximum(highest, at.length + ROUND)
         commit(at, kept)
+        for row in range(B):  # as a draft's cursor goes back over several rounds: what the slots hold allows so much
+            least = max(int(highest[row]) - ROUND - BACK, 0)
+            back = (
+                int(torch.randint(0, max(int(at.length[row]) - least, 0) + 1, (), generator=draw)) if number % 3 == 0 and number < 24 else 0
+            )
+            at.length[row] -= back
+            left = len(got[row]) - back
+            kept_tokens[row], got[row] = [part[:left] for part in kept_tokens[row]], got[row][:left]
     for row in range(B):
         whole, scores, y = (part[None].double() for part in kept_tokens[row])
         T = whole.shape[1]

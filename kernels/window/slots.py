@@ -6,7 +6,7 @@ Shapes: B batch, T time, H query heads, G key/value heads, R = H // G, P head wi
 import torch
 from torch import Tensor
 
-from ..common import accumulator, traced
+from ..common import accumulator, no_autocast, traced
 
 Seen = tuple[Tensor, Tensor]  # attention, and the logarithm of its denominator (at least fp32)
 
@@ -43,7 +43,8 @@ def _in_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Seen:
     wide = accumulator(q.dtype)
-    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)  # [B, G, R T, S]
-    scores = scores if mask is None else scores + mask
-    weights = scores.softmax(-1)
-    return weights.to(v.dtype) @ v, scores.amax(-1) - weights.amax(-1).log()  # of the largest: score = log of weight and denominator
+    with no_autocast(q):
+        scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)  # [B, G, R T, S]
+        scores = scores if mask is None else scores + mask
+        weights = scores.softmax(-1)
+        return weights.to(v.dtype) @ v, scores.amax(-1) - weights.amax(-1).log()  # of the largest: score = log of weight and denominator

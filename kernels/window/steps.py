@@ -2,8 +2,8 @@
 
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, M sinks, L slots behind those, S = M + L.
 A row's token number n stands in slot n where n < M, and in slot M + (n - M) mod L else; L is at least window + T. Taking tokens back is
-arithmetic on the cursors. What is out of sight of every token behind a row's length is summed when a round begins: the slots hold what
-the round before could see.
+arithmetic on the cursors, as far as the slots hold what is seen then. The values of tokens whose slots a round takes are summed before: they
+are out of sight of whatever can still be read.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def steps_in_torch(
     q, k = turned(q, cos, sin), turned(k, cos, sin)
     start = at.length[:, None].long()
     place = start + torch.arange(T, device=heads.device)
-    _settle(held, start, sight)
+    _settle(held, start, T, sight)
     rows, slots = torch.arange(B, device=heads.device)[:, None], slot_of(place, sight.sinks, S)
     held.keys[rows, :, slots], held.values[rows, :, slots] = k.to(held.keys.dtype), v.to(held.values.dtype)
     stands = places_in(start + T, sight.sinks, S)  # [B, S]
@@ -43,12 +43,13 @@ def steps_in_torch(
     return joined.masked_fill((torch.arange(T, device=q.device) >= at.new[:, None])[..., None], 0)
 
 
-def _settle(held: Held, length: Tensor, sight: Sight) -> None:
-    """Sum what is out of sight of every token behind rows with length [B, 1] tokens."""
-    stands, end = places_in(length, sight.sinks, held.keys.shape[2]), (length - sight.window + 1).clamp_min(sight.sinks)
-    leaves = (stands >= held.summed[:, :1]) & (stands < end)  # [B, S]
+def _settle(held: Held, length: Tensor, tokens: int, sight: Sight) -> None:
+    """Sum the values whose slots `tokens` tokens behind rows with length [B, 1] tokens take."""
+    slots = held.keys.shape[2]
+    stands, end = places_in(length, sight.sinks, slots), length + tokens - (slots - sight.sinks)
+    leaves = (stands >= held.summed[:, :1]) & (stands >= sight.sinks) & (stands < end)  # [B, S]
     held.total.add_(torch.einsum("bs,bgsp->bgp", leaves.to(held.total.dtype), held.values.to(held.total.dtype)))
-    held.summed.copy_(torch.maximum(held.summed, end))
+    held.summed.copy_(torch.maximum(held.summed, end.clamp_min(sight.sinks)))
 
 
 def slot_of(places: Tensor, sinks: int, slots: int) -> Tensor:

@@ -48,7 +48,8 @@ def window_round(
     weight, total = tl.sum(among, 1), tl.dot(among, v.to(tl.float32), input_precision=PRECISION)
     base = (row * G + g) * S
     done = tl.maximum(tl.load(summed + row * G + g), M)  # tokens before this one are summed
-    left = (u[:, None] - u[None, :] >= window) & (start + u >= M)[None, :] & (u < T)[None, :]
+    end = tl.maximum(start + T - (S - M), M)  # and from now on those before this one, whose slots are taken: by row T of `gone`
+    left = (u[:, None] - u[None, :] >= window) & (start + u >= M)[None, :] & (u < T)[:, None] & (u < T)[None, :]
     gone = tl.dot(left.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)  # out of sight of each new token [BT, BP]
     for first in range(0, S, BLOCK):
         slot = first + tl.arange(0, BLOCK)
@@ -67,15 +68,16 @@ def window_round(
         value = tl.load(values + at, mask=there, other=0.0).to(tl.float32)
         total = total * shrink[:, None] + tl.dot(share, value, input_precision=PRECISION)
         weight, peak = weight * shrink + tl.sum(share, 1), higher
-        far = ((start + u)[:, None] - place[None, :] >= window) & (held & (place >= done))[None, :]
+        hidden = tl.where((u == T)[:, None], (place < end)[None, :], (start + u)[:, None] - place[None, :] >= window)
+        far = hidden & (held & (place >= done))[None, :]
         gone += tl.dot(far.to(tl.float32), value, input_precision=PRECISION)
     place = start + u
     to = (base + tl.where(place < M, place, M + (place - M) % (S - M)))[:, None] * P + p[None, :]
     tl.store(keys + to, k, mask=fresh)
     tl.store(values + to, v, mask=fresh)
     gone += tl.load(totals + (row * G + g) * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
-    tl.store(totals + (row * G + g) * P + p, tl.sum(tl.where(u[:, None] == 0, gone, 0.0), 0), mask=p < P)
-    tl.store(summed + row * G + g, tl.maximum(done, start - window + 1))
+    tl.store(totals + (row * G + g) * P + p, tl.sum(tl.where(u[:, None] == T, gone, 0.0), 0), mask=p < P)
+    tl.store(summed + row * G + g, tl.maximum(done, end))
     inside = real[:, None] & (p < P)[None, :]
     count = start + t - whole + 1  # out of sight
     hides = real & (count > 0)  # else attention alone counts

@@ -27,7 +27,7 @@ def fused_steps(
         window_round[G, B](
             rows, scores, y, *rest, cos, sin, *held, at.length, at.new, out, *rows.stride()[:2], *scores.stride()[:2], T, G, scale,
             sight.window, NO_LIMIT if sight.reach is None else sight.reach, sight.whole,
-            M=sight.sinks, S=S, P=P, Q=cos.shape[-1], R=H // G, ROWS=width(H // G * T), BT=width(T), BP=width(P), BLOCK=BLOCK,
+            M=sight.sinks, S=S, P=P, Q=cos.shape[-1], R=H // G, ROWS=width(H // G * T), BT=width(T + 1), BP=width(P), BLOCK=BLOCK,
             PRECISION=precision(heads), num_warps=4 if P <= 64 else 8, num_stages=1,
         )  # fmt: skip
     return out

@@ -73,8 +73,8 @@ def convert(argv: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--rows", type=int, default=8, help="sequences to measure on, of up to 512 tokens (default 8)")
     parser.add_argument(
-        "--calibrate", nargs="+", metavar="DATA", help="files, folders, hub sets: fit on them, without a gradient, how what a window sees "
-        "and what the recurrence adds are joined, and the projection behind both"
+        "--calibrate", nargs="+", metavar="DATA", help="files, folders, hub sets: fit on them, without a gradient, what stands for all "
+        "that a window does not see, and the projection behind it"
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="of the data to --calibrate on (default 8192)")
     parser.add_argument("--template", help="chat template of the data for --select and --calibrate, where the model's own does not serve")

@@ -146,8 +146,8 @@ def convert(
     "random" learns attention anew (MOHAWK's Phi to Phi) and with "attention" is the teacher's. `attention`: the fraction of layers
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
-    on which the gate is opened. `calibrate`: rows of token ids, some thousand in all, on which the weights that join window and recurrence
-    and out_proj are fitted to the teacher's attention (see `llamba.models.calibrate`); without them the former start at 0.
+    on which the gate is opened. `calibrate`: rows of token ids, some thousand in all, on which what stands for all that a window does not
+    see, and out_proj, are fitted to the teacher's attention (see `llamba.models.calibrate`); without them the former starts with a low score.
     Source: Mamba-in-Llama, Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded or

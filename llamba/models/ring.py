@@ -206,12 +206,13 @@ class KeyRing:
         self.lengths = [length - tokens + len(path) for length, path in zip(self.lengths, paths, strict=True)]
 
     def spare_more(self, spare: int) -> None:
-        """From now on `spare` tokens can be taken back."""
-        more = Slots(self.sight.sinks, self.sight.window + max(spare, self.spare))
+        """From now on `spare` tokens can be taken back; before, none could."""
+        assert not self.spare, "else some tokens that are out of sight are not summed, and do not come along"
+        more = Slots(self.sight.sinks, self.sight.window + spare)
         shape = *self.keys.shape[:2], sum(more), self.keys.shape[3]
         keys, values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
         self._copy(keys, values)
-        self.keys, self.values, self.spare, self.slots = keys, values, max(spare, self.spare), more
+        self.keys, self.values, self.spare, self.slots = keys, values, spare, more
 
     def copy(self, held: Held) -> None:
         """Put what can be seen, and what is summed, into the first of other rows, whose slots may be more."""

@@ -166,7 +166,7 @@ class Training(Stage):
 class TokenTraining(Training):
     """A training stage on tokenised rows. `targets` says which tokens count: the assistant's, or all.
 
-    `drop_window` is the share of rows for which the mixers' windows and sinks see nothing, so that the recurrence learns to stand alone.
+    `drop_window` is the share of rows for which the mixers' windows and sinks see nothing: they have what stands for the rest alone.
     """
 
     targets: Literal["assistant", "all"] = "assistant"

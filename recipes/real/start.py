@@ -1,4 +1,4 @@
-"""What a closed-form start is worth on the real teacher: KL on held-out chats with joins at 0 and fitted, nothing trained.
+"""What a closed-form start is worth on the real teacher: KL on held-out chats as converted and fitted, nothing trained.
 
     python recipes/real/start.py [tokens=20480] [teacher=...] [data=FILE or ORG/SET:SPLIT]
 
@@ -40,10 +40,10 @@ def main(given: dict[str, str]) -> None:
     rows = held_out_windows(train, tokenizer, LENGTH, tokens // LENGTH)
     for name, kept in students(teacher.config.num_hidden_layers).items():
         row: dict[str, Any] = {"measured": "start", "teacher": given.get("teacher", TEACHER), "replaced": name, "tokens": tokens}
-        for start, calibrate in (("0", None), ("fitted", rows)):
+        for start, calibrate in (("converted", None), ("fitted", rows)):
             found = distance(convert(teacher, attention=kept, calibrate=calibrate), chats)
             row[start] = {"kl": found.kl, "late": found.late}
-            print(f"{name} of the layers, joins {start}: KL {found.kl:.4f}, behind token {LATE} {found.late:.4f}", flush=True)
+            print(f"{name} of the layers, start {start}: KL {found.kl:.4f}, behind token {LATE} {found.late:.4f}", flush=True)
         append_row(RESULTS, row)
 
 

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 CONVERSATIONS = 2560
 LENGTH = 512
 LATE = 256  # tokens behind this position are shown apart
-JOIN_RATE = 0.1  # of what the recurrence counts beside its window, which starts at 0: at 3e-3 it would hardly move
+JOIN_RATE = 0.1  # of what the recurrence counts beside its window, which starts at nothing: at 3e-3 it would hardly move
 HELD_OUT = 12  # conversations that the distance to the teacher is measured on
 
 recipe = Recipe(
