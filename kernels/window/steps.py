@@ -2,8 +2,8 @@
 
 Shapes: B batch, T time, H query heads, G key/value heads, P head width, M sinks, L slots behind those, S = M + L.
 A row's token number n stands in slot n where n < M, and in slot M + (n - M) mod L else; L is at least window + T. Taking tokens back is
-arithmetic on the cursors, as far as the slots hold what is seen then. The values of tokens whose slots a round takes are summed before: they
-are out of sight of whatever can still be read.
+arithmetic on the cursors, as far as the slots hold what is seen then. The values of tokens whose slots a round takes are summed before:
+they are out of sight of whatever can still be read.
 """
 
 from typing import Any
