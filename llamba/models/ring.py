@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llamba.kernels.common import accumulator
 from llamba.kernels.window import Held, Past, Sight, View, attend, attend_slots, sees, slot_of, window_view
-from llamba.models import ring_places
-from llamba.models.ring_places import Lengths, Slots
+from llamba.models.ring_places import Lengths, Slots, added_to, counted, new_slots, past_slots, slots_between
 from llamba.models.tree import Tree
 
 
@@ -78,7 +77,7 @@ class KeyRing:
         """The last three parts of a `View` of each row's last tokens."""
         if max(self.lengths) <= self.sight.whole:
             return None, None, None
-        far, more, part = ring_places.counted(tuple(self.lengths), tokens, self.sight.whole, self.total.dtype, self.keys.device)
+        far, more, part = counted(tuple(self.lengths), tokens, self.sight.whole, self.total.dtype, self.keys.device)
         if tokens == 1 and self.is_even:
             sums = self._sum_of_latest()[:, None]
         else:
@@ -103,7 +102,7 @@ class KeyRing:
 
     def _total(self, ends: tuple[Lengths, ...]) -> Tensor:
         """Sums of the values of the tokens from the sinks up to before ends[t][b], [B, T, G, P]; the slots hold those not summed yet."""
-        which = ring_places.between(tuple(self.lengths), tuple(self.summed), ends, self.slots, self.keys.device).to(self.total.dtype)
+        which = slots_between(tuple(self.lengths), tuple(self.summed), ends, self.slots, self.keys.device).to(self.total.dtype)
         return self.total[:, None] + torch.einsum("bts,bgsp->btgp", which, self.values.to(self.total.dtype))
 
     def _settle(self, lengths: list[int]) -> None:
@@ -121,7 +120,7 @@ class KeyRing:
         """What is added to the scores of each row's last tokens [B or 1, T, S]; None where they see all slots."""
         if self.sees_all:
             return None
-        return ring_places.added(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
+        return added_to(tuple(self.lengths), tokens, self.sight, self.slots, q.dtype, q.device)
 
     def _look_from_tree(self, q: Tensor, k: Tensor, v: Tensor, scale: float, tree: Tree) -> View:
         T, M = q.shape[1], len(tree)
@@ -129,7 +128,7 @@ class KeyRing:
         self._append(k, v)
         roots = [length - M for length in self.lengths]
         past = self._past(roots)
-        rows, nodes = ring_places.new(tuple(roots), M, self.slots, q.device)
+        rows, nodes = new_slots(tuple(roots), M, self.slots, q.device)
         keys, values = (torch.cat((old, now[rows, :, nodes]), 1) for old, now in ((past.keys, self.keys), (past.values, self.values)))
         at = past.length[:, None] + tree.depths
         node, places = at[:, M - T :], torch.cat((past.places, at), 1)
@@ -146,7 +145,7 @@ class KeyRing:
 
     def _past(self, lengths: list[int]) -> Past:
         """The sinks and what else a token behind rows with so many tokens can see; a copy."""
-        places, slots, length = ring_places.past(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
+        places, slots, length = past_slots(tuple(lengths), self.sight.window - 1, self.slots, self.keys.device)
         rows = torch.arange(len(lengths), device=self.keys.device)[:, None]
         gone = self._total((tuple(length - self.sight.window + 1 for length in lengths),))[:, 0]
         return Past(self.keys[rows, :, slots], self.values[rows, :, slots], places, length, gone)
@@ -156,7 +155,7 @@ class KeyRing:
         if k.shape[1] == 1 and self.is_even:
             self._append_once(k.detach()[:, 0], v.detach()[:, 0])
             return
-        rows, index = ring_places.new(tuple(self.lengths), k.shape[1], self.slots, k.device)
+        rows, index = new_slots(tuple(self.lengths), k.shape[1], self.slots, k.device)
         self.keys[rows, :, index], self.values[rows, :, index] = k.detach().to(self.keys.dtype), v.detach().to(self.values.dtype)
         self.lengths = [length + k.shape[1] for length in self.lengths]
 
@@ -222,7 +221,7 @@ class KeyRing:
         held.summed[:rows] = torch.tensor(ends, device=held.summed.device).clamp_min(self.sight.sinks)[:, None]
 
     def _copy(self, keys: Tensor, values: Tensor) -> None:
-        places, slots, _ = ring_places.past(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
+        places, slots, _ = past_slots(tuple(self.lengths), self.sight.window, self.slots, self.keys.device)
         row, column = (places >= 0).nonzero(as_tuple=True)
         slot, to = slots[row, column], slot_of(places[row, column], self.sight.sinks, keys.shape[2])
         keys[row, :, to], values[row, :, to] = self.keys[row, :, slot], self.values[row, :, slot]

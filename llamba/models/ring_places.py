@@ -30,7 +30,7 @@ class Slots(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def added(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def added_to(lengths: Lengths, tokens: int, sight: Sight, slots: Slots, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """What is added to the scores of each row's last `tokens` tokens [B or 1, T, S]; None where they see all slots."""
     with torch.inference_mode(False):
         rows = lengths[:1] if len(set(lengths)) == 1 else lengths
@@ -54,7 +54,7 @@ def counted(lengths: Lengths, tokens: int, whole: int, dtype: torch.dtype, devic
 
 
 @lru_cache(maxsize=16)
-def between(lengths: Lengths, firsts: Lengths, ends: tuple[Lengths, ...], slots: Slots, device: torch.device) -> Tensor:
+def slots_between(lengths: Lengths, firsts: Lengths, ends: tuple[Lengths, ...], slots: Slots, device: torch.device) -> Tensor:
     """Which slots hold tokens from firsts[b] up to before ends[t][b], [B, T, S] as 0 and 1 in fp64."""
     with torch.inference_mode(False):
         length, first, end = (
@@ -65,7 +65,7 @@ def between(lengths: Lengths, firsts: Lengths, ends: tuple[Lengths, ...], slots:
 
 
 @lru_cache(maxsize=16)
-def past(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def past_slots(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Places [B, M + count] of the sinks and of the last `count` tokens, their slots, and the lengths [B]."""
     with torch.inference_mode(False):
         length = torch.tensor(lengths, device=device)
@@ -76,7 +76,7 @@ def past(lengths: Lengths, count: int, slots: Slots, device: torch.device) -> tu
 
 
 @lru_cache(maxsize=16)
-def new(lengths: Lengths, tokens: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
+def new_slots(lengths: Lengths, tokens: int, slots: Slots, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows [B, 1] and slots [B, T] of the tokens behind each row."""
     with torch.inference_mode(False):
         place = torch.tensor(lengths, device=device)[:, None] + torch.arange(tokens, device=device)
