@@ -13,6 +13,7 @@ sys.path.insert(0, str(TINY))
 
 from language import conversation  # noqa: E402
 
+from llamba.chat.conversation import load  # noqa: E402
 from llamba.recipes.real import measures, real  # noqa: E402
 
 SMALLER = {
@@ -46,6 +47,12 @@ def test_from_chats_to_the_table_and_again_from_what_is_there(chats: Path, tmp_p
     assert list(report) == ["teacher", "50%, untrained", "50%", "0%, untrained", "0%"]
     assert report["50%"]["KL to the teacher"] < report["0%, untrained"]["KL to the teacher"]
     assert (out / "kl.png").stat().st_size > 10_000
+    theirs, tokenizer = load(str(TINY / "teacher"))
+    texts = torch.tensor([tokenizer(chats.read_text(), truncation=True, max_length=100)["input_ids"]])
+    for folder in (out, Path(f"{out}-0pct")):
+        with torch.no_grad():
+            apart = (load(str(folder))[0](texts).logits - theirs(texts).logits)[0].abs().amax(-1)  # [T]
+        assert apart[:68].max() < 1e-3 and apart[68:].max() > 1e-2, "what window and sinks see is answered as by the teacher"
     weights = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors"))
     real.main()
     assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")) == weights, "nothing is trained twice"

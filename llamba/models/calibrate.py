@@ -3,8 +3,9 @@
 For each head, y = (1 - m) seen + m (g * n + c * mean) with m = sigmoid(w . u + b + a log k - lse): see `llamba.models.mixers.beside`. The
 score's w, b and a come from weighted least squares on the logarithm of the softmax's denominator over what is out of sight, the weights g
 and c then from least squares with m as it is, and some steps of Gauss-Newton move all of them together. A mixer without a window has g
-alone. Then out_proj is moved, so that the layer adds what the teacher's adds. Layer goes behind layer: a mixer's own inputs are those of
-the student whose layers below are fitted, and the aim is what the teacher's layer does with its own.
+alone, and out_proj is moved, too, so that the layer adds what the teacher's adds; beside a window it stays, for what is in sight is to
+remain attention. Layer goes behind layer: a mixer's own inputs are those of the student whose layers below are fitted, and the aim is what
+the teacher's layer does with its own.
 
 Shapes: R rows of T tokens, n tokens with something out of sight, D model width, W = D + 2 features of a score, H heads, P head width,
 I inputs of out_proj.
@@ -281,7 +282,8 @@ def _fit(own: _Stream, layer: int, theirs: Sequence[Inputs], outputs: Sequence[T
     wholes = [mixer.whole(hidden.to(home), (cos.to(home), sin.to(home))) for hidden, (cos, sin) in theirs]
     found = fit_join(mixer, inputs, sides, wholes)
     joined = [mixer.joined_sides(hidden, *side) for (hidden, _), side in zip(inputs, sides, strict=True)]
-    found |= fit_projection(mixer, joined, outputs)
+    if mixer.sight is None:
+        found |= fit_projection(mixer, joined, outputs)
     own.advance_with(layer, [mixer.out_proj(row) for row in joined])
     return found
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from llamba.models.families import family_of
-from llamba.models.hybrid import RECURRENT
+from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.running.counts import Counts
 from llamba.settings import Aligning, Distill, Dpo, Hidden, Lora, Matrix, Training
 
@@ -117,9 +117,15 @@ class Cost:
         return None if self.tokens is None else self.tokens * self.per_token / rate
 
 
+def _taught(counts: Counts) -> int:
+    """Parameters of a mixer's tensors that are the teacher's as a whole."""
+    return sum(number for name, number in (counts.published | counts.own).items() if name.startswith(("out_proj", "q_norm", "k_norm")))
+
+
 def cost(config: PreTrainedConfig, counts: Counts, stage: Training, length: int) -> Cost:
     """The cost of a stage on sequences of `length` tokens, by arithmetic alone."""
-    trained = {"mixers": counts.mixers, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
+    new = counts.mixers - len(mixer_layers(config)) * _taught(counts)
+    trained = {"mixers": counts.mixers, "new": new, "all": counts.student, "all_but_mlps": counts.student - counts.mlps}[stage.train]
     held = 4.0 * counts.student
     if isinstance(stage, Aligning) and stage.lora is not None:
         trained, held = adapted(config, counts, stage, stage.lora)

@@ -124,9 +124,11 @@ def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
         _check_length(stage, stage.data or recipe.data, config.max_position_embeddings)
         if isinstance(stage, Distill) and stage.offline and stage.offline > config.vocab_size:
             raise ValueError(f"distill.offline must be at most the vocabulary's {config.vocab_size} tokens, got {stage.offline}")
-        if isinstance(stage, Training) and not isinstance(stage, Draft) and stage.train == "mixers":
+        if isinstance(stage, Training) and not isinstance(stage, Draft) and stage.train in ("mixers", "new"):
             if not mixer_layers(made) or kind == "none":
-                raise ValueError(f"{stage.name}.train='mixers' needs a student whose mixers have weights, got one without; use train='all'")
+                raise ValueError(
+                    f"{stage.name}.train={stage.train!r} needs a student whose mixers have weights, got one without; use train='all'"
+                )
         if isinstance(stage, Matrix) and kind in MIXERS and MIXERS[kind].mixing in (Mixer.mixing, NoMixer.mixing):
             raise ValueError(f"stage matrix needs mixers that have a matrix, and {kind!r} has none; use mamba2, or leave the stage out")
 

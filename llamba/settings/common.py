@@ -115,15 +115,15 @@ class Stage:
 class Training(Stage):
     """What every stage that trains may say.
 
-    `train` names what is trained: the mixers of converted layers, everything, or everything but the MLPs. `lr` is the
-    mixers' learning rate, `projection_lr` that of their input and output projections, which hold what the teacher knew,
-    `join_lr` that of the weights by which the recurrence counts beside a window (behind its gate, `rest_bias`), and `rest_lr` that of all
-    else (default of the three: `lr`). The length of the stage is `steps` (optimizer steps) or `tokens`,
-    else `epochs`. The schedule `wsd` warms up, stays, and falls linearly over the last part `decay` of the steps; `floor` is
-    the part of the learning rate at which `cosine` and `wsd` end.
+    `train` names what is trained: the mixers of converted layers, what is new in them (all but the teacher's own rows and matrices: what a
+    window sees stays attention), everything, or everything but the MLPs. `lr` is the mixers' learning rate, `projection_lr` that of their
+    input and output projections, which hold what the teacher knew, `join_lr` that of the weights by which the recurrence counts beside a
+    window (behind its gate, `rest_bias`), and `rest_lr` that of all else (default of the three: `lr`). The length of the stage is `steps`
+    (optimizer steps) or `tokens`, else `epochs`. The schedule `wsd` warms up, stays, and falls linearly over the last part `decay` of the
+    steps; `floor` is the part of the learning rate at which `cosine` and `wsd` end.
     """
 
-    train: Literal["mixers", "all", "all_but_mlps"] = "mixers"
+    train: Literal["mixers", "new", "all", "all_but_mlps"] = "mixers"
     lr: float = 8e-5
     projection_lr: float | None = None
     join_lr: float | None = None
@@ -158,6 +158,11 @@ class Training(Stage):
         require(all(0 <= beta < 1 for beta in self.betas), f"{self.name}.betas", "two numbers in [0, 1)", self.betas)
         require(0 <= self.decay <= 1, f"{self.name}.decay", "a part from 0 to 1", self.decay)
         require(0 <= self.floor < 1, f"{self.name}.floor", "a part of lr from 0 to below 1", self.floor)
+        if self.train == "new" and self.weight_decay:
+            raise ValueError(
+                f"{self.name}.train='new' leaves the teacher's rows of in_proj as they are, which weight decay would not; "
+                f"needs {self.name}.weight_decay=0, got {self.weight_decay}"
+            )
         if self.steps is not None and self.tokens is not None:
             raise ValueError(f"{self.name}: give steps or tokens, not both, got steps={self.steps} tokens={self.tokens}")
 

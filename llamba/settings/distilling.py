@@ -87,8 +87,8 @@ class Hidden(TokenTraining):
     """Alignment of hidden states (MOHAWK, stage 2): the L2 distance to the teacher's after each converted layer fed with the teacher's
     hidden states, as a mean over target tokens and layers.
 
-    `target` is the mixer's output, or the block's; `ahead` blocks in a row may run before the comparison. `train` other than `mixers`
-    trains whole converted blocks and needs `target="block"`. `teacher` stands in for the recipe's.
+    `target` is the mixer's output, or the block's; `ahead` blocks in a row may run before the comparison. `train` other than `mixers` and
+    `new` trains whole converted blocks and needs `target="block"`. `teacher` stands in for the recipe's.
     """
 
     name: ClassVar[str] = "hidden"
@@ -104,9 +104,9 @@ class Hidden(TokenTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("ahead")
-        if self.target != "block" and (self.ahead > 1 or self.train != "mixers"):
+        if self.target != "block" and (self.ahead > 1 or self.train not in ("mixers", "new")):
             raise ValueError(
-                f"hidden.ahead > 1 and hidden.train other than 'mixers' need hidden.target='block'; got ahead={self.ahead}, "
+                f"hidden.ahead > 1 and hidden.train other than 'mixers' and 'new' need hidden.target='block'; got ahead={self.ahead}, "
                 f"train={self.train!r} and target={self.target!r}"
             )
 

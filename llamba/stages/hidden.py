@@ -22,7 +22,7 @@ from llamba.settings import Hidden
 from llamba.stages.layerwise import LayerCalls, layer_calls, load_matching, target_mask, trained_in
 from llamba.stages.shared import Pair, train_student
 from llamba.training.layer_distances import Distances, Part, one_graph_at_a_time
-from llamba.training.learnable import train_only
+from llamba.training.learnable import hold_taught_rows, is_new, train_only
 from llamba.training.trainer import model_inputs
 from llamba.training.wrapped_forward import run_as_forward
 
@@ -63,9 +63,12 @@ def _mixer_output(layer: Any, call: dict[str, Any], hidden: Tensor) -> Tensor:
 
 def _load(stage: Hidden, student: str, teacher: str) -> Pair:
     student_model, teacher_model = load_matching(stage, student, teacher)
-    inner = "self_attn." if stage.train == "mixers" else ""
+    inner = "self_attn." if stage.train in ("mixers", "new") else ""
     prefixes = tuple(f"layers.{index}.{inner}" for index in mixer_layers(student_model.config))
     names = {name for name, _ in student_model.base_model.named_parameters() if name.startswith(prefixes)}
+    if stage.train == "new":
+        hold_taught_rows(student_model)
+        names = {name for name in names if is_new(name)}
     train_only(student_model, {name for name in names if stage.train != "all_but_mlps" or ".mlp." not in name})
     return student_model, teacher_model
 

@@ -1,9 +1,12 @@
 """Which of a student's weights learn in a stage, and at which rate."""
 
 import re
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llamba.models.hybrid import mixer_layers
@@ -11,6 +14,7 @@ from llamba.models.mixers import Mixer
 from llamba.settings import Training
 
 PROJECTION = re.compile(r"\.self_attn\.(in|out)_proj\.(weight|bias)$")
+TAUGHT = re.compile(r"\.self_attn\.([qkvo]_proj|dense|out_proj|q_(layer)?norm|k_(layer)?norm)\.")  # whole, what attention had, too
 
 
 def mixer_names(student: PreTrainedModel) -> set[str]:
@@ -25,18 +29,42 @@ def join_names(student: PreTrainedModel) -> set[str]:
     return {f"{place}.{name}" for place, module in beside for name in (module.gain[0], "rest_bias")}
 
 
-def freeze(student: PreTrainedModel, train: str) -> None:
-    """Leave trainable what `train` names: "mixers" (of the converted layers), "all", or "all_but_mlps".
+def is_new(name: str) -> bool:
+    """Whether the teacher has nothing of a mixer's parameter of this name, or (in_proj) has some rows alone."""
+    return not TAUGHT.search(name)
 
-    Raises ValueError where mixers alone are to be trained and the student has no converted layer.
+
+def hold_taught_rows(student: PreTrainedModel) -> None:
+    """Let no gradient reach the rows of in_proj that hold the teacher's values, keys and queries, for as long as the model lives."""
+    for module in student.modules():
+        if isinstance(module, Mixer) and module.rows():
+            module.in_proj.__dict__["forward"] = partial(_held, module.in_proj, *module.taught_rows())
+
+
+def _held(linear: nn.Linear, first: int, after: int, inputs: Tensor) -> Tensor:
+    """The layer's own output, whose rows from `first` to before `after` do not learn; what is asked for them alone is not computed."""
+    weight, bias = linear.weight, linear.bias
+    new = [torch.cat((part[:first], part[after:])) for part in (weight, bias) if part is not None]
+    before, behind = F.linear(inputs, *new).tensor_split((first,), -1)
+    taught = F.linear(inputs, *(part[first:after].detach() for part in (weight, bias) if part is not None))
+    return torch.cat((before, taught, behind), -1)
+
+
+def freeze(student: PreTrainedModel, train: str) -> None:
+    """Leave trainable what `train` names: "mixers" (of the converted layers), "new" (of them, what the teacher does not have), "all", or
+    "all_but_mlps".
+
+    Raises ValueError where mixers are to be trained and the student has no converted layer.
     """
-    mixers = mixer_names(student)
-    if train == "mixers" and not mixers:
+    mixers = {name for name in mixer_names(student) if train != "new" or is_new(name)}
+    if train in ("mixers", "new") and not mixers:
         raise ValueError(
-            "train='mixers' needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
+            f"train={train!r} needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
         )
+    if train == "new":
+        hold_taught_rows(student)
     for name, weight in student.named_parameters():
-        weight.requires_grad_(name in mixers if train == "mixers" else train == "all" or ".mlp." not in name)
+        weight.requires_grad_(name in mixers if train in ("mixers", "new") else train == "all" or ".mlp." not in name)
 
 
 def train_only(student: PreTrainedModel, names: set[str]) -> None:

@@ -41,6 +41,9 @@ class Mixing(NamedTuple):
     rows: Callable[[Sequence[Tensor], slice | Tensor], Tensor]
 
 
+TAUGHT_ROWS = ("x", "B", "C")  # of in_proj, by name: the teacher's V, K and Q
+
+
 class Outline(nn.Module):
     """The parts of a mixer and their use.
 
@@ -110,6 +113,12 @@ class Outline(nn.Module):
     def layout(self) -> dict[str, int]:
         """`rows`, and beside a window "rest", one row for each head."""
         return self.rows() | ({"rest": self.config.heads} if self.sight else {})
+
+    def taught_rows(self) -> tuple[int, int]:
+        """The rows of in_proj that hold the teacher's, which stand next to each other: the first, and the one behind the last."""
+        names, sizes = list(self.layout()), list(self.layout().values())
+        places = [place for place, name in enumerate(names) if name in TAUGHT_ROWS]
+        return sum(sizes[: places[0]]), sum(sizes[: places[-1] + 1])
 
     def conv_channels(self) -> int:
         """Channels of the convolution."""
