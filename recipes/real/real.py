@@ -42,7 +42,7 @@ HEAD = 8192  # tokens that the draft can propose: the most frequent ones
 DRAFT_TOKENS = 40_000  # that the draft learns on
 HELD_OUT = 8  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
-RATE, PROJECTION_RATE = 1e-3, 5e-5  # in_proj's new rows, which read what the teacher's layers made, learn slowly
+RATE = 1e-3
 CALIBRATED = 20_480  # tokens that what stands for the rest is fitted on
 TOKENS_A_MINUTE = {"half": 10_000, "none": 7_000}  # on two cores with bf16 products
 FITS = 1 / 3  # of the first minutes
@@ -72,13 +72,12 @@ class Choices:
 def distillations(part: str, minutes: float) -> list[Distill]:
     """The first minutes' stage and, where there are more of them, one that goes on."""
     common = Distill(
-        train="new", kl=1.0, ce=0.0, targets="all", lr=RATE, projection_lr=PROJECTION_RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1,
-        floor=0.05, batch=1, micro_batch=1, save_every=100, log_every=10,
+        train="new", kl=1.0, ce=0.0, targets="all", lr=RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1, floor=0.05, batch=1, micro_batch=1, save_every=100, log_every=10,
     )  # fmt: skip
     speed, first = SHARES[part] * TOKENS_A_MINUTE[part], min(minutes, FIRST_MINUTES)
     stages = [replace(common, tokens=int(speed * (1 - FITS) * first))]
     if minutes > first:
-        stages.append(replace(common, tokens=int(speed * (minutes - first)), lr=RATE / 2, projection_lr=PROJECTION_RATE / 2))
+        stages.append(replace(common, tokens=int(speed * (minutes - first)), lr=RATE / 2))
     return stages
 
 
