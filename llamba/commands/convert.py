@@ -74,7 +74,7 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=8, help="sequences to measure on, of up to 512 tokens (default 8)")
     parser.add_argument(
         "--calibrate", nargs="+", metavar="DATA", help="files, folders, hub sets: fit on them, without a gradient, what stands for all "
-        "that a window does not see, and the projection behind it"
+        "that a window does not see"
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="of the data to --calibrate on (default 8192)")
     parser.add_argument("--template", help="chat template of the data for --select and --calibrate, where the model's own does not serve")

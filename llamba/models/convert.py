@@ -147,7 +147,8 @@ def convert(
     that keep attention, or their indices. `init`: a key of `llamba.models.mixers.INITS`. `options`: values of the mixer's configuration,
     e.g. {"window": 64, "sinks": 4, "rotary": True}; with {"proj_bias": False}, which llama.cpp needs, the teacher makes up a short text
     on which the gate is opened. `calibrate`: rows of token ids, some thousand in all, on which what stands for all that a window does not
-    see, and out_proj, are fitted to the teacher's attention (see `llamba.models.calibrate`); without them the former has a low score.
+    see is fitted to the teacher's attention, and without a window out_proj, too (see `llamba.models.calibrate`); without them the former
+    has a low score.
     Source: Mamba-in-Llama, Algorithm 1.
 
     Raises ValueError for arguments out of range, an unsupported family, or a teacher that cannot be loaded or

@@ -44,7 +44,7 @@ HELD_OUT = 8  # chats that the distance to the teacher is measured on
 FIRST_MINUTES = 15.0
 RATE = 1e-3
 CALIBRATED = 20_480  # tokens that what stands for the rest is fitted on
-TOKENS_A_MINUTE = {"half": 10_000, "none": 7_000}  # on two cores with bf16 products
+TOKENS_A_MINUTE = {"half": 7_000, "none": 4_500}  # on two slow cores with bf16 products
 FITS = 1 / 3  # of the first minutes
 SHARES = {"half": 0.12, "none": 0.88}  # of the others: half of the attention needs few
 QUESTIONS = (
@@ -72,7 +72,8 @@ class Choices:
 def distillations(part: str, minutes: float) -> list[Distill]:
     """The first minutes' stage and, where there are more of them, one that goes on."""
     common = Distill(
-        train="new", kl=1.0, ce=0.0, targets="all", lr=RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1, floor=0.05, batch=1, micro_batch=1, save_every=100, log_every=10,
+        train="new", kl=1.0, ce=0.0, targets="all", lr=RATE, betas=(0.9, 0.95), clip=1.0, warmup=0.1, floor=0.05,
+        batch=1, micro_batch=1, save_every=100, log_every=10,
     )  # fmt: skip
     speed, first = SHARES[part] * TOKENS_A_MINUTE[part], min(minutes, FIRST_MINUTES)
     stages = [replace(common, tokens=int(speed * (1 - FITS) * first))]
