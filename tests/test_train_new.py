@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from llamba.models.convert import convert
 from llamba.models.hybrid import mixer_layers
 from llamba.models.mixers import MIXERS
+from llamba.running import run
 from llamba.running.costs import cost
 from llamba.running.counts import count
-from llamba.settings import Distill, Hidden
+from llamba.settings import Data, Distill, Hidden, Recipe, Student
 from llamba.stages import distill, hidden
 from llamba.training.learnable import freeze
 
@@ -79,8 +80,8 @@ def test_what_is_in_sight_stays_the_teachers(tmp_path: Path, data, teacher_folde
 def test_rows_of_the_teacher_do_not_move(tmp_path: Path, data, student_folder: str, teacher_folder: Path) -> None:
     before = load_file(Path(student_folder) / "model.safetensors")
     rows = taught(AutoModelForCausalLM.from_pretrained(student_folder))
-    for stage, run in ((Distill(**SHORT, kl=1.0, ce=0.0), distill.run), (Hidden(**SHORT), hidden.run)):
-        run(stage, student_folder, str(teacher_folder), data, tmp_path / stage.name)
+    for stage, train in ((Distill(**SHORT, kl=1.0, ce=0.0), distill.run), (Hidden(**SHORT), hidden.run)):
+        train(stage, student_folder, str(teacher_folder), data, tmp_path / stage.name)
         after = load_file(tmp_path / stage.name / "model.safetensors")
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved and all(".self_attn." in name and "out_proj" not in name for name in moved)
@@ -102,6 +103,14 @@ def test_a_plan_counts_what_is_trained(name: str) -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"distill.train='new' .* needs distill.weight_decay=0, got 0.1"):
         Distill(train="new", weight_decay=0.1)
-    for mixer, attention in (("attention", 0.5), ("mamba2", 1.0)):
-        with pytest.raises(ValueError, match="train='new' needs a student whose mixers have weights"):
+    for mixer, attention in (("attention", 0.5), ("mamba2", 1.0), ("none", 0.5)):
+        with pytest.raises(ValueError, match="train='new' needs a student with mixers that are not attention and have weights"):
             freeze(convert(teacher(), mixer=mixer, attention=attention), "new")
+
+
+@pytest.mark.parametrize("stage", [Distill(train="new"), Hidden(train="new")])
+def test_attention_made_anew_is_refused_before_anything_is_made(stage, teacher_folder: Path, chat_file: Path, tmp_path: Path) -> None:
+    student, data = Student(mixer="attention", init="random"), Data(train=str(chat_file), length=64)
+    with pytest.raises(ValueError, match=rf"{stage.name}.train='new' needs mixers that are not attention, got mixer='attention'"):
+        run.run(Recipe(str(teacher_folder), student, data, [stage], str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "0-convert").exists()

@@ -10,6 +10,7 @@ from llamba.models.families import family_of
 from llamba.models.hybrid import RECURRENT, mixer_layers
 from llamba.running.counts import Counts
 from llamba.settings import Aligning, Distill, Dpo, Hidden, Lora, Matrix, Training
+from llamba.training.learnable import is_new
 
 NF4_BITS = 4.127  # per weight, with the scales of blocks of 64 (doubly quantised; arXiv 2305.14314, section 3)
 
@@ -119,7 +120,7 @@ class Cost:
 
 def _taught(counts: Counts) -> int:
     """Parameters of a mixer's tensors that are the teacher's as a whole."""
-    return sum(number for name, number in (counts.published | counts.own).items() if name.startswith(("out_proj", "q_norm", "k_norm")))
+    return sum(number for name, number in (counts.published | counts.own).items() if not is_new(f".self_attn.{name}"))
 
 
 def cost(config: PreTrainedConfig, counts: Counts, stage: Training, length: int) -> Cost:

@@ -27,7 +27,7 @@ from llamba.models.loading import (
     require_sound,
     vocabularies_differ,
 )
-from llamba.models.mixers import MIXERS, Mixer, NoMixer
+from llamba.models.mixers import ATTENTION, MIXERS, Mixer, NoMixer
 from llamba.running.inputs import limit_of, missing, pairing
 from llamba.settings import (
     Aligning,
@@ -111,6 +111,14 @@ def _check_template(recipe: Recipe, number: int, stage: Stage) -> None:
     require_fit(template, tokenizer, key)
 
 
+def _check_learns(stage: Training, kind: str) -> None:
+    """What the stage trains is there in a student with mixers of this kind ("none": without any)."""
+    if stage.train in ("mixers", "new") and kind == "none":
+        raise ValueError(f"{stage.name}.train={stage.train!r} needs a student whose mixers have weights, got one without; use train='all'")
+    if stage.train == "new" and kind == ATTENTION:
+        raise ValueError(f"{stage.name}.train='new' needs mixers that are not attention, got mixer='attention'; use train='mixers'")
+
+
 def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
     """Stages before any further conversion or selection find in the student what they train, and in the teacher what they read."""
     if finished(out):
@@ -124,11 +132,8 @@ def _check_first_student(recipe: Recipe, todo: list[Stage], out: Path) -> None:
         _check_length(stage, stage.data or recipe.data, config.max_position_embeddings)
         if isinstance(stage, Distill) and stage.offline and stage.offline > config.vocab_size:
             raise ValueError(f"distill.offline must be at most the vocabulary's {config.vocab_size} tokens, got {stage.offline}")
-        if isinstance(stage, Training) and not isinstance(stage, Draft) and stage.train in ("mixers", "new"):
-            if not mixer_layers(made) or kind == "none":
-                raise ValueError(
-                    f"{stage.name}.train={stage.train!r} needs a student whose mixers have weights, got one without; use train='all'"
-                )
+        if isinstance(stage, Training) and not isinstance(stage, Draft):
+            _check_learns(stage, kind if mixer_layers(made) else "none")
         if isinstance(stage, Matrix) and kind in MIXERS and MIXERS[kind].mixing in (Mixer.mixing, NoMixer.mixing):
             raise ValueError(f"stage matrix needs mixers that have a matrix, and {kind!r} has none; use mamba2, or leave the stage out")
 

@@ -117,10 +117,10 @@ class Training(Stage):
 
     `train` names what is trained: the mixers of converted layers, what is new in them (all but the teacher's own rows and matrices: what a
     window sees stays attention), everything, or everything but the MLPs. `lr` is the mixers' learning rate, `projection_lr` that of their
-    input and output projections, which hold what the teacher knew, `join_lr` that of the weights by which the recurrence counts beside a
-    window (behind its gate, `rest_bias`), and `rest_lr` that of all else (default of the three: `lr`). The length of the stage is `steps`
-    (optimizer steps) or `tokens`, else `epochs`. The schedule `wsd` warms up, stays, and falls linearly over the last part `decay` of the
-    steps; `floor` is the part of the learning rate at which `cosine` and `wsd` end.
+    input and output projections, which hold what the teacher knew (of `new`: of in_proj's other rows), `join_lr` that of the weights by
+    which the recurrence counts beside a window (behind its gate, `rest_bias`), and `rest_lr` that of all else (default of the three: `lr`).
+    The length of the stage is `steps` (optimizer steps) or `tokens`, else `epochs`. The schedule `wsd` warms up, stays, and falls linearly
+    over the last part `decay` of the steps; `floor` is the part of the learning rate at which `cosine` and `wsd` end.
     """
 
     train: Literal["mixers", "new", "all", "all_but_mlps"] = "mixers"

@@ -43,8 +43,8 @@ class Student:
     file that holds such a list, as `llamba select` writes it.
     `mixer` names what stands in the other layers ("auto": the best that we know), `init` where its weights come from, and `options`
     single values of the mixer, e.g. `{"window": 64, "sinks": 4, "rotary": True}`. `calibrate`: tokens of the data's sources (those that
-    no stage makes) on which what stands for all that a window does not see, and out_proj, are fitted to attention at the first conversion;
-    0: the former starts with a low score, and the latter as the teacher's.
+    no stage makes) on which what stands for all that a window does not see is fitted to attention at the first conversion, and without a
+    window out_proj; 0: the former starts with a low score, the latter as the teacher's.
     """
 
     mixer: str = "auto"

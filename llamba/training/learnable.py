@@ -35,10 +35,15 @@ def is_new(name: str) -> bool:
 
 
 def hold_taught_rows(student: PreTrainedModel) -> None:
-    """Let no gradient reach the rows of in_proj that hold the teacher's values, keys and queries, for as long as the model lives."""
-    for module in student.modules():
-        if isinstance(module, Mixer) and module.rows():
-            module.in_proj.__dict__["forward"] = partial(_held, module.in_proj, *module.taught_rows())
+    """Let no gradient reach the rows of in_proj that hold the teacher's values, keys and queries, for as long as the model lives.
+
+    Raises ValueError for a student without them.
+    """
+    mixers = [module for module in student.modules() if isinstance(module, Mixer) and module.rows()]
+    if not mixers:
+        raise ValueError("train='new' needs a student with mixers that are not attention and have weights, got one without")
+    for mixer in mixers:
+        mixer.in_proj.__dict__["forward"] = partial(_held, mixer.in_proj, *mixer.taught_rows())
 
 
 def _held(linear: nn.Linear, first: int, after: int, inputs: Tensor) -> Tensor:
@@ -51,18 +56,18 @@ def _held(linear: nn.Linear, first: int, after: int, inputs: Tensor) -> Tensor:
 
 
 def freeze(student: PreTrainedModel, train: str) -> None:
-    """Leave trainable what `train` names: "mixers" (of the converted layers), "new" (of them, what the teacher does not have), "all", or
-    "all_but_mlps".
+    """Leave trainable what `train` names: "mixers" (of the converted layers), "new" (of them, what the teacher does not have; see
+    `hold_taught_rows`), "all", or "all_but_mlps".
 
-    Raises ValueError where mixers are to be trained and the student has no converted layer.
+    Raises ValueError where mixers are to be trained and the student has none that can be.
     """
-    mixers = {name for name in mixer_names(student) if train != "new" or is_new(name)}
-    if train in ("mixers", "new") and not mixers:
-        raise ValueError(
-            f"train={train!r} needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
-        )
     if train == "new":
         hold_taught_rows(student)
+    mixers = {name for name in mixer_names(student) if train != "new" or is_new(name)}
+    if train == "mixers" and not mixers:
+        raise ValueError(
+            "train='mixers' needs a student whose mixers have weights, got one that is all attention (or none); use train='all'"
+        )
     for name, weight in student.named_parameters():
         weight.requires_grad_(name in mixers if train in ("mixers", "new") else train == "all" or ".mlp." not in name)
 

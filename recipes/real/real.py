@@ -5,9 +5,9 @@
 Two students: in `runs/real` half of the layers keep attention, in `runs/real-0pct` none does. The first keeps it where a window misses it
 most (`select`); its other layers are converted and fitted to attention, and it is distilled by KL. The second goes on from it: the rest of
 its layers are converted and fitted, and it is distilled from the teacher in turn. Only what is new in the mixers learns, so that both
-answer as the teacher does for as long as all of a chat is in sight of the window. `minutes` is the time of fits and training, both students
-together, on two idle cores; with more of them the runs that are there go on. Chats are the chitchat package's (MIT licence), some with
-answers by the teacher, or rows of `messages` that `data` names; every twentieth row is held out. Everything that is finished is kept:
+answer as the teacher does for as long as all of a chat is in sight of the window. `minutes` is what fits and training may take, both
+students together, on two idle cores; with more of them the runs that are there go on. Chats are the chitchat package's (MIT licence), some
+with answers by the teacher, or rows of `messages` that `data` names; every twentieth row is held out. Everything that is finished is kept:
 after an interruption the same command goes on.
 """
 
