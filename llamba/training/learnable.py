@@ -41,7 +41,9 @@ def hold_taught_rows(student: PreTrainedModel) -> None:
     """
     mixers = [module for module in student.modules() if isinstance(module, Mixer) and module.rows()]
     if not mixers:
-        raise ValueError("train='new' needs a student with mixers that are not attention and have weights, got one without")
+        raise ValueError(
+            "train='new' needs a student with mixers that are not attention and have weights, got one without; use train='mixers' or 'all'"
+        )
     for mixer in mixers:
         mixer.in_proj.__dict__["forward"] = partial(_held, mixer.in_proj, *mixer.taught_rows())
 
